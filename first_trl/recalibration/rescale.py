@@ -1,0 +1,231 @@
+"""Trustworthy maximization: the rescale of the teacher's cached top-k.
+
+The cache holds raw log-probabilities over the full vocabulary. Everything here acts on those, in float64, so the method,
+its value, the estimator and `k' <= k` can all change without running the teacher again.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+METHODS = ("none", "probability_temperature", "logit_temperature", "label_smoothing")
+ESTIMATORS = ("topk", "bucket", "renormalized")
+# float16 rounding of k log-probabilities moves their sum by well under one percent; more than this is another quantity.
+_MASS_TOLERANCE = 0.05
+_POSITIVE_TOLERANCE = 1e-6
+
+
+def _logsumexp(x: np.ndarray) -> np.ndarray:
+    """Log of the sum of exponentials over the last axis; -inf for an empty or all -inf row."""
+    with np.errstate(divide="ignore"):
+        return np.logaddexp.reduce(x, axis=-1, initial=-np.inf)
+
+
+def _log1mexp(x: np.ndarray) -> np.ndarray:
+    """log(1 - exp(x)) for x <= 0 without cancellation at either end."""
+    with np.errstate(divide="ignore"):
+        return np.where(x > -math.log(2.0), np.log(-np.expm1(x)), np.log1p(-np.exp(x)))
+
+
+def _check_logprobs(logprobs: Any) -> np.ndarray:
+    lp = np.asarray(logprobs, dtype=np.float64)
+    if lp.ndim != 2 or lp.shape[1] == 0:
+        raise ValueError(f"`logprobs` must have the shape [positions, k] with k >= 1, got {lp.shape}.")
+    bad = np.isnan(lp) | (lp > _POSITIVE_TOLERANCE)
+    if bad.any():
+        row, column = (int(i) for i in np.argwhere(bad)[0])
+        raise ValueError(
+            f"`logprobs` row {row}, column {column} is {lp[row, column]}: a log-probability is a number <= 0. "
+            "Cache the log-softmax over the full vocabulary, not logits or probabilities."
+        )
+    rising = lp[:, 1:] > lp[:, :-1]
+    if rising.any():
+        row, column = (int(i) for i in np.argwhere(rising)[0])
+        raise ValueError(
+            f"`logprobs` row {row} rises from column {column} ({lp[row, column]}) to column {column + 1} "
+            f"({lp[row, column + 1]}): entries must be sorted by falling log-probability, ids along with them."
+        )
+    lp = np.minimum(lp, 0.0)
+    mass = np.exp(_logsumexp(lp))
+    wrong = np.flatnonzero((mass > 1.0 + _MASS_TOLERANCE) | (mass == 0.0))
+    if wrong.size:
+        row = int(wrong[0])
+        raise ValueError(
+            f"`logprobs` row {row} holds a probability mass of {mass[row]:.6g}, it must be in (0, 1]. "
+            "Cache the log-softmax over the full vocabulary."
+        )
+    return lp
+
+
+def _check_tail(tail_logprob: Any, lp: np.ndarray) -> np.ndarray:
+    tail = np.asarray(tail_logprob, dtype=np.float64)
+    if tail.shape != lp.shape[:1]:
+        raise ValueError(
+            f"`tail_logprob` must have the shape [{len(lp)}], one per row of `logprobs`, got {tail.shape}."
+        )
+    bad = np.flatnonzero(np.isnan(tail) | (tail > _POSITIVE_TOLERANCE))
+    if bad.size:
+        raise ValueError(f"`tail_logprob` row {bad[0]} is {tail[bad[0]]}: the log of a mass is a number <= 0.")
+    tail = np.minimum(tail, 0.0)
+    total = np.exp(_logsumexp(lp)) + np.exp(tail)
+    wrong = np.flatnonzero(np.abs(total - 1.0) > _MASS_TOLERANCE)
+    if wrong.size:
+        row = int(wrong[0])
+        raise ValueError(
+            f"Row {row}: the kept mass plus the tail is {total[row]:.6g}, it must be 1. `tail_logprob` is the log of the "
+            "teacher's mass outside the k kept tokens."
+        )
+    return tail
+
+
+@dataclass(frozen=True)
+class Recalibration:
+    r"""
+    Rescale of a teacher's kept probabilities, applied once and to the teacher only.
+
+    With \\( q_1 \ge \dots \ge q_k \\) the raw probabilities of one position:
+
+    | method | target | source |
+    | --- | --- | --- |
+    | `"none"` | \\( q_i / \sum_j q_j \\) | top-k distillation |
+    | `"probability_temperature"` | \\( \exp(q_i/c) / \sum_j \exp(q_j/c) \\) | FIRST, section 3 |
+    | `"logit_temperature"` | \\( q_i^{1/T} / \sum_j q_j^{1/T} \\) | temperature scaling (Guo et al. 2017) |
+    | `"label_smoothing"` | \\( q / \sum_j q_j \\), `delta` moved from rank 1 to the others evenly | FIRST, section 3 |
+
+    `c = 1` is not the identity: the softmax of probabilities can give rank 1 at most `e / (e + k - 1)`. `T = 1` and
+    `delta = 0` are.
+
+    Args:
+        method (`str`, *optional*, defaults to `"none"`):
+            One of the methods above.
+        value (`float`, *optional*):
+            c > 0, T > 0 or 0 <= delta < 1. Must be `None` for `"none"`.
+
+    Raises:
+        `ValueError`: for an unknown method or a value outside its range.
+    """
+
+    method: str = "none"
+    value: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"Unknown recalibration method {self.method!r}, choose one of {list(METHODS)}.")
+        if self.method == "none":
+            if self.value is not None:
+                raise ValueError(f"Recalibration 'none' takes no value, got {self.value!r}: leave it out.")
+            return
+        if self.value is None:
+            raise ValueError(
+                f"Recalibration {self.method!r} needs a value: give one, or fit it with `fit_recalibration`."
+            )
+        if isinstance(self.value, bool) or not isinstance(self.value, int | float | np.number):
+            raise ValueError(f"The value of recalibration {self.method!r} must be a number, got {self.value!r}.")
+        value = float(self.value)
+        object.__setattr__(self, "value", value)
+        if self.method == "label_smoothing":
+            if not 0.0 <= value < 1.0:
+                raise ValueError(f"Label smoothing needs 0 <= delta < 1, got {value}.")
+        elif not (value > 0.0 and math.isfinite(value)):
+            raise ValueError(f"Recalibration {self.method!r} needs a finite temperature above 0, got {value}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python form, ready for JSON."""
+        return {"method": self.method, "value": self.value}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Recalibration":
+        """Inverse of `to_dict`."""
+        unknown = set(data) - {"method", "value"}
+        if unknown or "method" not in data:
+            raise ValueError(f"A recalibration is {{'method': ..., 'value': ...}}, got the keys {sorted(data)}.")
+        return cls(data["method"], data.get("value"))
+
+    def apply(
+        self,
+        logprobs: Any,
+        tail_logprob: Any | None = None,
+        *,
+        estimator: str = "topk",
+        top_k: int | None = None,
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """
+        Log of the training target of every position.
+
+        The rule is the same for every method: the rescale gives a distribution over the k kept tokens. For `"topk"` and
+        `"renormalized"` that is the target. For `"bucket"` it is multiplied by `1 - tail`, and the tail keeps its mass.
+
+        Args:
+            logprobs (`array-like` of shape `[positions, k]`):
+                Raw log-probabilities over the full vocabulary, sorted to fall along a row, any float type.
+                `-inf` is a probability of 0.
+            tail_logprob (`array-like` of shape `[positions]`, *optional*):
+                Log of the mass outside the k. Needed for `"bucket"`, not read otherwise.
+            estimator (`str`, *optional*, defaults to `"topk"`):
+                `"topk"`, `"bucket"` or `"renormalized"`.
+            top_k (`int`, *optional*):
+                Use the first `top_k <= k` ranks; the others move into the tail before the rescale.
+
+        Returns:
+            `tuple`: log-target, float64 of shape `[positions, top_k]`, and the log of the bucket's target, float64 of
+            shape `[positions]`, or `None` where the estimator has no bucket. Each row sums to 1 (both parts together).
+
+        Raises:
+            `ValueError`: naming the row (and column) for NaN, positive or unsorted log-probabilities, for a mass that is
+            not one distribution, for a missing tail, and for a `top_k` outside 1..k.
+        """
+        if estimator not in ESTIMATORS:
+            raise ValueError(
+                f"Unknown estimator {estimator!r} for a recalibrated target, choose one of {list(ESTIMATORS)}."
+            )
+        lp = _check_logprobs(logprobs)
+        k = lp.shape[1]
+        kept_k = k if top_k is None else check_top_k(top_k, k)
+        kept = lp[:, :kept_k]
+        if self.method == "label_smoothing" and kept_k == 1 and self.value:
+            raise ValueError("Label smoothing needs at least two kept tokens to share delta with, got k = 1.")
+        head = self._rescale(kept)
+        if estimator != "bucket":
+            return head, None
+        if tail_logprob is None:
+            raise ValueError(
+                "The estimator 'bucket' needs `tail_logprob`, the log of the teacher's mass outside the k."
+            )
+        tail = _check_tail(tail_logprob, lp)
+        # The tail is exact and the k values are rounded, so the k share what the tail leaves: rows sum to 1 exactly.
+        share = _log1mexp(tail) - _logsumexp(lp)
+        new_tail = np.logaddexp(tail, share + _logsumexp(lp[:, kept_k:])) if kept_k < k else tail
+        head_mass = share + _logsumexp(kept) if kept_k < k else _log1mexp(tail)
+        return head + head_mass[:, None], new_tail
+
+    def _rescale(self, kept: np.ndarray) -> np.ndarray:
+        """Log of the rescaled distribution over the kept tokens, float64 [positions, k]."""
+        value = self.value
+        if self.method == "probability_temperature":
+            assert value is not None
+            scaled = np.exp(kept) / value
+        elif self.method == "logit_temperature":
+            assert value is not None
+            scaled = kept / value
+        else:
+            scaled = kept
+        log_target = scaled - _logsumexp(scaled)[:, None]
+        if self.method != "label_smoothing" or not value:
+            return log_target
+        target = np.exp(log_target)
+        # Where rank 1 holds less than delta (large k only) it gives what it has: a probability cannot go below 0.
+        moved = np.minimum(value, target[:, 0])
+        target[:, 0] -= moved
+        target[:, 1:] += (moved / (target.shape[1] - 1))[:, None]
+        with np.errstate(divide="ignore"):
+            return np.log(target)
+
+
+def check_top_k(top_k: int, k: int) -> int:
+    if isinstance(top_k, bool) or not isinstance(top_k, int | np.integer) or not 1 <= top_k <= k:
+        raise ValueError(f"`top_k` must be an integer from 1 to the {k} tokens kept in the cache, got {top_k!r}.")
+    return int(top_k)
