@@ -1,0 +1,101 @@
+"""The sparse KL estimators on dense logits: short, differentiable by autograd to any order, exact in float64."""
+
+import torch
+
+from .inputs import SparseKLOutput, check_options, check_targets
+
+
+def sparse_kl_reference(
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    log_target: torch.Tensor,
+    *,
+    tail_log_target: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    estimator: str = "topk",
+    ce_weight: float = 0.0,
+) -> SparseKLOutput:
+    r"""
+    KL(target || student) for a target known on a few token ids, from the full student logits.
+
+    With `t` the target on the kept ids, `b` its tail mass and `p = softmax(logits)`:
+
+    - `"topk"`, `"sampled"`: `sum_i t_i log(t_i / p_i)`, `p` over the full vocabulary.
+    - `"bucket"`: the same plus `b log(b / p_tail)`, where `p_tail` is the student's mass outside the kept ids.
+    - `"renormalized"`: `sum_i t_i log(t_i / q_i)`, `q` the student's softmax over the kept ids only.
+
+    This is what [`fused_sparse_kl`] computes without ever holding `[N, V]`; use it to check, to differentiate twice,
+    or where memory does not matter.
+
+    Args:
+        logits (`torch.Tensor` of shape `(N, V)`):
+            Student logits, after scale and soft-capping. Computed in float32 at least, in float64 for float64 logits.
+        ids (`torch.Tensor` of shape `(N, k)`, int64):
+            Kept token ids.
+        log_target (`torch.Tensor` of shape `(N, k)`):
+            Recalibrated target log-probabilities in nats. An entry of `-inf` is padding: its id is ignored and counts
+            as not kept.
+        tail_log_target (`torch.Tensor` of shape `(N,)`, *optional*):
+            Log of the target's mass outside the kept ids; required by, and only for, `"bucket"`.
+        labels (`torch.Tensor` of shape `(N,)`, int64, *optional*):
+            Hard labels, for `ce_weight > 0` and for the statistics.
+        estimator (`str`, *optional*, defaults to `"topk"`):
+            `"topk"`, `"bucket"`, `"renormalized"` or `"sampled"`.
+        ce_weight (`float`, *optional*, defaults to `0.0`):
+            `w` in `(1 - w) * KL + w * CE`.
+
+    Returns:
+        [`SparseKLOutput`]
+
+    Raises:
+        `ValueError`: on ids or labels outside the vocabulary, repeated ids, or a target whose mass is not 1.
+    """
+    check_options(estimator, ce_weight, tail_log_target, labels)
+    vocab_size = logits.shape[1]
+    check_targets(ids, log_target, vocab_size, tail_log_target=tail_log_target, labels=labels)
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    kept = log_target > -torch.inf
+    log_target = log_target.to(logits.dtype).masked_fill(~kept, 0.0)
+    target = log_target.exp() * kept
+
+    log_p = logits.log_softmax(-1)
+    inside = torch.zeros_like(logits, dtype=torch.int64).scatter_add(1, ids, kept.long()) > 0
+    # The smallest finite number instead of -inf: gradients of a row without any outside token stay finite.
+    log_tail = log_p.masked_fill(inside, torch.finfo(logits.dtype).min).logsumexp(-1)
+
+    log_student = log_p.gather(1, ids)
+    if estimator == "renormalized":
+        log_student = log_student.masked_fill(~kept, -torch.inf).log_softmax(-1)
+    log_student = log_student.masked_fill(~kept, 0.0)
+    teacher_entropy = -(target * log_target).sum(-1)
+    student_cross_entropy = -(target * log_student).sum(-1)
+    if estimator == "bucket" and tail_log_target is not None:
+        has_tail = tail_log_target > -torch.inf
+        tail_log_target = tail_log_target.to(logits.dtype).masked_fill(~has_tail, 0.0)
+        tail = tail_log_target.exp() * has_tail
+        teacher_entropy = teacher_entropy - tail * tail_log_target
+        student_cross_entropy = student_cross_entropy - tail * log_tail.masked_fill(~has_tail, 0.0)
+    kl = (student_cross_entropy - teacher_entropy).sum()
+
+    nan = logits.new_full((), torch.nan)
+    loss, cross_entropy, num_correct = kl, nan, nan
+    if labels is not None:
+        cross_entropy = -log_p.gather(1, labels[:, None]).sum()
+        num_correct = (logits.gather(1, labels[:, None])[:, 0] >= logits.amax(-1)).sum().to(logits.dtype)
+        if ce_weight > 0:
+            loss = (1 - ce_weight) * kl + ce_weight * cross_entropy
+    if estimator == "renormalized":
+        student_entropy = -(log_student.exp() * kept * log_student).sum()
+    else:
+        student_entropy = torch.special.entr(log_p.exp()).sum()
+    return SparseKLOutput(
+        loss=loss,
+        kl=kl.detach(),
+        cross_entropy=cross_entropy.detach(),
+        teacher_entropy=teacher_entropy.sum().detach(),
+        student_entropy=student_entropy.detach(),
+        mass_outside=log_tail.exp().sum().detach(),
+        num_correct=num_correct.detach(),
+        num_tokens=logits.new_tensor(float(logits.shape[0])),
+    )
