@@ -1,0 +1,150 @@
+"""Clients of the server run in their own process: they read `HF_ENDPOINT` and `HF_HOME` when they are imported."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from .server import HubServer
+
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+# Runs before anything else in the client (Python imports it at start-up): records each host that is looked up or
+# connected to, and refuses all but the loopback interface, so that no test can reach a real host by mistake.
+_GUARD = """
+import ipaddress, os, socket, sys
+
+def _check(host):
+    text = host.decode() if isinstance(host, bytes) else str(host)
+    with open(os.environ["CONTACTED_HOSTS"], "a") as file:
+        file.write(text + "\\n")
+    try:
+        loopback = ipaddress.ip_address(text).is_loopback
+    except ValueError:
+        loopback = text == "localhost"
+    if not loopback:
+        raise socket.gaierror(socket.EAI_NONAME, f"host {text} is off limits in tests")
+
+def _audit(event, args):
+    if event in ("socket.getaddrinfo", "socket.gethostbyname"):
+        _check(args[0] or "127.0.0.1")
+    elif event == "socket.connect" and args[0].family in (socket.AF_INET, socket.AF_INET6):
+        _check(args[1][0])
+
+sys.addaudithook(_audit)
+"""
+
+
+@dataclass
+class ClientResult:
+    returncode: int
+    stdout: str
+    stderr: str
+    home: Path
+    contacted_hosts: set[str]
+
+    @property
+    def output(self) -> str:
+        return self.stdout + self.stderr
+
+
+class Client:
+    """A client process and the folder that is its `HF_HOME`, home and working directory."""
+
+    def __init__(self, process: subprocess.Popen[str], home: Path) -> None:
+        self.process = process
+        self.home = home
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def wait(self, timeout_s: float = 300, check: bool = True) -> ClientResult:
+        try:
+            stdout, stderr = self.process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
+        hosts = set((self.home / "contacted_hosts.txt").read_text().split())
+        result = ClientResult(self.process.returncode, stdout, stderr, self.home, hosts)
+        if check and result.returncode != 0:
+            raise AssertionError(f"the client failed ({result.returncode}):\n{result.output}")
+        return result
+
+
+def client_environment(server: HubServer, home: Path, env: dict[str, str] | None = None) -> dict[str, str]:
+    """Environment of a client: the server as its Hub, nothing of this process's Hugging Face settings."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    (home / "site").mkdir(parents=True, exist_ok=True)
+    (home / "site" / "sitecustomize.py").write_text(_GUARD)
+    (home / "contacted_hosts.txt").touch()
+    return {
+        **kept,
+        "HOME": str(home),
+        "TMPDIR": str(home),
+        "HF_HOME": str(home / "hf"),
+        "HF_ENDPOINT": server.endpoint,
+        "HF_TOKEN": server.token,
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+        "OMP_NUM_THREADS": "1",
+        # Whatever is not for the loopback interface goes to the server as to a proxy, which refuses and logs it: this
+        # also catches requests from compiled code, which the audit hook does not see.
+        **dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), server.endpoint),
+        **dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1,localhost"),
+        "CONTACTED_HOSTS": str(home / "contacted_hosts.txt"),
+        "PYTHONPATH": os.pathsep.join([str(home / "site"), str(REPOSITORY)]),
+        **(env or {}),
+    }
+
+
+def start_client(
+    code_or_script: str | Path,
+    server: HubServer,
+    env: dict[str, str] | None = None,
+    home: Path | None = None,
+    args: tuple[str, ...] = (),
+) -> Client:
+    """Start Python code (a string) or a script (a path) as a client of the server.
+
+    Args:
+        home (`Path`, *optional*): Folder of an earlier client whose caches are used again; by default a fresh one.
+        env (`dict[str, str]`, *optional*): Overrides; `{"HF_HUB_DISABLE_XET": "1"}` is the LFS mode. An empty
+            `HF_TOKEN` is no token.
+    """
+    home = home or Path(tempfile.mkdtemp(prefix="client-", dir=server.objects.root.parent))
+    command = [sys.executable] + (["-c", code_or_script] if isinstance(code_or_script, str) else [str(code_or_script)])
+    process = subprocess.Popen(
+        [*command, *args],
+        env=client_environment(server, home, env),
+        cwd=home,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    return Client(process, home)
+
+
+def run_client(
+    code_or_script: str | Path,
+    server: HubServer,
+    env: dict[str, str] | None = None,
+    home: Path | None = None,
+    args: tuple[str, ...] = (),
+    timeout_s: float = 300,
+    check: bool = True,
+) -> ClientResult:
+    """Run a client to its end, see [`start_client`]; with `check`, a failing client fails the test with its output."""
+    return start_client(code_or_script, server, env, home, args).wait(timeout_s, check)
+
+
+def forget_client(result: ClientResult) -> None:
+    """Remove what a client left behind."""
+    shutil.rmtree(result.home, ignore_errors=True)
