@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -91,41 +91,75 @@ def _scores(z: np.ndarray, y: np.ndarray, temperature: float, n_bins: int) -> di
     }
 
 
-def _slope(z: np.ndarray, y: np.ndarray, beta: float) -> tuple[float, float]:
-    """First and second derivative of the mean NLL in beta = 1 / T, in which it is convex."""
-    finite = np.where(np.isfinite(z), z, 0.0)
-    p = np.exp(beta * z - np.logaddexp.reduce(beta * z, axis=1)[:, None])
-    mean = (p * finite).sum(axis=1)
-    variance = (p * np.square(finite - mean[:, None])).sum(axis=1)
-    return float(np.mean(mean - z[np.arange(len(y)), y])), float(variance.mean())
-
-
-def newton_in_bracket(slope: Any, low: float, high: float, start: float = 1.0) -> float:
+def search_temperature(
+    scores: Callable[[float], dict[str, float]],
+    n: int,
+    *,
+    objective: str = "nll",
+    low: float = _MIN_TEMPERATURE,
+    high: float = _MAX_TEMPERATURE,
+) -> TemperatureFit:
     """
-    Root of a rising function by Newton steps that never leave the bracket.
+    Minimise a score over the temperature; what [`fit_temperature`] does once the scores can be computed.
 
     Args:
-        slope (`Callable[[float], tuple[float, float]]`): value and derivative.
-        low, high (`float`): bracket; the nearer end is returned when there is no root inside.
-        start (`float`, *optional*, defaults to `1.0`): first point tried.
+        scores (`Callable[[float], dict]`):
+            `temperature`, `ece`, `nll` and `brier` at a temperature.
+        n (`int`):
+            Examples behind the scores.
+        objective (`str`, *optional*, defaults to `"nll"`):
+            `"nll"` or `"ece"`.
+        low, high (`float`, *optional*):
+            Range searched, `low < 1 < high`.
     """
-    if slope(low)[0] >= 0.0:
-        return low
-    if slope(high)[0] <= 0.0:
-        return high
-    x = start
-    for _ in range(200):
-        value, derivative = slope(x)
-        if value < 0.0:
-            low = x
+    if objective not in ("nll", "ece"):
+        raise ValueError(f"`objective` must be 'nll' or 'ece', got {objective!r}.")
+    raw = scores(1.0)
+    # Steps count from T = 1, so that the identity is one of the values tried.
+    steps = np.arange(math.ceil(math.log(low) / 0.1), math.floor(math.log(high) / 0.1) + 1) * 0.1
+    curve = [scores(float(np.exp(step))) for step in steps]
+    center = math.log(_best(curve, objective)["temperature"])
+    start, end = max(center - 0.1, math.log(low)), min(center + 0.1, math.log(high))
+    if objective == "nll":
+        # The NLL is convex in 1/T, hence has one valley in log T, and the curve has bracketed it.
+        fitted = scores(math.exp(_golden_section(lambda step: scores(math.exp(step))["nll"], start, end)))
+    else:
+        fine = np.clip(center + np.arange(-20, 21) * 0.005, start, end)
+        curve += [scores(float(np.exp(step))) for step in fine]
+        fitted = _best(curve, "ece")
+    temperature = fitted["temperature"]
+    at_boundary = not low * 1.01 < temperature < high / 1.01
+    messages = []
+    if n < _SMALL_N:
+        messages.append(f"Only {n} examples: below {_SMALL_N} the fitted temperature is noisy.")
+    if fitted["ece"] >= raw["ece"]:
+        messages.append(f"T = {temperature:.4g} does not improve the ECE ({raw['ece']:.4f} -> {fitted['ece']:.4f}).")
+    if at_boundary:
+        messages.append(f"T = {temperature:.4g} is at the end of the range {low:.4g} .. {high:.4g}.")
+    for message in messages:
+        warnings.warn(message, UserWarning, stacklevel=3)
+    before, after = ({name: s[name] for name in ("ece", "nll", "brier")} for s in (raw, fitted))
+    return TemperatureFit(temperature, objective, n, before, after, curve, at_boundary, messages)
+
+
+def _golden_section(f: Callable[[float], float], low: float, high: float, tolerance: float = 1e-9) -> float:
+    ratio = (math.sqrt(5.0) - 1.0) / 2.0
+    a, b = high - ratio * (high - low), low + ratio * (high - low)
+    fa, fb = f(a), f(b)
+    while high - low > tolerance:
+        if fa <= fb:
+            high, b, fb = b, a, fa
+            a = high - ratio * (high - low)
+            fa = f(a)
         else:
-            high = x
-        step = x - value / derivative if derivative > 0.0 else math.inf
-        following = step if low < step < high else 0.5 * (low + high)
-        if abs(following - x) <= 1e-12 * x:
-            return following
-        x = following
-    return x
+            low, a, fa = a, b, fb
+            b = low + ratio * (high - low)
+            fb = f(b)
+    return 0.5 * (low + high)
+
+
+def _best(curve: list[dict[str, float]], objective: str) -> dict[str, float]:
+    return min(curve, key=lambda s: (round(s[objective], 12), round(abs(math.log(s["temperature"])), 9)))
 
 
 def fit_temperature(logits: Any, labels: Any, *, objective: str = "nll", n_bins: int = 10) -> TemperatureFit:
@@ -138,8 +172,8 @@ def fit_temperature(logits: Any, labels: Any, *, objective: str = "nll", n_bins:
         labels (`array-like` of shape `[N]`):
             Integer class ids.
         objective (`str`, *optional*, defaults to `"nll"`):
-            `"nll"` finds the exact minimum (convex in 1/T). `"ece"` searches a grid, T = 0.05 .. 20 in steps of 5 percent
-            and then of 0.5 percent around the best; between equals the T nearest 1 (in log) wins. It is noisier.
+            `"nll"` finds the exact minimum. `"ece"` searches a grid, T = 0.05 .. 20 in steps of 0.1 of log T and then of
+            0.005 around the best; between equals the T nearest 1 (in log) wins. It is noisier.
         n_bins (`int`, *optional*, defaults to `10`):
             Bins of the ECE.
 
@@ -165,45 +199,7 @@ def fit_temperature(logits: Any, labels: Any, *, objective: str = "nll", n_bins:
 
     ```
     """
-    if objective not in ("nll", "ece"):
-        raise ValueError(f"`objective` must be 'nll' or 'ece', got {objective!r}.")
     if n_bins < 1:
         raise ValueError(f"`n_bins` must be >= 1, got {n_bins}.")
     z, y = _check(logits, labels)
-    raw = _scores(z, y, 1.0, n_bins)
-    low, high = math.log(_MIN_TEMPERATURE), math.log(_MAX_TEMPERATURE)
-    if objective == "nll":
-        beta = newton_in_bracket(lambda b: _slope(z, y, b), 1.0 / _MAX_TEMPERATURE, 1.0 / _MIN_TEMPERATURE)
-        around = np.exp(np.linspace(low, high, 41))
-        curve = [_scores(z, y, float(t), n_bins) for t in around]
-        fitted = _scores(z, y, 1.0 / beta, n_bins)
-    else:
-        # Steps count from T = 1, so that the identity is one of the values tried.
-        steps = np.arange(math.ceil(low / 0.05), math.floor(high / 0.05) + 1) * 0.05
-        curve = [_scores(z, y, float(np.exp(s)), n_bins) for s in steps]
-        center = math.log(_best(curve, "ece")["temperature"])
-        fine = np.clip(center + np.arange(-10, 11) * 0.005, low, high)
-        curve += [_scores(z, y, float(np.exp(s)), n_bins) for s in fine]
-        fitted = _best(curve, "ece")
-    temperature = fitted["temperature"]
-    at_boundary = not _MIN_TEMPERATURE * 1.05 < temperature < _MAX_TEMPERATURE / 1.05
-    messages = []
-    if len(y) < _SMALL_N:
-        messages.append(f"Only {len(y)} examples: below {_SMALL_N} the fitted temperature is noisy.")
-    if fitted["ece"] >= raw["ece"]:
-        messages.append(f"T = {temperature:.4g} does not improve the ECE ({raw['ece']:.4f} -> {fitted['ece']:.4f}).")
-    if at_boundary:
-        messages.append(f"T = {temperature:.4g} is at the end of the range {_MIN_TEMPERATURE} .. {_MAX_TEMPERATURE}.")
-    for message in messages:
-        warnings.warn(message, UserWarning, stacklevel=2)
-
-    def drop_temperature(s: dict[str, float]) -> dict[str, float]:
-        return {name: s[name] for name in ("ece", "nll", "brier")}
-
-    return TemperatureFit(
-        temperature, objective, len(y), drop_temperature(raw), drop_temperature(fitted), curve, at_boundary, messages
-    )
-
-
-def _best(curve: list[dict[str, float]], objective: str) -> dict[str, float]:
-    return min(curve, key=lambda s: (round(s[objective], 12), round(abs(math.log(s["temperature"])), 9)))
+    return search_temperature(lambda t: _scores(z, y, t, n_bins), len(y), objective=objective)

