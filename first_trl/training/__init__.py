@@ -1,0 +1,1 @@
+"""Distillation from a teacher cache: config, collator, fused head, trainer."""

@@ -1,0 +1,164 @@
+"""The cache on disk and on the Hub: parquet shards in `data/`, one manifest a split in `manifest/`."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.parquet as pq
+from datasets import Dataset, IterableDataset
+
+from .schema import Manifest, attach_manifest
+
+
+def manifest_path(folder: str | os.PathLike[str], split: str) -> Path:
+    return Path(folder) / "manifest" / f"{split}.json"
+
+
+def shard_path(folder: str | os.PathLike[str], split: str, index: int, count: int) -> Path:
+    return Path(folder) / "data" / f"{split}-{index:05d}-of-{count:05d}.parquet"
+
+
+def shard_paths(folder: str | os.PathLike[str], split: str) -> list[Path]:
+    return sorted((Path(folder) / "data").glob(f"{split}-*-of-*.parquet"))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """A reader sees the whole file or none of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def load_manifest(folder: str | os.PathLike[str], split: str = "train") -> Manifest:
+    """Raises `ValueError` when the folder holds no finished cache of that split."""
+    path = manifest_path(folder, split)
+    if not path.is_file():
+        found = sorted(p.stem for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
+        raise ValueError(
+            f"No teacher cache of split {split!r} in {folder}: {path} does not exist"
+            + (f" (splits there: {found})" if found else "")
+            + ". Capture it with `add_teacher_topk(..., output_dir=...)` or `first-trl precompute`; an interrupted "
+            "capture is finished by running the same command again."
+        )
+    return Manifest.from_json(path.read_text(encoding="utf-8"))
+
+
+def store_recalibration(folder: str | os.PathLike[str], split: str, method: str, fit: dict[str, Any]) -> None:
+    """Keep a fitted recalibration (value and curve) with the cache, where `recalibration_value=None` finds it."""
+    manifest = load_manifest(folder, split)
+    manifest.recalibration[method] = fit
+    write_atomically(manifest_path(folder, split), manifest.to_json())
+
+
+def load_teacher_cache(
+    path_or_repo: str | os.PathLike[str],
+    split: str = "train",
+    revision: str | None = None,
+    *,
+    streaming: bool = False,
+    token: str | None = None,
+) -> Dataset | IterableDataset:
+    """
+    Load a teacher cache from a folder or a Hub dataset repository, with its manifest attached.
+
+    Args:
+        path_or_repo (`str` or `os.PathLike`):
+            Folder written by [`add_teacher_topk`], or a Hub dataset id.
+        split (`str`, *optional*, defaults to `"train"`):
+            Split of the cache.
+        revision (`str`, *optional*):
+            Branch, tag or commit on the Hub. The load is pinned to the commit it resolves to.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Return an [`~datasets.IterableDataset`] that reads rows as they are needed.
+        token (`str`, *optional*):
+            Hub token, for private repositories.
+
+    Returns:
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`].
+
+    Raises:
+        `ValueError`: The folder holds no finished cache of that split, a shard is missing, or the manifest is of
+            another format.
+
+    Example:
+
+    ```python
+    >>> from first_trl import load_teacher_cache, verify_teacher_cache
+
+    >>> cache = load_teacher_cache("outputs/teacher-cache")
+    >>> verify_teacher_cache(cache, tokenizer)
+    ```
+    """
+    folder = Path(path_or_repo)
+    if folder.is_dir():
+        manifest = load_manifest(folder, split)
+        files = complete_shards(folder, split)
+        source: str = "parquet"
+        options: dict[str, Any] = {"data_files": {split: [str(file) for file in files]}}
+    else:
+        if os.sep in str(path_or_repo) and str(path_or_repo).count("/") != 1:
+            raise ValueError(
+                f"{path_or_repo} is neither a folder nor a Hub dataset id ('name/repository'). Check the path."
+            )
+        manifest, commit = _hub_manifest(str(path_or_repo), split, revision, token)
+        source, options = str(path_or_repo), {"revision": commit, "token": token}
+    dataset = datasets.load_dataset(source, split=split, streaming=streaming, **options)
+    if streaming:
+        dataset.info.description = json.dumps({"first_trl_manifest": json.loads(manifest.to_json())})
+        return dataset
+    if len(dataset) != manifest.counts.get("rows", len(dataset)):
+        raise ValueError(
+            f"{path_or_repo} holds {len(dataset)} rows of split {split!r}, its manifest says "
+            f"{manifest.counts['rows']}. Pull or capture the cache again."
+        )
+    return attach_manifest(dataset, manifest)
+
+
+def complete_shards(folder: str | os.PathLike[str], split: str) -> list[Path]:
+    """Every shard of a finished split in order; `ValueError` naming the ones that are missing."""
+    files = shard_paths(folder, split)
+    if not files:
+        raise ValueError(f"No shards of split {split!r} in {Path(folder) / 'data'}. Pull or capture the cache again.")
+    count = int(files[0].stem.rsplit("-", 1)[1])
+    expected = [shard_path(folder, split, index, count) for index in range(count)]
+    missing = sorted({file.name for file in expected} - {file.name for file in files})
+    surplus = sorted({file.name for file in files} - {file.name for file in expected})
+    if missing or surplus:
+        raise ValueError(
+            f"Shards of split {split!r} in {folder}: missing {missing}, not of this capture {surplus}. Run the capture "
+            "again to finish it, or pull the cache again."
+        )
+    return expected
+
+
+def cache_size(folder: str | os.PathLike[str], split: str) -> dict[str, float]:
+    """Bytes of the shards: the whole file, and the compressed teacher columns alone."""
+    total, teacher = 0, 0
+    for file in shard_paths(folder, split):
+        total += file.stat().st_size
+        metadata = pq.ParquetFile(file).metadata
+        for group in range(metadata.num_row_groups):
+            for index in range(metadata.num_columns):
+                column = metadata.row_group(group).column(index)
+                if column.path_in_schema.split(".")[0].startswith("teacher_"):
+                    teacher += column.total_compressed_size
+    return {"bytes": total, "teacher_bytes": teacher}
+
+
+def _hub_manifest(repo_id: str, split: str, revision: str | None, token: str | None) -> tuple[Manifest, str]:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import EntryNotFoundError
+
+    api = HfApi(token=token)
+    commit = str(api.dataset_info(repo_id, revision=revision).sha)
+    try:
+        file = api.hf_hub_download(repo_id, f"manifest/{split}.json", repo_type="dataset", revision=commit)
+    except EntryNotFoundError as error:
+        raise ValueError(
+            f"{repo_id} at {commit} holds no manifest for split {split!r}: it is no teacher cache, or was pushed "
+            "without `first-trl cache push`."
+        ) from error
+    return Manifest.from_json(Path(file).read_text(encoding="utf-8")), commit

@@ -1,0 +1,187 @@
+"""Checks on the rows of a teacher cache: structure, numbers, digests, tokenizer."""
+
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from .schema import (
+    CACHE_ID,
+    REQUIRED_COLUMNS,
+    CacheBatch,
+    iterate_batches,
+    read_manifest,
+    split_cache_id,
+    supervised_positions,
+    tokenizer_fingerprint,
+)
+
+
+# Largest |1 - (kept mass + tail mass)| that rounding explains: float16 keeps 11 bits of a log-probability, so a
+# probability near exp(-1) is off by up to 2^-12 relative, and the errors of k entries can add up.
+_MASS_TOLERANCE = {"float16": 4e-3, "float32": 1e-4, "float64": 1e-4}
+
+
+def verify_teacher_cache(
+    dataset: Dataset,
+    processing_class: Any = None,
+    *,
+    head_size: int | None = None,
+    batch_size: int = 1000,
+) -> None:
+    """
+    Check the rows of a teacher cache. Any subset or reordering of a sound cache passes; whether rows are *missing* is
+    a question about the stored folder, answered by `first-trl cache verify`.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Dataset with the teacher columns.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The student's tokenizer. Its fingerprint must equal the one the cache was captured with.
+        head_size (`int`, *optional*):
+            Rows of the student's output head. Every cached id must exist in it.
+        batch_size (`int`, *optional*, defaults to `1000`):
+            Rows read at a time.
+
+    Raises:
+        `ValueError`: Names what is wrong, the first row where it is, and how to mend it.
+    """
+    missing = [name for name in REQUIRED_COLUMNS if name not in dataset.column_names]
+    if missing:
+        raise ValueError(
+            f"Missing teacher cache columns {missing}; the dataset has {dataset.column_names}. Make them with "
+            "`add_teacher_topk(dataset, teacher, processing_class)` or load a cache with `load_teacher_cache`."
+        )
+    if len(dataset) == 0:
+        raise ValueError("The teacher cache is empty: no row to train on. Check the filter or slice that made it.")
+
+    fingerprint = None if processing_class is None else tokenizer_fingerprint(processing_class)
+    k: int | None = None
+    first_row = 0
+    positions = 0
+    for batch in iterate_batches(dataset, batch_size):
+        k = _check_batch(batch, first_row, k, fingerprint, head_size)
+        positions += len(batch.tail_logprob)
+        first_row += batch.num_rows
+    if positions == 0:
+        raise ValueError(
+            "All labels are masked (-100): the cache has no supervised position. Leave the completion's labels "
+            "unmasked before the capture."
+        )
+    manifest = read_manifest(dataset)
+    if manifest is not None and manifest.k != k:
+        raise ValueError(f"The manifest says k={manifest.k} but the rows hold {k} entries a position.")
+
+
+def _check_batch(
+    batch: CacheBatch, first_row: int, k: int | None, fingerprint: str | None, head_size: int | None
+) -> int:
+    def fail(row: int, what: str) -> None:
+        raise ValueError(f"Row {first_row + row} of the teacher cache: {what}")
+
+    if not np.array_equal(batch.offsets, batch.label_offsets):
+        row = int(np.flatnonzero(np.diff(batch.offsets) != np.diff(batch.label_offsets))[0])
+        fail(row, "`labels` and `input_ids` differ in length. Capture the row again.")
+
+    for cache_id in dict.fromkeys(batch.cache_ids):
+        row = batch.cache_ids.index(cache_id)
+        if not cache_id:
+            fail(row, f"`{CACHE_ID}` is empty, so its teacher and tokenizer are unknown. Capture it again.")
+        _, cached_fingerprint = split_cache_id(cache_id)
+        if fingerprint is not None and cached_fingerprint != fingerprint:
+            fail(
+                row,
+                f"the cache was captured with tokenizer {cached_fingerprint}, the student's tokenizer is "
+                f"{fingerprint}: the same ids would mean other tokens. Use the teacher's tokenizer (a student of the "
+                "same family), or capture a cache with this tokenizer.",
+            )
+
+    mask = supervised_positions(batch.labels, batch.offsets[:-1])
+    row_of_token = np.repeat(np.arange(batch.num_rows), np.diff(batch.offsets))
+    expected = np.bincount(row_of_token[mask], minlength=batch.num_rows)
+    for name, offsets in (
+        ("teacher_topk_ids", batch.entry_offsets),
+        ("teacher_topk_logprobs", batch.logprob_offsets),
+        ("teacher_tail_logprob", batch.tail_offsets),
+    ):
+        wrong = np.flatnonzero(np.diff(offsets) != expected)
+        if len(wrong):
+            row = int(wrong[0])
+            fail(
+                row,
+                f"`{name}` has {np.diff(offsets)[row]} entries for {expected[row]} supervised positions (labels other "
+                "than -100 after the first token). Labels changed after the capture, or the columns come from "
+                "another row; capture it again.",
+            )
+    unequal = np.flatnonzero(mask & (batch.labels != batch.input_ids))
+    if len(unequal):
+        fail(
+            int(row_of_token[unequal[0]]),
+            "a label differs from the token it stands at. `labels[t]` must be `input_ids[t]` or -100: the trainer "
+            "does the shift.",
+        )
+
+    row_of_entry = np.repeat(np.arange(batch.num_rows), expected)
+    if len(row_of_entry):
+        k = int(batch.topk_lengths[0]) if k is None else k
+        wrong = np.flatnonzero((batch.topk_lengths != k) | (batch.logprob_lengths != k))
+        if len(wrong):
+            fail(int(row_of_entry[wrong[0]]), f"a position holds another number of entries than {k}.")
+        if k < 1:
+            fail(int(row_of_entry[0]), "a position holds no entry (k = 0).")
+        _check_numbers(batch, k, row_of_entry, head_size, fail)
+
+    wrong = np.flatnonzero(batch.row_digests() != batch.digests)
+    if len(wrong):
+        fail(
+            int(wrong[0]),
+            "its contents differ from what was captured (digest mismatch): tokens, labels, ids or log-probabilities "
+            "were edited, damaged, or exchanged with another row's. Pull or capture the cache again.",
+        )
+    return k if k is not None else 0
+
+
+def _check_numbers(batch: CacheBatch, k: int, row_of_entry: np.ndarray, head_size: int | None, fail: Any) -> None:
+    ids = batch.ids.reshape(-1, k)
+    stored_dtype = str(batch.logprobs.dtype)
+    logprobs = batch.logprobs.reshape(-1, k).astype(np.float64)
+    tail = batch.tail_logprob.astype(np.float64)
+
+    def first(bad: np.ndarray) -> int | None:
+        where = np.flatnonzero(bad.any(axis=-1) if bad.ndim > 1 else bad)
+        return int(where[0]) if len(where) else None
+
+    checks = (
+        (
+            np.isnan(logprobs),
+            "`teacher_topk_logprobs` holds NaN. The teacher's forward overflowed: capture in bf16/fp32.",
+        ),
+        (np.isnan(tail), "`teacher_tail_logprob` is NaN. Capture it again."),
+        (logprobs > 0, "`teacher_topk_logprobs` holds a positive value: not log-probabilities (logits, perhaps?)."),
+        (tail > 0, "`teacher_tail_logprob` is positive: not a log-probability."),
+        (np.diff(logprobs, axis=1) > 0, "`teacher_topk_logprobs` is not sorted from most to least likely."),
+        (ids < 0, "`teacher_topk_ids` holds a negative id."),
+        (np.diff(np.sort(ids, axis=1), axis=1) == 0, "`teacher_topk_ids` repeats an id."),
+    )
+    for bad, what in checks:
+        entry = first(bad)
+        if entry is not None:
+            fail(int(row_of_entry[entry]), what)
+    with np.errstate(invalid="ignore"):
+        mass = np.exp(logprobs).sum(axis=1) + np.exp(tail)
+    entry = first(np.abs(mass - 1) > _MASS_TOLERANCE[stored_dtype] * max(1.0, k / 16))
+    if entry is not None:
+        fail(
+            int(row_of_entry[entry]),
+            f"kept and tail mass add up to {mass[entry]:.4f} instead of 1: the log-probabilities are not those of a "
+            "full-vocabulary softmax at temperature 1.",
+        )
+    if head_size is not None:
+        entry = first(ids >= head_size)
+        if entry is not None:
+            absent = np.unique(ids[ids >= head_size])[:10].tolist()
+            fail(
+                int(row_of_entry[entry]),
+                f"cached ids {absent} do not exist in the student's head of {head_size} rows. Resize the student's "
+                "embeddings, or use a student of the teacher's family.",
+            )
