@@ -216,10 +216,9 @@ class FirstDistillTrainer(SFTTrainer):
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns: list[str] | None
         super()._set_signature_columns_if_needed()
-        columns = self._signature_columns or []
-        self._signature_columns = [*columns, *(name for name in ENTRY_COLUMNS if name not in columns)]
+        columns: Any = self._signature_columns
+        columns.extend(name for name in ENTRY_COLUMNS if name not in columns)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
