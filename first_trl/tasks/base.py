@@ -1,0 +1,280 @@
+"""What a task is: rows of a benchmark as prompt, completion, choices and gold, and the registry that finds it by name."""
+
+import dataclasses
+import difflib
+import importlib
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from datasets import Dataset, Features, List, ReadInstruction, Value
+from transformers import PreTrainedTokenizerBase
+
+from .source import read_rows
+
+
+# Name -> "module:class", imported on first use: reading one benchmark does not load what another one needs.
+_TASKS = {
+    "alpaca": "alpaca:Alpaca",
+    "arc": "arc:Arc",
+    "boolq": "boolq:BoolQ",
+    "commonsense_qa": "commonsense_qa:CommonsenseQA",
+    "digits": "digits:Digits",
+    "mmlu": "mmlu:MMLU",
+    "noisy_world": "noisy_world:NoisyWorld",
+    "openbook_qa": "openbook_qa:OpenBookQA",
+}
+
+FEATURES = Features(
+    {
+        "id": Value("string"),
+        "prompt": Value("string"),
+        "completion": Value("string"),
+        "choices": List(Value("string")),
+        "gold": Value("int64"),
+        "group": Value("string"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """
+    One row of a task, before it gets its `id`.
+
+    Attributes:
+        prompt (`str`): Text the model reads.
+        completion (`str` or `None`): Gold answer exactly as it is appended to `prompt`. `None` when the row has no
+            gold answer (`gold == -1` and there are choices).
+        choices (`tuple[str, ...]`): Answers as they are appended to `prompt`; empty for free text.
+        gold (`int`): Index of the right answer in `choices`, -1 when there is none.
+        group (`str`): Key of rows that belong together (a concept, a subject), `""` when the benchmark has none.
+        posterior (`tuple[float, ...]` or `None`): True probability of every choice, where it is known.
+    """
+
+    prompt: str
+    completion: str | None
+    choices: tuple[str, ...] = ()
+    gold: int = -1
+    group: str = ""
+    posterior: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class TaskSplit:
+    """
+    The rows of one split, and what became of the rows that were read.
+
+    `n_read == len(dataset) + n_dropped + n_not_selected` always holds.
+
+    Attributes:
+        dataset ([`~datasets.Dataset`]): Columns `id` (`str`), `prompt` (`str`), `completion` (`str`, null where a row
+            is unlabelled), `choices` (`list[str]`), `gold` (`int64`, -1 = none), `group` (`str`) and, where the true
+            distribution over the choices is known, `posterior` (`list[float64]`).
+        n_read (`int`): Rows of the source, after a slice such as `"train[:90%]"`.
+        n_not_selected (`int`): Usable rows left out because of `limit`.
+        reasons (`dict[str, int]`): Why rows were dropped, with the count of each reason.
+    """
+
+    dataset: Dataset
+    n_read: int
+    n_not_selected: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def n_dropped(self) -> int:
+        """Rows dropped, over all reasons."""
+        return sum(self.reasons.values())
+
+
+class DropRow(Exception):
+    """Raised while reading a row that cannot be used and may be left out; its text is the reason that is counted."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    Base of all tasks. The fields of the subclass are the options that [`get_task`] accepts.
+
+    A subclass either implements [`~Task.example`] for rows that come from the Hub or a file, or overrides
+    [`~Task.rows`] when it makes its own.
+    """
+
+    name: ClassVar[str]
+    hub_id: ClassVar[str | None] = None
+    # Our split name -> the name on the Hub.
+    splits: ClassVar[dict[str, str]] = {}
+    # Splits of a benchmark that come without answers.
+    unlabelled_splits: ClassVar[tuple[str, ...]] = ()
+    # A split of the original release may be spread over one file per subject.
+    many_files: ClassVar[bool] = False
+
+    @property
+    def hub_config(self) -> str | None:
+        """Configuration of the Hub dataset, also the sub-folder looked for in a local copy."""
+        return None
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """Tokenizer that belongs to a generated task; `None` for text that any tokenizer reads."""
+        return None
+
+    def example(self, row: dict[str, Any], *, split: str) -> Example:
+        """Turns one source row into an [`Example`]; raises `ValueError` or [`DropRow`] with the reason alone."""
+        raise NotImplementedError
+
+    def rows(
+        self, split: str, path: str | None, revision: str | None, seed: int
+    ) -> Iterable[tuple[str, dict[str, Any] | Example]]:
+        """Yields `(where, row)`: `where` names the row in error messages."""
+        return read_rows(
+            path or self.hub_id or "",
+            split=split,
+            hub_split=self.splits[split],
+            config=self.hub_config,
+            revision=revision,
+            many_files=self.many_files,
+        )
+
+    def load(
+        self,
+        split: str,
+        path: str | None = None,
+        revision: str | None = None,
+        limit: int | None = None,
+        seed: int = 0,
+    ) -> TaskSplit:
+        """
+        Reads one split.
+
+        Args:
+            split (`str`):
+                Name of the split, with an optional slice in the notation of `datasets`: `"train"`,
+                `"train[:90%]"`, `"validation[100:200]"`. The slice counts source rows, before any is dropped.
+            path (`str`, *optional*):
+                Hub dataset id, or local file or folder in the benchmark's original format (`.jsonl`, `.json`, `.csv`,
+                each also gzipped, or `.parquet`). Defaults to the benchmark's own repository on the Hub.
+            revision (`str`, *optional*):
+                Commit, tag or branch of the Hub dataset.
+            limit (`int`, *optional*):
+                Keep this many rows, drawn at random without replacement, in source order.
+            seed (`int`, *optional*, defaults to `0`):
+                Seed of that draw; for a generated task, also of the world that is generated.
+
+        Returns:
+            [`TaskSplit`]
+
+        Raises:
+            `ValueError`: for an unknown split, a missing file, a malformed row (its place is named), or no rows.
+        """
+        match = re.fullmatch(r"([^\[\]]+)(\[[^\[\]]*\])?", split)
+        name = match.group(1) if match else split
+        if name not in self.splits:
+            raise ValueError(f"Task {self.name!r} has no split {split!r}.{_nearest(name, self.splits)}")
+        if limit is not None and limit < 1:
+            raise ValueError(f"`limit` must be at least 1, got {limit}.")
+        if revision is not None and self.hub_id is None:
+            raise ValueError(f"Task {self.name!r} is generated, so `revision` has no meaning; remove it.")
+        if path is not None and self.hub_id is None:
+            raise ValueError(f"Task {self.name!r} is generated, so `path` has no meaning; remove it.")
+        source = list(enumerate(self.rows(name, path, revision, seed)))
+        if name != split:
+            source = _slice(source, name, split)
+        kept: list[dict[str, Any]] = []
+        reasons: Counter[str] = Counter()
+        seen: dict[str, str] = {}
+        for index, (where, row) in source:
+            try:
+                example = row if isinstance(row, Example) else self.example(row, split=name)
+            except DropRow as error:
+                reasons[str(error)] += 1
+                continue
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+            row_id = (row.get("id") if isinstance(row, dict) else None) or f"{self.name}-{name}-{index}"
+            if row_id in seen:
+                raise ValueError(
+                    f"{where}: id {row_id!r} was already used by {seen[row_id]}. Predictions are joined by id, so ids "
+                    "must be unique; rename one of them or remove the duplicate row."
+                )
+            seen[row_id] = where
+            kept.append({"id": str(row_id), **{k: v for k, v in vars(example).items() if v is not None}})
+        if not kept:
+            raise ValueError(
+                f"Split {split!r} of task {self.name!r} has no usable rows ({len(source)} read, dropped: "
+                f"{dict(reasons)}). Give another split, or a file with rows."
+            )
+        n_usable = len(kept)
+        if limit is not None and limit < n_usable:
+            chosen = np.sort(np.random.default_rng(seed).choice(n_usable, size=limit, replace=False))
+            kept = [kept[i] for i in chosen]
+        features = FEATURES
+        if "posterior" in kept[0]:
+            features = Features({**FEATURES, "posterior": List(Value("float64"))})
+        # `from_list` takes the columns of the first row, and an unlabelled row has no completion.
+        columns = {name: [row.get(name) for row in kept] for name in features}
+        dataset = Dataset.from_dict(columns, features=features)
+        return TaskSplit(dataset, len(source), n_usable - len(kept), dict(reasons))
+
+    @classmethod
+    def from_options(cls, **options: Any) -> Self:
+        """Builds the task, refusing options it does not have."""
+        known = [option.name for option in dataclasses.fields(cls)]
+        for option in options:
+            if option not in known:
+                raise ValueError(f"Task {cls.name!r} has no option {option!r}.{_nearest(option, known)}")
+        return cls(**options)
+
+
+def get_task(name: str, **options: Any) -> Task:
+    """
+    Finds a task by name.
+
+    Args:
+        name (`str`): One of [`list_tasks`].
+        options: Options of that task, for example `template`.
+
+    Raises:
+        `ValueError`: when the name or an option is unknown; the message names the nearest known one.
+
+    Example:
+
+    ```python
+    >>> from first_trl.tasks import get_task
+    >>> split = get_task("noisy_world").load("test", limit=2)
+    >>> split.dataset[0]["choices"][:2]
+    [' hammer', ' saw']
+    ```
+    """
+    if name not in _TASKS:
+        raise ValueError(f"There is no task {name!r}.{_nearest(name, _TASKS)}")
+    module, class_name = _TASKS[name].split(":")
+    task_class = getattr(importlib.import_module(f"first_trl.tasks.{module}"), class_name)
+    return task_class.from_options(**options)
+
+
+def list_tasks() -> list[str]:
+    """Names that [`get_task`] knows, sorted."""
+    return sorted(_TASKS)
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    known = sorted(known)
+    if not known:
+        return " It has none."
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"{hint} Known: {', '.join(known)}."
+
+
+def _slice(source: list[Any], name: str, spec: str) -> list[Any]:
+    try:
+        parts = ReadInstruction.from_spec(spec).to_absolute({name: len(source)})
+    except (ValueError, AssertionError) as error:
+        raise ValueError(
+            f"Cannot read the slice of split {spec!r} ({len(source)} rows): {error} Write it as in "
+            f"'{name}[:90%]' or '{name}[100:200]'."
+        ) from None
+    return [row for part in parts for row in source[part.from_ : part.to]]

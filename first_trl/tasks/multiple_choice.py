@@ -1,0 +1,118 @@
+"""What the lettered multiple-choice benchmarks share: one template, letters by position, and the checks of a row."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from .base import Example, Task
+from .template import check_template
+
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+TEMPLATE = "{question}\nAnswer Choices:\n{choices}\nAnswer:"
+
+
+@dataclass(frozen=True)
+class MultipleChoice(Task):
+    """
+    A question with lettered options.
+
+    The default prompt, with the completion `" B"`:
+
+    ```text
+    What do people use to absorb extra ink from a pen?
+    Answer Choices:
+    (A) shirt pocket
+    (B) blotter
+    Answer:
+    ```
+
+    Letters are given by position, whatever the labels of the source are (`1` to `4` in some ARC rows). Byte-pair
+    tokenizers of the GPT-2 kind have `" B"` as one token. Where it is two (some sentencepiece and all
+    character-level vocabularies split it into `"▁"` and `"B"`), end the prompt just before the letter:
+    `template="{question}\\nAnswer Choices:\\n{choices}\\nAnswer: ("` with `completion="{letter}"`.
+
+    Attributes:
+        template (`str`): The prompt; fields `{question}`, `{choices}` (one `(A) text` line each) and `{group}`
+            (subject or concept).
+        completion (`str`): What is appended for an answer; fields `{letter}` and `{text}`.
+    """
+
+    template: str = TEMPLATE
+    completion: str = " {letter}"
+
+    n_choices: ClassVar[tuple[int, int]]
+
+    def __post_init__(self) -> None:
+        check_template("template", self.template, ("question", "choices", "group"), ("question",))
+        check_template("completion", self.completion, ("letter", "text"), ())
+        if "{" not in self.completion:
+            raise ValueError(
+                f"`completion` {self.completion!r} is the same for every answer; use {{letter}} or {{text}}."
+            )
+
+    def fill(self, question: str, texts: list[str], gold: int, group: str = "") -> Example:
+        """Writes prompt and completions for a checked question; `gold` is -1 when unknown."""
+        question = question.strip()
+        texts = [text.strip() for text in texts]
+        if not question:
+            raise ValueError("the question is empty")
+        low, high = self.n_choices
+        if not low <= len(texts) <= high:
+            wanted = f"{low}" if low == high else f"{low} to {high}"
+            raise ValueError(f"{len(texts)} choices, expected {wanted}")
+        for letter, text in zip(LETTERS, texts, strict=False):
+            if not text:
+                raise ValueError(f"choice {letter} is empty")
+        lines = "\n".join(f"({letter}) {text}" for letter, text in zip(LETTERS, texts, strict=False))
+        choices = tuple(
+            self.completion.format(letter=letter, text=text) for letter, text in zip(LETTERS, texts, strict=False)
+        )
+        return Example(
+            prompt=self.template.format(question=question, choices=lines, group=group),
+            completion=choices[gold] if gold >= 0 else None,
+            choices=choices,
+            gold=gold,
+            group=group,
+        )
+
+
+def labelled_choices(choices: Any, answer_key: str | None, *, gold_required: bool) -> tuple[list[str], int]:
+    """
+    Reads labelled choices in the original form (`[{"label", "text"}, ...]`) or the Hub's (`{"label": [...], "text":
+    [...]}`).
+
+    Returns:
+        `tuple[list[str], int]`: the texts in order, and the index of `answer_key` among the labels (-1 when there is
+        no key and none is required).
+
+    Raises:
+        `ValueError`: when labels repeat, or the key is missing or not among them.
+    """
+    if isinstance(choices, Mapping):
+        labels, texts = list(required(choices, "label")), list(required(choices, "text"))
+        if len(labels) != len(texts):
+            raise ValueError(f"{len(labels)} choice labels for {len(texts)} choice texts")
+    elif isinstance(choices, list) and all(isinstance(choice, Mapping) for choice in choices):
+        labels = [required(choice, "label") for choice in choices]
+        texts = [required(choice, "text") for choice in choices]
+    else:
+        raise ValueError("`choices` must be a list of {label, text}, or {label: [...], text: [...]}")
+    labels = [str(label).strip() for label in labels]
+    if len(set(labels)) != len(labels):
+        raise ValueError(f"choice labels repeat: {labels}")
+    key = str(answer_key or "").strip()
+    if key in labels:
+        return [str(text) for text in texts], labels.index(key)
+    if key:
+        raise ValueError(f"answerKey {key!r} is not among the labels {labels}")
+    if gold_required:
+        raise ValueError("answerKey is missing, and this split must have one")
+    return [str(text) for text in texts], -1
+
+
+def required(row: Mapping[str, Any], field: str) -> Any:
+    """Value of a field that must be there."""
+    if row.get(field) is None:
+        raise ValueError(f"field {field!r} is missing (the row has: {', '.join(row)})")
+    return row[field]

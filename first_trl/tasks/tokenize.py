@@ -1,0 +1,290 @@
+"""
+Rows of text -> `input_ids` and `labels`.
+
+A prompt always gets the tokens it has when it stands alone, because that is what the model reads at evaluation; the
+completion gets the tokens that follow when both are tokenized together. Special tokens that the tokenizer puts in
+front (`<bos>`) are kept once; those it puts behind a text are left off, since a prompt is not the end of a text.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from datasets import Dataset, Features, List, Value
+from transformers import PreTrainedTokenizerBase
+
+
+IGNORE_INDEX = -100
+
+Supervise = Literal["completion", "all"]
+OnOverflow = Literal["error", "drop", "truncate_prompt_left", "truncate_right"]
+
+_SUPERVISE = ("completion", "all")
+_ON_OVERFLOW = ("error", "drop", "truncate_prompt_left", "truncate_right")
+# Values of the helper column that tells what became of a row.
+_KEPT, _TRUNCATED, _OVERFLOW, _NOTHING_LEFT = range(4)
+_REASONS = {
+    _OVERFLOW: "longer than max_length",
+    _NOTHING_LEFT: "no completion token left within max_length",
+}
+
+
+@dataclass(frozen=True)
+class TokenizedSplit:
+    """
+    Tokenized rows, and what became of the rows that went in.
+
+    `n_in == n_out + n_dropped` always holds.
+
+    Attributes:
+        dataset ([`~datasets.Dataset`]): Columns `input_ids` and `labels` (both `list[int32]`; `labels[t]` is
+            `input_ids[t]` where supervised and -100 elsewhere), `id` and `group` (`str`).
+        n_in (`int`): Rows that went in.
+        n_truncated (`int`): Rows that were shortened and kept.
+        n_retokenized (`int`): Rows whose completion would have merged with the end of the prompt into one token. The
+            completion of such a row is tokenized on its own.
+        reasons (`dict[str, int]`): Why rows were dropped, with the count of each reason.
+    """
+
+    dataset: Dataset
+    n_in: int
+    n_truncated: int = 0
+    n_retokenized: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def n_out(self) -> int:
+        """Rows that came out."""
+        return len(self.dataset)
+
+    @property
+    def n_dropped(self) -> int:
+        """Rows dropped, over all reasons."""
+        return sum(self.reasons.values())
+
+
+def encode_prompts(processing_class: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """
+    Token ids of prompts as the model reads them: leading special tokens once, no trailing ones.
+
+    Args:
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer.
+        prompts (`Sequence[str]`): Texts.
+
+    Returns:
+        `list[list[int]]`: one list of ids per prompt, without padding.
+
+    Raises:
+        `ValueError`: when all prompts are empty.
+    """
+    if not prompts:
+        return []
+    probe = next((prompt for prompt in prompts if prompt), None)
+    if probe is None:
+        raise ValueError("All prompts are empty: there is nothing for the model to read.")
+    return _encode(processing_class, prompts, _leading_special_tokens(processing_class, probe))
+
+
+def encode_pairs(
+    processing_class: PreTrainedTokenizerBase, prompts: Sequence[str], completions: Sequence[str]
+) -> tuple[list[list[int]], list[list[int] | None]]:
+    """
+    Token ids of prompts, and of what each completion adds to its prompt.
+
+    Args:
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer.
+        prompts (`Sequence[str]`): Texts, as many as `completions`.
+        completions (`Sequence[str]`): Texts appended to the prompts.
+
+    Returns:
+        `tuple`: ids of the prompts, and ids of the completions; `None` where the ids of prompt + completion do not
+        begin with those of the prompt, so that no boundary between the two exists.
+    """
+    joint = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+    if not all(completions):
+        raise ValueError("A completion is empty; remove the row.")
+    if not joint:
+        return [], []
+    front = _leading_special_tokens(processing_class, joint[0])
+    prompt_ids = _encode(processing_class, prompts, front)
+    joint_ids = _encode(processing_class, joint, front)
+    completion_ids = [
+        both[len(prompt) :] if both[: len(prompt)] == prompt else None
+        for prompt, both in zip(prompt_ids, joint_ids, strict=True)
+    ]
+    return prompt_ids, completion_ids
+
+
+def tokenize_rows(
+    dataset: Dataset,
+    processing_class: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = None,
+    append_eos: bool = False,
+    supervise: Supervise = "completion",
+    on_overflow: OnOverflow = "drop",
+) -> TokenizedSplit:
+    """
+    Tokenizes the `prompt` and `completion` columns for training.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Rows with `prompt` and `completion` (`str`); `id` and `group` are kept where there are any.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer.
+        max_length (`int`, *optional*):
+            Longest sequence, in tokens. `None` sets no bound.
+        append_eos (`bool`, *optional*, defaults to `False`):
+            Whether to end each row with the end-of-sequence token, which is supervised.
+        supervise (`str`, *optional*, defaults to `"completion"`):
+            `"completion"` masks the prompt's labels with -100, `"all"` masks none. The first token of a row is never
+            a target either way.
+        on_overflow (`str`, *optional*, defaults to `"drop"`):
+            What happens to a row longer than `max_length`: `"error"`, `"drop"`, `"truncate_prompt_left"` (cut the
+            start of the prompt behind the leading special tokens; a row whose completion alone is too long is
+            dropped) or `"truncate_right"` (cut the end; a row with nothing of its completion left is dropped). All
+            rows cut or dropped are counted.
+
+    Returns:
+        [`TokenizedSplit`]
+
+    Raises:
+        `ValueError`: for an empty dataset, a missing column, an empty or missing completion, an unknown choice of
+        `supervise` or `on_overflow`, or when no row is left.
+    """
+    if supervise not in _SUPERVISE:
+        raise ValueError(f"`supervise` must be one of {', '.join(_SUPERVISE)}; got {supervise!r}.")
+    if on_overflow not in _ON_OVERFLOW:
+        raise ValueError(f"`on_overflow` must be one of {', '.join(_ON_OVERFLOW)}; got {on_overflow!r}.")
+    if max_length is not None and max_length < 2:
+        raise ValueError(f"`max_length` must be at least 2 (one token to read, one to predict), got {max_length}.")
+    if append_eos and processing_class.eos_token_id is None:
+        raise ValueError(
+            "`append_eos=True` needs a tokenizer with an `eos_token`; set one or pass `append_eos=False`."
+        )
+    for column in ("prompt", "completion"):
+        if column not in dataset.column_names:
+            raise ValueError(f"The dataset has no column {column!r} (it has {', '.join(dataset.column_names)}).")
+    if len(dataset) == 0:
+        raise ValueError("The dataset is empty: there is no row to tokenize.")
+
+    kept_columns = [column for column in ("id", "group") if column in dataset.column_names]
+    ids = List(Value("int32"))
+    tokenized = dataset.map(
+        _tokenize_batch,
+        batched=True,
+        with_indices=True,
+        remove_columns=[column for column in dataset.column_names if column not in kept_columns],
+        features=Features(
+            {column: dataset.features[column] for column in kept_columns}
+            | {"input_ids": ids, "labels": ids, "_fate": Value("int8"), "_retokenized": Value("bool")}
+        ),
+        fn_kwargs={
+            "processing_class": processing_class,
+            "max_length": max_length,
+            "append_eos": append_eos,
+            "supervise": supervise,
+            "on_overflow": on_overflow,
+        },
+        desc="Tokenizing rows",
+    )
+    fates = tokenized["_fate"][:]
+    counts = Counter(fates)
+    rows = [i for i, fate in enumerate(fates) if fate in (_KEPT, _TRUNCATED)]
+    reasons = {reason: counts[fate] for fate, reason in _REASONS.items() if counts[fate]}
+    if not rows:
+        raise ValueError(
+            f"All {len(dataset)} rows were dropped ({reasons}). Raise `max_length` (now {max_length}) or choose an "
+            "`on_overflow` that truncates."
+        )
+    n_retokenized = sum(flag for i, flag in enumerate(tokenized["_retokenized"][:]) if fates[i] in (_KEPT, _TRUNCATED))
+    tokenized = tokenized.remove_columns(["_fate", "_retokenized"])
+    if len(rows) < len(tokenized):
+        tokenized = tokenized.select(rows)
+    return TokenizedSplit(tokenized, len(dataset), counts[_TRUNCATED], n_retokenized, reasons)
+
+
+def _tokenize_batch(
+    batch: dict[str, list[Any]],
+    indices: list[int],
+    *,
+    processing_class: PreTrainedTokenizerBase,
+    max_length: int | None,
+    append_eos: bool,
+    supervise: str,
+    on_overflow: str,
+) -> dict[str, list[Any]]:
+    names = batch.get("id") or [f"row {i}" for i in indices]
+    prompts, completions = batch["prompt"], batch["completion"]
+    for name, prompt, completion in zip(names, prompts, completions, strict=True):
+        if not isinstance(prompt, str):
+            raise ValueError(f"{name}: the prompt is {prompt!r}, not a text.")
+        if not isinstance(completion, str) or not completion:
+            raise ValueError(
+                f"{name}: the completion is {'empty' if completion == '' else 'missing'}. Rows without an answer "
+                "cannot be trained on; use a labelled split or remove them."
+            )
+    n_front = len(_leading_special_tokens(processing_class, prompts[0] + completions[0]))
+    all_prompt_ids, all_completion_ids = encode_pairs(processing_class, prompts, completions)
+    output: dict[str, list[Any]] = {"input_ids": [], "labels": [], "_fate": [], "_retokenized": []}
+    for name, completion, prompt_ids, joint_completion_ids in zip(
+        names, completions, all_prompt_ids, all_completion_ids, strict=True
+    ):
+        completion_ids = joint_completion_ids
+        if completion_ids is None:
+            completion_ids = list(processing_class(completion, add_special_tokens=False)["input_ids"])
+        if not completion_ids:
+            raise ValueError(f"{name}: the completion {completion!r} has no tokens in this tokenizer; remove the row.")
+        if append_eos:
+            completion_ids = [*completion_ids, processing_class.eos_token_id]
+        fate = _KEPT
+        excess = len(prompt_ids) + len(completion_ids) - max_length if max_length is not None else 0
+        if excess > 0:
+            if on_overflow == "error":
+                raise ValueError(
+                    f"{name}: {len(prompt_ids) + len(completion_ids)} tokens, `max_length` is {max_length}. Raise it, "
+                    "or choose another `on_overflow`."
+                )
+            prompt_ids, completion_ids, fate = _shorten(prompt_ids, completion_ids, excess, n_front, on_overflow)
+        labels = prompt_ids if supervise == "all" else [IGNORE_INDEX] * len(prompt_ids)
+        output["input_ids"].append([*prompt_ids, *completion_ids])
+        output["labels"].append([*labels, *completion_ids])
+        output["_fate"].append(fate)
+        output["_retokenized"].append(joint_completion_ids is None)
+    return output
+
+
+def _shorten(
+    prompt_ids: list[int], completion_ids: list[int], excess: int, n_front: int, on_overflow: str
+) -> tuple[list[int], list[int], int]:
+    if on_overflow == "truncate_prompt_left":
+        # A token has to be left to predict the first completion token from.
+        if len(prompt_ids) - excess < max(n_front, 1):
+            return prompt_ids, completion_ids, _OVERFLOW
+        return prompt_ids[:n_front] + prompt_ids[n_front + excess :], completion_ids, _TRUNCATED
+    if on_overflow == "truncate_right":
+        if excess >= len(completion_ids):
+            return prompt_ids, completion_ids, _NOTHING_LEFT
+        return prompt_ids, completion_ids[:-excess], _TRUNCATED
+    return prompt_ids, completion_ids, _OVERFLOW
+
+
+def _encode(processing_class: PreTrainedTokenizerBase, texts: Sequence[str], front: list[int]) -> list[list[int]]:
+    encoded = processing_class(list(texts), add_special_tokens=False)["input_ids"]
+    # A prompt written with a chat template may already start with <bos>.
+    return [list(ids) if front and ids[: len(front)] == front else front + list(ids) for ids in encoded]
+
+
+def _leading_special_tokens(processing_class: PreTrainedTokenizerBase, probe: str) -> list[int]:
+    """Special tokens put in front of a text; `probe` is a non-empty text that the tokenizer can read."""
+    with_special = list(processing_class(probe, add_special_tokens=True)["input_ids"])
+    bare = list(processing_class(probe, add_special_tokens=False)["input_ids"])
+    for start in range(len(with_special) - len(bare) + 1):
+        if with_special[start : start + len(bare)] == bare:
+            return with_special[:start]
+    raise ValueError(
+        f"Cannot tell which special tokens this tokenizer puts in front of a text: {probe[:40]!r} has the tokens "
+        f"{with_special[:20]} with them and {bare[:20]} without. Use a tokenizer whose special tokens leave the text's "
+        "own alone."
+    )
