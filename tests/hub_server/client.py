@@ -1,12 +1,13 @@
 """Clients of the server run in their own process: they read `HF_ENDPOINT` and `HF_HOME` when they are imported."""
 
+import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .server import HubServer
 
@@ -59,21 +60,38 @@ class Client:
         self.process = process
         self.home = home
 
+    def ask(self, message: object) -> Any:
+        """Send one line of JSON to a client that answers each with one: saves the start of a process per question."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps(message) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise AssertionError(f"the client went away:\n{self.wait(check=False).output}")
+        return json.loads(answer)
+
     def kill(self) -> None:
         self.process.kill()
         self.process.communicate()
 
     def wait(self, timeout_s: float = 300, check: bool = True) -> ClientResult:
         try:
-            stdout, stderr = self.process.communicate(timeout=timeout_s)
+            stdout, _ = self.process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
             self.kill()
             raise
+        stderr = (self.home / "stderr.txt").read_text(errors="replace")
         hosts = set((self.home / "contacted_hosts.txt").read_text().split())
         result = ClientResult(self.process.returncode, stdout, stderr, self.home, hosts)
         if check and result.returncode != 0:
             raise AssertionError(f"the client failed ({result.returncode}):\n{result.output}")
         return result
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
 
 
 def client_environment(server: HubServer, home: Path, env: dict[str, str] | None = None) -> dict[str, str]:
@@ -120,15 +138,18 @@ def start_client(
     """
     home = home or Path(tempfile.mkdtemp(prefix="client-", dir=server.objects.root.parent))
     command = [sys.executable] + (["-c", code_or_script] if isinstance(code_or_script, str) else [str(code_or_script)])
-    process = subprocess.Popen(
-        [*command, *args],
-        env=client_environment(server, home, env),
-        cwd=home,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    environment = client_environment(server, home, env)
+    # A file, not a pipe: nobody reads it while the client runs, and a full pipe would stop the client.
+    with open(home / "stderr.txt", "w") as stderr:
+        process = subprocess.Popen(
+            [*command, *args],
+            env=environment,
+            cwd=home,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        )
     return Client(process, home)
 
 
@@ -143,8 +164,3 @@ def run_client(
 ) -> ClientResult:
     """Run a client to its end, see [`start_client`]; with `check`, a failing client fails the test with its output."""
     return start_client(code_or_script, server, env, home, args).wait(timeout_s, check)
-
-
-def forget_client(result: ClientResult) -> None:
-    """Remove what a client left behind."""
-    shutil.rmtree(result.home, ignore_errors=True)

@@ -1,0 +1,433 @@
+"""Sharing on the Hugging Face Hub: datasets and folders go up in one commit, folders come down pinned to one.
+
+A push may be interrupted, repeated and raced by other writers: it is committed once, it replaces what it names and
+nothing else, and what was already sent is not sent again.
+"""
+
+import re
+import tempfile
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datasets import Dataset, DatasetDict
+from datasets.features.features import require_decoding
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
+
+from .hub_dataset_card import merge_dataset_card
+from .hub_session import DEFAULT_RETRY_POLICY, HubSession, RepoType, RetryPolicy, is_offline
+
+
+__all__ = [
+    "DEFAULT_RETRY_POLICY",
+    "PulledFolder",
+    "RetryPolicy",
+    "pull_folder",
+    "push_dataset",
+    "push_folder",
+    "resolve_revision",
+]
+
+_CARD = "README.md"
+Tree = dict[str, RepoFile]
+
+
+class PulledFolder(NamedTuple):
+    """A downloaded repository: the folder (read-only, in the client's cache) and the commit it is a copy of."""
+
+    path: str
+    commit: str
+
+
+def push_dataset(
+    dataset: Dataset | DatasetDict,
+    repo_id: str,
+    *,
+    config_name: str = "default",
+    split: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    tag: str | None = None,
+    commit_message: str | None = None,
+    extra_files: Mapping[str, bytes | str | Path] | None = None,
+    max_shard_size: int = 500_000_000,
+    parquet_writer_kwargs: Mapping[str, Any] | None = None,
+    token: str | None = None,
+    retry_policy: RetryPolicy = DEFAULT_RETRY_POLICY,
+) -> str:
+    """Push a dataset as Parquet shards, its card and further files in one commit.
+
+    A [`~datasets.Dataset`] replaces one split of the config, a [`~datasets.DatasetDict`] the whole config; other
+    configs stay, in the files and in the card's metadata, also when several writers push at the same time. Unlike
+    [`datasets.Dataset.push_to_hub`], the commit survives server errors and lost answers without being made twice. An
+    unchanged dataset makes no commit. Load what was pushed with
+    `load_dataset(repo_id, config_name, revision=<the returned commit>)`.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.DatasetDict`]):
+            What to push. Columns that hold files (images, audio) are refused.
+        repo_id (`str`):
+            `"namespace/name"`; created if it does not exist.
+        config_name (`str`, defaults to `"default"`):
+            Config (subset) of the dataset repository.
+        split (`str`, *optional*):
+            Name of the split of a [`~datasets.Dataset`]; defaults to its own, else `"train"`.
+        private (`bool`, *optional*):
+            Visibility of a repository that is created. `True` for a repository that exists and is public is an error.
+        revision (`str`, *optional*):
+            Branch to push to, created from `main` if it does not exist.
+        tag (`str`, *optional*):
+            Tag to set on the commit.
+        commit_message (`str`, *optional*):
+            First line of the commit.
+        extra_files (`dict[str, bytes | str | Path]`, *optional*):
+            Path in the repository -> content (`bytes`) or local file, sent in the same commit. A `README.md` becomes
+            the card; `configs` and `dataset_info` of its metadata are filled in.
+        max_shard_size (`int`, defaults to `500_000_000`):
+            Bytes of one shard, before compression.
+        parquet_writer_kwargs (`dict`, *optional*):
+            Passed to [`datasets.Dataset.to_parquet`], e.g. `{"compression": "zstd"}`.
+        token (`str`, *optional*):
+            Hub token; defaults to the one of `hf auth login` or `HF_TOKEN`.
+        retry_policy ([`RetryPolicy`], *optional*):
+            Bounds of the retries of each step.
+
+    Returns:
+        `str`: The commit that holds the dataset.
+
+    Raises:
+        `ValueError`: Something the caller can mend: token, permissions, names, features that do not fit the config.
+        `RuntimeError`: The Hub did not manage within the bounds.
+    """
+    splits = _splits(dataset, split)
+    if not re.fullmatch(r"[\w.-]+", config_name) or config_name == "data":
+        raise ValueError(f"config_name is {config_name!r}; use letters, digits, '_', '-' and '.', and not 'data'.")
+    data_dir = "data" if config_name == "default" else config_name
+    extra = _contents(extra_files or {}, data_dir)
+    session = HubSession(repo_id, "dataset", token, retry_policy, write=True)
+    branch = _open_repo(session, private, revision)
+
+    shards: dict[str, list[CommitOperationAdd]] = {}
+    with tempfile.TemporaryDirectory(prefix="first_trl-push-") as folder:
+        for name, part in splits.items():
+            count = 1 + int(part.data.nbytes * (len(part) / max(1, len(part.data))) / max_shard_size)
+            for index in range(count):
+                path = Path(folder) / f"{name}-{index:05d}-of-{count:05d}.parquet"
+                shard = part.shard(count, index, contiguous=True) if count > 1 else part
+                shard.to_parquet(path, **(parquet_writer_kwargs or {}))
+                # Each shard is finished on its own, so that an interrupted push goes on after the last finished one.
+                addition = CommitOperationAdd(f"{data_dir}/{path.name}", path)
+                _upload(session, branch, [addition])
+                shards.setdefault(name, []).append(addition)
+                if addition.path_or_fileobj == b"":  # how the client says that it no longer needs the file
+                    path.unlink()
+
+        additions = [addition for parts in shards.values() for addition in parts]
+        uploaded_paths = {addition.path_in_repo for addition in additions}
+        replaced = "" if isinstance(dataset, DatasetDict) else f"{next(iter(splits))}-"
+
+        def other_operations(head: str, tree: Tree) -> list[CommitOperationAdd | CommitOperationDelete]:
+            inside = {path: file for path, file in tree.items() if path.startswith(f"{data_dir}/")}
+            stale = [
+                path
+                for path in inside
+                if path.startswith(f"{data_dir}/{replaced}")
+                and path.endswith(".parquet")
+                and path not in uploaded_paths
+            ]
+            kept_size = sum(
+                file.size
+                for path, file in inside.items()
+                if path.endswith(".parquet") and path not in stale and path not in uploaded_paths
+            )
+            current = None
+            if _CARD in tree:
+                local = session.api.hf_hub_download(repo_id, _CARD, repo_type="dataset", revision=head)
+                current = Path(local).read_text(encoding="utf-8")
+            card = merge_dataset_card(
+                current,
+                extra[_CARD].decode("utf-8") if _CARD in extra else None,
+                config_name,
+                data_dir,
+                splits,
+                download_size=kept_size + sum(addition.upload_info.size for addition in additions),
+                replace_config=isinstance(dataset, DatasetDict),
+            )
+            files = {**extra, _CARD: card.encode("utf-8")}
+            deletions = [CommitOperationDelete(path) for path in stale]
+            return [*(CommitOperationAdd(path, content) for path, content in files.items()), *deletions]
+
+        commit = _commit(session, branch, commit_message or f"Upload {config_name}", additions, other_operations)
+    if tag:
+        _tag(session, tag, commit, uploaded_paths)
+    return commit
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    repo_type: RepoType = "model",
+    private: bool | None = None,
+    revision: str | None = None,
+    tag: str | None = None,
+    commit_message: str | None = None,
+    space_sdk: str | None = None,
+    token: str | None = None,
+    retry_policy: RetryPolicy = DEFAULT_RETRY_POLICY,
+) -> str:
+    """Push every file of a folder in one commit. Files of the repository that the folder does not have stay.
+
+    Args:
+        folder (`str` or `Path`):
+            Local folder; what is below `.git` and `.cache/huggingface` is left out.
+        repo_id (`str`):
+            `"namespace/name"`; created if it does not exist.
+        repo_type (`str`, defaults to `"model"`):
+            `"model"`, `"dataset"` or `"space"`.
+        space_sdk (`str`, *optional*):
+            `"gradio"`, `"docker"` or `"static"`; needed when a Space has to be created.
+        private, revision, tag, commit_message, token, retry_policy:
+            As in [`push_dataset`].
+
+    Returns:
+        `str`: The commit that holds the folder.
+
+    Raises:
+        `ValueError`: Something the caller can mend: folder, token, permissions, names.
+        `RuntimeError`: The Hub did not manage within the bounds.
+    """
+    folder = Path(folder)
+    paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    paths = list(filter_repo_objects(paths, ignore_patterns=[*DEFAULT_IGNORE_PATTERNS, "**/__pycache__/**", "*.pyc"]))
+    if not paths:
+        raise ValueError(f"There is nothing to push: {str(folder)!r} is no folder or has no files.")
+    session = HubSession(repo_id, repo_type, token, retry_policy, write=True)
+    branch = _open_repo(session, private, revision, space_sdk)
+    additions = [CommitOperationAdd(path, folder / path) for path in paths]
+    _upload(session, branch, additions, free_memory=False)
+    commit = _commit(session, branch, commit_message or "Upload folder", additions, lambda head, tree: [])
+    if tag:
+        _tag(session, tag, commit, set(paths))
+    return commit
+
+
+def resolve_revision(
+    repo_id: str,
+    repo_type: RepoType = "dataset",
+    revision: str | None = None,
+    *,
+    token: str | None = None,
+    retry_policy: RetryPolicy = DEFAULT_RETRY_POLICY,
+) -> str:
+    """The commit that a branch or tag stands for now; loads pinned to it do not change under a running experiment.
+
+    Raises:
+        `ValueError`: Repository or revision do not exist or may not be seen.
+        `RuntimeError`: The Hub did not manage within the bounds.
+    """
+    return _head(HubSession(repo_id, repo_type, token, retry_policy), revision)
+
+
+def pull_folder(
+    repo_id: str,
+    *,
+    repo_type: RepoType = "dataset",
+    revision: str | None = None,
+    allow_patterns: list[str] | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | None = None,
+    retry_policy: RetryPolicy = DEFAULT_RETRY_POLICY,
+) -> PulledFolder:
+    """Download a repository, or the files of it that match `allow_patterns`, as of one commit.
+
+    With `HF_HUB_OFFLINE=1` the copy in the client's cache is returned if there is one.
+
+    Returns:
+        [`PulledFolder`]: The local folder and the commit it is a copy of.
+
+    Raises:
+        `ValueError`: Repository or revision do not exist or may not be seen.
+        `RuntimeError`: The Hub did not manage within the bounds.
+    """
+    session = HubSession(repo_id, repo_type, token, retry_policy)
+    arguments: dict[str, Any] = {"repo_type": repo_type, "allow_patterns": allow_patterns, "cache_dir": cache_dir}
+    if is_offline():
+        path = session.api.snapshot_download(repo_id, revision=revision, local_files_only=True, **arguments)
+        return PulledFolder(path, Path(path).name)
+    commit = _head(session, revision)
+    tree = session.call("Listing the files", lambda: _tree(session, commit))
+    wanted = list(filter_repo_objects(tree, allow_patterns=allow_patterns))
+
+    def download() -> str:
+        path = session.api.snapshot_download(repo_id, revision=commit, **arguments)
+        # When the Hub fails in between, the client may return what it has so far instead of raising.
+        missing = [name for name in wanted if not _is_complete(Path(path) / name, tree[name].size)]
+        if missing:
+            raise ConnectionError(f"incomplete download, {len(missing)} files missing, e.g. {missing[0]}")
+        return str(path)
+
+    return PulledFolder(session.call("Downloading", download), commit)
+
+
+def _is_complete(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+def _splits(dataset: Dataset | DatasetDict, split: str | None) -> dict[str, Dataset]:
+    if isinstance(dataset, DatasetDict):
+        if split is not None:
+            raise ValueError("split only goes with a Dataset: a DatasetDict has its own split names.")
+        splits = {str(name): part for name, part in dataset.items()}
+    elif isinstance(dataset, Dataset):
+        splits = {split or str(dataset.split or "train"): dataset}
+    else:
+        raise ValueError(f"Cannot push a {type(dataset).__name__}; pass a Dataset or a DatasetDict.")
+    if not splits:
+        raise ValueError("The DatasetDict has no splits: there is nothing to push.")
+    for name, part in splits.items():
+        if not re.fullmatch(r"\w+(\.\w+)*", name):
+            raise ValueError(f"{name!r} is no name of a split; use letters, digits, '_' and '.', e.g. 'train'.")
+        if part.features != next(iter(splits.values())).features:
+            raise ValueError(f"The splits of one config need the same features; those of {name!r} differ.")
+        files = [
+            key for key, feature in part.features.items() if require_decoding(feature, ignore_decode_attribute=True)
+        ]
+        if files:
+            raise ValueError(f"The columns {files} hold files (images, audio); push those with Dataset.push_to_hub.")
+    return splits
+
+
+def _contents(files: Mapping[str, bytes | str | Path], data_dir: str) -> dict[str, bytes]:
+    contents = {}
+    for path, content in files.items():
+        if path.startswith(f"{data_dir}/") and path.endswith(".parquet"):
+            raise ValueError(f"extra_files: {path!r} would be taken for a shard of the dataset; use another name.")
+        contents[path] = content if isinstance(content, bytes) else Path(content).read_bytes()
+    return contents
+
+
+def _open_repo(session: HubSession, private: bool | None, revision: str | None, space_sdk: str | None = None) -> str:
+    """Make sure that the repository and the branch exist; returns the branch."""
+    api, repo_id, repo_type = session.api, session.repo_id, session.repo_type
+
+    def find() -> Any:
+        try:
+            return api.repo_info(repo_id, repo_type=repo_type)
+        except RepositoryNotFoundError:
+            return None
+
+    info = session.call("Looking for the repository", find)
+    if info is None:
+        if repo_type == "space" and space_sdk is None:
+            raise ValueError(f"The Space {repo_id} does not exist; to create it pass space_sdk, e.g. 'gradio'.")
+        session.call(
+            "Creating the repository",
+            lambda: api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True, space_sdk=space_sdk),
+        )
+    elif private and not info.private:
+        raise ValueError(
+            f"{repo_id} exists and is public, and private=True was asked for. Nothing was sent: make it private in its "
+            "settings, push to another name, or pass private=None to publish."
+        )
+    branch = revision or "main"
+    if re.fullmatch(r"[0-9a-f]{40}", branch):
+        raise ValueError("revision is a commit; a push goes to a branch. Name one, e.g. revision='main'.")
+    if branch != "main" and not branch.startswith("refs/"):
+        session.call(
+            "Creating the branch",
+            lambda: api.create_branch(repo_id, branch=branch, repo_type=repo_type, exist_ok=True),
+        )
+    return branch
+
+
+def _upload(session: HubSession, branch: str, additions: list[CommitOperationAdd], free_memory: bool = True) -> None:
+    """Send the content of large files; small ones travel inside the commit. Finished files are skipped on a retry."""
+    session.call(
+        "Uploading",
+        lambda: session.api.preupload_lfs_files(
+            session.repo_id, additions, repo_type=session.repo_type, revision=branch, free_memory=free_memory
+        ),
+    )
+
+
+def _commit(
+    session: HubSession,
+    branch: str,
+    message: str,
+    additions: list[CommitOperationAdd],
+    other_operations: Callable[[str, Tree], list[CommitOperationAdd | CommitOperationDelete]],
+) -> str:
+    """Commit on top of the current head, exactly once.
+
+    Each try names the head it was prepared for as its parent, so the Hub refuses it when another commit came in
+    between, be it somebody else's or our own whose answer was lost. Our own is recognised by a mark in its description.
+    """
+    mark = f"first_trl push {uuid.uuid4().hex}"
+    known: list[str] = []  # heads of earlier tries: commits up to them are older than this push
+
+    def attempt() -> str:
+        head = _sha(session, branch)
+        if known and head not in known:
+            for commit in session.api.list_repo_commits(session.repo_id, repo_type=session.repo_type, revision=branch):
+                if mark in commit.message:
+                    return commit.commit_id
+                if commit.commit_id in known:
+                    break
+        known.append(head)
+        tree = _tree(session, head)
+        for addition in additions:
+            # The client leaves out files that it found unchanged while uploading. Another writer may have changed them
+            # since: compare with this head.
+            file = tree.get(addition.path_in_repo)
+            addition._remote_oid = None if file is None else file.lfs.sha256 if file.lfs else file.blob_id
+        done = session.api.create_commit(
+            session.repo_id,
+            [*additions, *other_operations(head, tree)],
+            commit_message=message,
+            commit_description=mark,
+            repo_type=session.repo_type,
+            revision=branch,
+            parent_commit=head,
+        )
+        return str(done.oid)
+
+    return session.call("Committing", attempt, retry_conflicts=True)
+
+
+def _tag(session: HubSession, tag: str, commit: str, paths: set[str]) -> None:
+    """Tag the commit. A tag that exists is fine when the pushed files are the same there."""
+
+    def attempt() -> None:
+        try:
+            session.api.create_tag(session.repo_id, tag=tag, revision=commit, repo_type=session.repo_type)
+        except HfHubHTTPError as error:
+            if error.response.status_code != 409:
+                raise
+            there, here = _tree(session, tag), _tree(session, commit)
+            if any(path not in there or there[path].blob_id != here[path].blob_id for path in paths):
+                raise ValueError(
+                    f"The tag {tag!r} of {session.repo_id} exists and holds other data. The push itself is done "
+                    f"(commit {commit}): choose another tag, or delete that one first."
+                ) from None
+
+    session.call("Tagging", attempt)
+
+
+def _head(session: HubSession, revision: str | None) -> str:
+    return session.call("Looking up the revision", lambda: _sha(session, revision or "main"))
+
+
+def _sha(session: HubSession, revision: str) -> str:
+    return str(session.api.repo_info(session.repo_id, repo_type=session.repo_type, revision=revision).sha)
+
+
+def _tree(session: HubSession, revision: str) -> Tree:
+    entries = session.api.list_repo_tree(
+        session.repo_id, recursive=True, revision=revision, repo_type=session.repo_type
+    )
+    return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}

@@ -1,0 +1,280 @@
+"""Calls to the Hugging Face Hub: retried within bounds, and explained when they fail for good.
+
+The clients retry their data transfers but not the calls around them: creating a repository, reading its state, the
+commit itself (measured with huggingface_hub 2.4). A [`HubSession`] retries those. Whoever passes it a function promises
+that running the function again is harmless.
+"""
+
+import logging
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import Literal, TypeVar
+
+import httpx2
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from . import __version__
+
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+RepoType = Literal["model", "dataset", "space"]
+
+_TRANSIENT_STATUSES = {408, 425, 429, 500, 502, 503, 504}
+# Another writer was faster: 409 while its commit is in progress, 412 when our parent commit is no longer the head.
+_CONFLICT_STATUSES = {409, 412}
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """How long to insist. Waits grow twofold from `base_seconds`, with jitter, up to `max_wait_seconds` each.
+
+    Args:
+        max_attempts (`int`, defaults to `8`): Tries of one step, the first included.
+        base_seconds (`float`, defaults to `1.0`): Upper bound of the first wait.
+        max_wait_seconds (`float`, defaults to `60.0`): Upper bound of a wait that the Hub did not ask for.
+        max_total_seconds (`float`, defaults to `900.0`): No further try of a step starts after this long, and no
+            `Retry-After` that would end later is waited for.
+    """
+
+    max_attempts: int = 8
+    base_seconds: float = 1.0
+    max_wait_seconds: float = 60.0
+    max_total_seconds: float = 900.0
+
+    def wait_seconds(self, attempt: int) -> float:
+        """Wait after try number `attempt` (from 1): between half and the whole of the current bound."""
+        bound = min(self.max_wait_seconds, self.base_seconds * 2 ** (attempt - 1))
+        return bound * random.uniform(0.5, 1.0)
+
+
+DEFAULT_RETRY_POLICY = RetryPolicy()
+
+
+class HubSession:
+    """One repository, one token, one retry policy.
+
+    Args:
+        repo_id (`str`): `"namespace/name"`.
+        repo_type (`str`): `"model"`, `"dataset"` or `"space"`.
+        token (`str`, *optional*): Defaults to the one of `hf auth login` or `HF_TOKEN`.
+        retry_policy ([`RetryPolicy`]): Bounds of the retries of each step.
+        write (`bool`): Whether the session will write; then a token must exist.
+    """
+
+    def __init__(
+        self,
+        repo_id: str,
+        repo_type: RepoType,
+        token: str | None = None,
+        retry_policy: RetryPolicy = DEFAULT_RETRY_POLICY,
+        write: bool = False,
+    ) -> None:
+        if repo_type not in ("model", "dataset", "space"):
+            raise ValueError(f"repo_type is {repo_type!r}; use 'model', 'dataset' or 'space'.")
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+            raise ValueError(f"repo_id is {repo_id!r}; write it as 'namespace/name', e.g. 'alice/my-cache'.")
+        token = token or get_token()
+        if token is not None and not re.fullmatch(r"[!-~]+", token):
+            # Sent as it is, the HTTP library would refuse the header and quote it in the error.
+            raise ValueError(
+                "The Hub token has spaces, line breaks or non-ASCII characters in it (not shown here). Copy it again "
+                "from the settings page of the Hub, or log in with `hf auth login`."
+            )
+        if write and token is None:
+            raise ValueError(
+                f"Writing to {repo_id} needs a Hub token and there is none. Log in with `hf auth login`, set HF_TOKEN, "
+                "or pass token=..., with a token of the role 'write'."
+            )
+        self.repo_id = repo_id
+        self.repo_type = repo_type
+        self.retry_policy = retry_policy
+        # `False` keeps the client from looking for a token again: none was found.
+        self.api = HfApi(token=token or False, library_name="first_trl", library_version=__version__)
+        self._token = token
+
+    @property
+    def name(self) -> str:
+        return f"{self.repo_type} repository {self.repo_id}"
+
+    def call(self, doing: str, function: Callable[[], T], retry_conflicts: bool = False) -> T:
+        """Run `function` until it succeeds, fails for good, or the policy's bounds are reached.
+
+        Args:
+            doing (`str`): What is being done, for log and error texts.
+            function (`Callable`): The work. Must be harmless to repeat, also after its effect was achieved and only
+                the answer was lost.
+            retry_conflicts (`bool`): Whether 409 and 412 (a concurrent writer) are tried again too.
+
+        Raises:
+            `ValueError`: The caller can mend it: token, permissions, names.
+            `RuntimeError`: The Hub did not manage within the bounds, or refused for another reason.
+        """
+        policy = self.retry_policy
+        started = time.monotonic()
+        for attempt in range(1, policy.max_attempts + 1):
+            try:
+                return function()
+            except Exception as error:
+                failure = error
+            if not is_transient(failure, retry_conflicts):
+                raise self._explained(doing, failure) from None
+            # A conflict is over as soon as the other commit is: no reason to wait as long as for a server in trouble.
+            wait = max(policy.wait_seconds(1 if _status(failure) in _CONFLICT_STATUSES else attempt), 0.0)
+            wait = max(wait, retry_after_seconds(failure) or 0.0)
+            elapsed = time.monotonic() - started
+            if attempt == policy.max_attempts or elapsed + wait > policy.max_total_seconds:
+                break
+            logger.warning(
+                "%s (%s): %s. Try %d of %d failed, next in %.1f s.",
+                doing,
+                self.repo_id,
+                self.scrub(_summary(failure)),
+                attempt,
+                policy.max_attempts,
+                wait,
+            )
+            time.sleep(wait)
+        raise RuntimeError(
+            f"{doing} failed for {self.name}: gave up after {attempt} tries in {time.monotonic() - started:.0f} s. "
+            f"Last error: {self.scrub(_summary(failure))}. Run the same command again later: what was already sent is "
+            "not sent again, and nothing was committed halfway."
+        )
+
+    def scrub(self, text: str) -> str:
+        """`text` without the token."""
+        return text.replace(self._token, "<token>") if self._token else text
+
+    def _explained(self, doing: str, error: Exception) -> Exception:
+        """The error to raise in place of a client's error that another try cannot mend."""
+        cause = _hub_error(error)
+        if cause is None:
+            text = self.scrub(f"{type(error).__name__}: {error}")
+            # Errors that are not about the Hub (a full disk, a bad argument) keep their type, unless they tell a secret.
+            return error if text == f"{type(error).__name__}: {error}" else RuntimeError(f"{doing} failed: {text}")
+        status = cause.response.status_code
+        where = f"{self.name} at {self.api.endpoint}"
+        if isinstance(cause, GatedRepoError):
+            return ValueError(f"{doing} failed: {where} is gated. Ask for access on its page, then use that account.")
+        if isinstance(cause, RevisionNotFoundError):
+            return ValueError(f"{doing} failed: {where} has no such revision. {self._known_revisions()}")
+        if self._token is None and status in (401, 403, 404):
+            return ValueError(
+                f"{doing} failed: {where} does not exist, or is private and there is no token. Check the name and "
+                f"repo_type ({self.repo_type!r}); for a private one log in with `hf auth login` or set HF_TOKEN."
+            )
+        if status == 401:
+            return ValueError(
+                f"{doing} failed: the Hub at {self.api.endpoint} does not know the token. It was mistyped, revoked, or "
+                "belongs to another Hub. Make a new one in the Hub's settings and log in with `hf auth login` or set "
+                "HF_TOKEN."
+            )
+        if isinstance(cause, RepositoryNotFoundError):
+            user = self._whoami().get("name", "unknown")
+            return ValueError(
+                f"{doing} failed: {where} does not exist, or is private and the account {user!r} may not see it. "
+                f"Check the name and repo_type ({self.repo_type!r}), or log in as an account with access."
+            )
+        if status == 403:
+            return ValueError(f"{doing} failed: {self._why_forbidden(where)}")
+        return RuntimeError(f"{doing} failed for {where}: {self.scrub(_summary(cause))}")
+
+    def _why_forbidden(self, where: str) -> str:
+        me = self._whoami()
+        role = me.get("auth", {}).get("accessToken", {}).get("role")
+        namespaces = [me.get("name"), *(org["name"] for org in me.get("orgs", []))]
+        namespace = self.repo_id.split("/")[0]
+        if namespace not in namespaces:
+            mine = ", ".join(str(name) for name in namespaces)
+            return (
+                f"the account {me.get('name')!r} may not write to the namespace {namespace!r} ({where}). Push to one of "
+                f"its own ({mine}), e.g. '{me.get('name')}/{self.repo_id.split('/')[1]}', or ask to join {namespace!r}."
+            )
+        if role == "read":
+            return f"the token is read-only, {where} needs one of the role 'write'. Make one in the Hub's settings."
+        return f"the token has no permission to write to {where}. Give it write access in the Hub's settings."
+
+    def _whoami(self) -> dict:
+        try:
+            return dict(self.api.whoami())
+        except Exception as error:  # only to word an error better: its own failure must not hide that one
+            logger.debug("whoami failed: %s", self.scrub(_summary(error)))
+            return {}
+
+    def _known_revisions(self) -> str:
+        try:
+            refs = self.api.list_repo_refs(self.repo_id, repo_type=self.repo_type)
+        except Exception:
+            return "Name an existing branch, tag or commit."
+        names = ", ".join(sorted(ref.name for ref in [*refs.branches, *refs.tags]))
+        return f"Its branches and tags: {names}."
+
+
+def is_transient(error: Exception, conflicts: bool = False) -> bool:
+    """Whether another try may succeed: 5xx, 429, timeouts, dropped connections; with `conflicts`, also 409 and 412."""
+    if isinstance(error, OfflineModeIsEnabled):
+        return False
+    status = _status(error)
+    if status is not None:
+        return status in _TRANSIENT_STATUSES or (conflicts and status in _CONFLICT_STATUSES)
+    return any(
+        isinstance(cause, (httpx2.TransportError, ConnectionError, TimeoutError))
+        or "Consistency check failed" in str(cause)  # the client's word for a download of the wrong length
+        for cause in _causes(error)
+    )
+
+
+def retry_after_seconds(error: Exception) -> float | None:
+    """The wait that the Hub asked for by `Retry-After`, given in seconds or as a date."""
+    cause = _hub_error(error)
+    value = cause.response.headers.get("Retry-After", "").strip() if cause else ""
+    if value.isdigit():
+        return float(value)
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
+
+
+def _hub_error(error: Exception) -> HfHubHTTPError | None:
+    """The Hub's answer behind an error: some clients wrap it (upload threads, snapshot downloads)."""
+    return next((cause for cause in _causes(error) if isinstance(cause, HfHubHTTPError)), None)
+
+
+def _status(error: Exception) -> int | None:
+    cause = _hub_error(error)
+    if cause is not None:
+        return cause.response.status_code
+    # hf_xet, compiled code, only says it in words.
+    match = re.search(r"HTTP status (?:client|server) error \((\d{3})", str(error))
+    return int(match[1]) if match else None
+
+
+def _summary(error: Exception) -> str:
+    cause = _hub_error(error) or error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {' '.join(lines)[:500]}"
+
+
+def is_offline() -> bool:
+    """Whether `HF_HUB_OFFLINE` forbids network calls."""
+    return bool(constants.is_offline_mode())
