@@ -1,0 +1,274 @@
+"""Reliability diagrams of one or several reports, and the same data for other plotting tools."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+Layout = Literal["panels", "overlay"]
+
+# Okabe-Ito colours: told apart in print and by colour-blind readers.
+_BAR, _OVER, _UNDER, _BAND = "#56B4E9", "#D55E00", "#009E73", "#8A8A8A"
+_LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B", "#7F7F7F", "#6A3D9A")
+_COLUMNS = ("lower", "upper", "count", "confidence", "accuracy", "gap", "null_low", "null_high")
+
+
+def reliability_data(
+    reports: Mapping[str, Any], *, titles: Sequence[str] | None = None
+) -> dict[str, list[dict[str, Any]]]:
+    """
+    What [`reliability_diagram`] draws, ready for `json.dump`.
+
+    Args:
+        reports (`dict`):
+            One report of [`calibration_report`], or a mapping from a model's name to its report.
+        titles (`list[str]`, *optional*):
+            Names to show instead.
+
+    Returns:
+        `dict`: `{"panels": [...]}`, one entry per report with `title`, `ece`, `ci_low`, `ci_high`, `accuracy`,
+        `mean_confidence`, `n` and `bins` (lists as in the report; `None` in empty bins).
+
+    Raises:
+        `ValueError`: if a report has no bins or the titles do not match in number.
+    """
+    named = _named(reports)
+    if titles is not None and len(titles) != len(named):
+        raise ValueError(f"{len(titles)} titles for {len(named)} reports: give one title per report.")
+    panels = []
+    for position, (name, report) in enumerate(named.items()):
+        bins = report.get("bins")
+        if not isinstance(bins, Mapping) or any(column not in bins for column in _COLUMNS):
+            hint = (
+                ' Class-wise reports hold one entry per class under "classes": pass {"class 0": report["classes"][0]}.'
+                if "classes" in report
+                else " Compute it with return_bins=True."
+            )
+            raise ValueError(f"Report {name or position!r} has no per-bin data.{hint}")
+        panel = {"title": name if titles is None else str(titles[position])}
+        panel |= {key: report.get(key) for key in ("ece", "ci_low", "ci_high", "accuracy", "mean_confidence")}
+        panel |= {"n": sum(bins["count"]), "bins": {column: list(bins[column]) for column in _COLUMNS}}
+        panels.append(panel)
+    return {"panels": panels}
+
+
+def reliability_diagram(
+    reports: Mapping[str, Any],
+    *,
+    axes: "Axes | Sequence[Axes] | None" = None,
+    titles: Sequence[str] | None = None,
+    layout: Layout = "panels",
+    columns: int | None = None,
+    null_band: bool = True,
+    counts: bool = True,
+    suptitle: str | None = None,
+) -> "Figure":
+    """
+    Draw accuracy against confidence.
+
+    A panel shows the accuracy of each bin as a bar and its distance from the mean confidence of that bin in orange
+    (over-confident) or green (under-confident). The grey box marks where 95 % of the accuracies of a perfectly
+    calibrated model would lie: a gap inside it is no evidence. Empty bins stay blank. The strip below shows the share
+    of examples per bin. An overlay draws one line per model.
+
+    Args:
+        reports (`dict`):
+            One report of [`calibration_report`], or a mapping from a model's name to its report.
+        axes (`matplotlib.axes.Axes` or a sequence of them, *optional*):
+            Draw into these, one per panel (one for an overlay), without the strip of counts.
+        titles (`list[str]`, *optional*):
+            Panel titles, or legend entries of an overlay.
+        layout (`str`, defaults to `"panels"`):
+            `"panels"`: one panel per report, in a grid. `"overlay"`: all in one.
+        columns (`int`, *optional*):
+            Panels per row; up to 5 by default.
+        null_band (`bool`, defaults to `True`):
+            Whether to draw the grey boxes (an overlay has none).
+        counts (`bool`, defaults to `True`):
+            Whether to draw the strip of counts.
+        suptitle (`str`, *optional*):
+            Title of the figure.
+
+    Returns:
+        `matplotlib.figure.Figure`: save it with `figure.savefig("reliability.png", dpi=150)`.
+
+    Raises:
+        `ValueError`: if a report has no bins, or axes or titles do not match in number.
+    """
+    if layout not in ("panels", "overlay"):
+        raise ValueError(f"layout={layout!r} is unknown: choose 'panels' or 'overlay'.")
+    if columns is not None and (not isinstance(columns, int) or columns < 1):
+        raise ValueError(f"columns={columns!r} must be a positive integer.")
+    panels = reliability_data(reports, titles=titles)["panels"]
+    n_plots = 1 if layout == "overlay" else len(panels)
+    if axes is not None:
+        given: list[Any] = list(axes) if isinstance(axes, Sequence) or hasattr(axes, "__len__") else [axes]
+        if len(given) != n_plots:
+            raise ValueError(f"{len(given)} axes for {n_plots} panels: give one per panel.")
+        figure = given[0].figure
+        pairs = [(axis, None) for axis in given]
+    else:
+        figure, pairs = _grid(n_plots, columns, counts, layout, suptitle)
+    if layout == "overlay":
+        _draw_overlay(*pairs[0], panels)
+    else:
+        for panel, (axis, strip) in zip(panels, pairs, strict=True):
+            _draw_panel(axis, strip, panel, null_band)
+    return figure
+
+
+def _named(reports: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    if not isinstance(reports, Mapping) or not reports:
+        raise ValueError("reports must be a report of calibration_report or a non-empty mapping of names to reports.")
+    if "bins" in reports or "ece" in reports:
+        return {"": reports}
+    for name, report in reports.items():
+        if not isinstance(report, Mapping):
+            raise ValueError(f"reports[{name!r}] is a {type(report).__name__}, not a report of calibration_report.")
+    return {str(name): report for name, report in reports.items()}
+
+
+def _grid(
+    n_plots: int, columns: int | None, counts: bool, layout: str, suptitle: str | None
+) -> tuple["Figure", list[tuple[Any, Any]]]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("A reliability diagram needs matplotlib: `pip install matplotlib`.") from error
+
+    if columns is None:
+        # As even as possible: 6 panels are 3 x 2, 10 are 5 x 2.
+        columns = n_plots if n_plots <= 4 else min(5, math.ceil(n_plots / math.ceil(n_plots / 5)))
+    columns = min(columns, n_plots)
+    rows = math.ceil(n_plots / columns)
+    side = 5.2 if n_plots == 1 else 3.4
+    height = side * (1.32 if counts else 1.05)
+    figure = Figure(figsize=(side * columns, height * rows + (0.4 if suptitle else 0)), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06, hspace=0.04, wspace=0.04)  # type: ignore[union-attr]
+    if suptitle:
+        figure.suptitle(suptitle, fontsize=13)
+    outer = figure.add_gridspec(rows, columns)
+    pairs = []
+    for index in range(n_plots):
+        row, column = divmod(index, columns)
+        if counts:
+            inner = outer[row, column].subgridspec(2, 1, height_ratios=(4, 1), hspace=0.03)
+            axis = figure.add_subplot(inner[0])
+            strip = figure.add_subplot(inner[1], sharex=axis)
+            axis.tick_params(labelbottom=False)
+        else:
+            axis, strip = figure.add_subplot(outer[row, column]), None
+        bottom = strip if strip is not None else axis
+        if index + columns >= n_plots:
+            bottom.set_xlabel("confidence")
+        if column == 0:
+            axis.set_ylabel("accuracy")
+            if strip is not None:
+                strip.set_ylabel("share")
+        pairs.append((axis, strip))
+    return figure, pairs
+
+
+def _style(axis: Any) -> None:
+    axis.set(xlim=(0, 1), ylim=(0, 1), xticks=[0, 0.25, 0.5, 0.75, 1], yticks=[0, 0.25, 0.5, 0.75, 1])
+    axis.set_xticklabels(["0", ".25", ".5", ".75", "1"])
+    axis.set_yticklabels(["0", ".25", ".5", ".75", "1"])
+    axis.set_axisbelow(True)
+    axis.grid(color="#E6E6E6", linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.plot([0, 1], [0, 1], linestyle=(0, (4, 3)), color="#444444", linewidth=1, zorder=4)
+
+
+def _used(bins: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+    rows = [dict(zip(_COLUMNS, values, strict=True)) for values in zip(*(bins[c] for c in _COLUMNS), strict=True)]
+    return [row for row in rows if row["accuracy"] is not None]
+
+
+def _draw_panel(axis: Any, strip: Any, panel: Mapping[str, Any], null_band: bool) -> None:
+    _style(axis)
+    labels: set[str] = set()
+
+    def once(label: str) -> str | None:
+        # One legend entry per kind of patch.
+        if label in labels:
+            return None
+        labels.add(label)
+        return label
+
+    for row in _used(panel["bins"]):
+        left, width = row["lower"], row["upper"] - row["lower"]
+        axis.bar(left, row["accuracy"], width, align="edge", color=_BAR, edgecolor="white", linewidth=0.6,
+                 label=once("accuracy"), zorder=2)  # fmt: skip
+        over = row["gap"] >= 0
+        axis.bar(left, row["gap"], width, bottom=row["accuracy"], align="edge", color=_OVER if over else _UNDER,
+                 alpha=0.55, edgecolor="white", linewidth=0.6,
+                 label=once("over-confident" if over else "under-confident"), zorder=3)  # fmt: skip
+        if null_band:
+            axis.bar(left + width * 0.3, row["null_high"] - row["null_low"], width * 0.4, bottom=row["null_low"],
+                     align="edge", facecolor="none", edgecolor=_BAND, linewidth=1,
+                     label=once("95 % if calibrated"), zorder=5)  # fmt: skip
+    axis.set_title(panel["title"], fontsize=11)
+    axis.text(0.03, 0.97, _caption(panel), transform=axis.transAxes, va="top", fontsize=8.5, zorder=7,
+              bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5})  # fmt: skip
+    if strip is not None:
+        _draw_strip(strip, panel, [panel["bins"]], [_BAR])
+
+
+def _draw_overlay(axis: Any, strip: Any, panels: Sequence[Mapping[str, Any]]) -> None:
+    _style(axis)
+    colours = [_LINES[i % len(_LINES)] for i in range(len(panels))]
+    for position, (panel, colour) in enumerate(zip(panels, colours, strict=True)):
+        rows = _used(panel["bins"])
+        share = [row["count"] / panel["n"] for row in rows]
+        x, y = [row["confidence"] for row in rows], [row["accuracy"] for row in rows]
+        style = "-" if position < len(_LINES) else "--"
+        axis.plot(x, y, style, color=colour, linewidth=1.6, zorder=5)
+        axis.scatter(x, y, s=[14 + 160 * s for s in share], color=colour, edgecolor="white", linewidth=0.6, zorder=6)
+        label = panel["title"] or "model"
+        if panel["ece"] is not None:
+            label += f" (ECE {panel['ece']:.3f})"
+        axis.plot([], [], style, marker="o", color=colour, label=label)
+    axis.legend(loc="upper left", fontsize=8, framealpha=0.85)
+    if strip is not None:
+        _draw_strip(strip, None, [panel["bins"] for panel in panels], colours)
+
+
+def _draw_strip(
+    strip: Any, panel: Mapping[str, Any] | None, tables: Sequence[Mapping[str, list[Any]]], colours: Sequence[str]
+) -> None:
+    strip.set_axisbelow(True)
+    strip.grid(color="#E6E6E6", linewidth=0.6)
+    strip.spines[["top", "right"]].set_visible(False)
+    for bins, colour in zip(tables, colours, strict=True):
+        total = sum(bins["count"])
+        share = [count / total for count in bins["count"]]
+        if panel is not None:
+            widths = [upper - lower for lower, upper in zip(bins["lower"], bins["upper"], strict=True)]
+            strip.bar(bins["lower"], share, widths, align="edge", color=colour, edgecolor="white", linewidth=0.6)
+        else:
+            strip.stairs(share, [*bins["lower"], bins["upper"][-1]], color=colour, linewidth=1.3)
+    if panel is not None and panel["accuracy"] is not None and panel["mean_confidence"] is not None:
+        strip.axvline(panel["accuracy"], color="#0072B2", linewidth=1.4)
+        strip.axvline(panel["mean_confidence"], color=_OVER, linewidth=1.4, linestyle="--")
+    strip.set_ylim(bottom=0)
+    strip.locator_params(axis="y", nbins=3)
+
+
+def _caption(panel: Mapping[str, Any]) -> str:
+    lines = []
+    if panel["ece"] is not None:
+        line = f"ECE {panel['ece']:.3f}"
+        if panel["ci_low"] is not None:
+            line += f" [{panel['ci_low']:.3f}, {panel['ci_high']:.3f}]"
+        lines.append(line)
+    if panel["accuracy"] is not None:
+        lines.append(f"accuracy {panel['accuracy']:.3f}")
+    if panel["mean_confidence"] is not None:
+        lines.append(f"confidence {panel['mean_confidence']:.3f}")
+    lines.append(f"n {panel['n']:,}")
+    return "\n".join(lines)
