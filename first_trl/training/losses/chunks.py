@@ -20,22 +20,20 @@ _MAX_CHUNK_SIZE = 4096
 _FLOAT16_GRADIENT_SCALE = 1024.0
 
 
-def default_chunk_size(vocab_size: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> int:
+def default_chunk_size(vocab_size: int, device: str = "cpu") -> int:
     """
-    Tokens per chunk for which the logits of a chunk take about 160 MiB on a CPU and 1 GiB on a GPU.
+    Tokens per chunk for which float32 logits of a chunk take about 160 MiB on a CPU and 1 GiB on a GPU.
 
     Args:
         vocab_size (`int`):
             Rows of the head.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
-            Type of the matrix products.
         device (`str`, *optional*, defaults to `"cpu"`):
             Device type.
 
     Returns:
         `int`: a multiple of 32 in [32, 4096].
     """
-    tokens = _CHUNK_BYTES.get(device, _CHUNK_BYTES["cuda"]) // (vocab_size * dtype.itemsize)
+    tokens = _CHUNK_BYTES.get(device, _CHUNK_BYTES["cuda"]) // (vocab_size * 4)
     return min(max(tokens // 32 * 32, 32), _MAX_CHUNK_SIZE)
 
 
@@ -90,11 +88,11 @@ class SparseTargets:
             total = total + tail
         return cls(ids.gather(1, slots), slots, kept, mass, tail, total, entropy, labels)
 
-    def rows(self, start: int, end: int) -> "SparseTargets":
+    def rows(self, rows: slice) -> "SparseTargets":
         return replace(
             self,
             **{
-                field.name: getattr(self, field.name)[start:end]
+                field.name: getattr(self, field.name)[rows]
                 for field in fields(self)
                 if getattr(self, field.name) is not None
             },
@@ -116,7 +114,7 @@ def project_chunks(
     """Per-token statistics and gradients, through the whole vocabulary."""
     num_tokens, vocab_size = hidden.shape[0], weight.shape[0]
     device, compute_dtype = hidden.device, options.compute_dtype
-    chunk_size = options.chunk_size or default_chunk_size(vocab_size, compute_dtype, device.type)
+    chunk_size = options.chunk_size or default_chunk_size(vocab_size, device.type)
     chunk_size = max(min(chunk_size, num_tokens), 1)
     block_bytes = _BLOCK_BYTES.get(device.type, _BLOCK_BYTES["cuda"])
     block_size = max(min(block_bytes // (vocab_size * dtype.itemsize), chunk_size), 1)
@@ -134,7 +132,7 @@ def project_chunks(
     grad_weight = make(weight.shape, dtype=dtype, device=device) if wanted[1] else None
     grad_bias = torch.zeros((vocab_size,), dtype=dtype, device=device) if wanted[2] else None
 
-    blocks: list[dict[str, torch.Tensor]] = [_no_columns(options, targets)]
+    columns: dict[str, torch.Tensor] = {}
     for start in range(0, num_tokens, chunk_size):
         end = min(start + chunk_size, num_tokens)
         chunk = hidden[start:end].to(compute_dtype)
@@ -143,26 +141,30 @@ def project_chunks(
         for top in range(0, end - start, block_size):
             rows = tile[top : top + block_size]
             wide = rows if widened is None else widened[: rows.shape[0]].copy_(rows)
-            visited = targets.rows(start + top, start + top + rows.shape[0])
-            work = exponentials[: rows.shape[0]]
-            blocks.append(_visit_block(wide, work, rows if any(wanted) else None, head_bias, visited, options, scale))
+            here = slice(start + top, start + top + rows.shape[0])
+            work, gradient = exponentials[: rows.shape[0]], rows if any(wanted) else None
+            _store(
+                columns,
+                here,
+                _visit_block(wide, work, gradient, head_bias, targets.rows(here), options, scale),
+                targets,
+            )
         if grad_hidden is not None:
             _matmul(tile, head, grad_hidden[start:end], accumulate=False)
         if grad_weight is not None:
             _matmul(tile.t(), chunk, grad_weight, accumulate=start > 0)
         if grad_bias is not None:
             grad_bias += tile.sum(0, dtype=dtype)
-    columns = {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
     return columns, [grad_hidden, grad_weight, grad_bias], scale
 
 
-def _no_columns(options: FusedOptions, targets: SparseTargets) -> dict[str, torch.Tensor]:
-    names = ["kl", "mass_outside"]
-    if targets.labels is not None:
-        names += ["cross_entropy", "num_correct"]
-    if options.metrics:
-        names.append("student_entropy")
-    return dict.fromkeys(names, targets.total[:0])
+def _store(
+    columns: dict[str, torch.Tensor], rows: slice, values: dict[str, torch.Tensor], targets: SparseTargets
+) -> None:
+    # One tensor per statistic from the start: many small live tensors between the large temporary ones fragment the
+    # heap, chunk after chunk.
+    for name, part in values.items():
+        columns.setdefault(name, torch.empty_like(targets.total))[rows] = part
 
 
 def _visit_block(
@@ -211,9 +213,14 @@ def _visit_block(
         columns["cross_entropy"] = log_z - label_logits
         columns["num_correct"] = (label_logits >= torch.maximum(tail_max, kept_logits.amax(-1))).to(logits.dtype)
     if options.metrics:
-        columns["student_entropy"] = _student_entropy(
-            logits, exponentials, targets, kept_logits, log_student, tail_max, log_z, over_kept
-        )
+        entropy = -torch.where(targets.kept, log_student.exp() * log_student, 0.0).sum(-1)
+        if not over_kept:
+            # Finite values where the exponential is 0, so that the product is 0 and not NaN.
+            logits.scatter_(1, ids, kept_logits)
+            weighted = logits * work if options.softcap is not None else logits.mul_(work)
+            # The tail's share is the sum of p * (log_z - logits), with p = exponentials * exp(tail_max - log_z).
+            entropy += (tail_max - log_z).exp() * (tail_sum * log_z - weighted.sum(-1))
+        columns["student_entropy"] = entropy
     if gradient is None:
         return columns
 
@@ -241,27 +248,6 @@ def _visit_block(
     return columns
 
 
-def _student_entropy(
-    logits: torch.Tensor,
-    exponentials: torch.Tensor,
-    targets: SparseTargets,
-    kept_logits: torch.Tensor,
-    log_student: torch.Tensor,
-    tail_max: torch.Tensor,
-    log_z: torch.Tensor,
-    over_kept: bool,
-) -> torch.Tensor:
-    entropy = -torch.where(targets.kept, log_student.exp() * log_student, 0.0).sum(-1)
-    if over_kept:
-        return entropy
-    # Finite values where the exponential is 0, so that the product is 0 and not NaN.
-    logits.scatter_(1, targets.ids, kept_logits)
-    log_p_scale = tail_max - log_z
-    moment = torch.linalg.vecdot(exponentials, logits)
-    # sum over the tail of p * (log_z - logits)
-    return entropy + log_p_scale.exp() * (exponentials.sum(-1) * log_z - moment)
-
-
 def gather_chunks(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -279,11 +265,10 @@ def gather_chunks(
     grad_weight = torch.zeros(weight.shape, dtype=dtype, device=hidden.device) if wanted[1] else None
     grad_bias = torch.zeros((weight.shape[0],), dtype=dtype, device=hidden.device) if wanted[2] else None
 
-    names = ["kl", "student_entropy"] if options.metrics else ["kl"]
-    blocks = [dict.fromkeys(names, targets.total[:0])]
+    columns: dict[str, torch.Tensor] = {}
     for start in range(0, num_tokens, chunk_size):
         end = min(start + chunk_size, num_tokens)
-        visited = targets.rows(start, end)
+        visited = targets.rows(slice(start, end))
         flat_ids = visited.ids.reshape(-1)
         # Both sides are rounded to the compute type, as the projection rounds them, and multiplied in `dtype`.
         chunk = hidden[start:end].to(options.compute_dtype).to(dtype)
@@ -295,9 +280,10 @@ def gather_chunks(
         if options.softcap is not None:
             logits = options.softcap * torch.tanh(logits / options.softcap)
         log_q = logits.masked_fill(~visited.kept, -torch.inf).log_softmax(-1)
-        blocks.append({"kl": -torch.where(visited.kept, visited.mass * log_q, 0.0).sum(-1) - visited.entropy})
+        values = {"kl": -torch.where(visited.kept, visited.mass * log_q, 0.0).sum(-1) - visited.entropy}
         if options.metrics:
-            blocks[-1]["student_entropy"] = -torch.where(visited.kept, log_q.exp() * log_q, 0.0).sum(-1)
+            values["student_entropy"] = -torch.where(visited.kept, log_q.exp() * log_q, 0.0).sum(-1)
+        _store(columns, slice(start, end), values, targets)
         if not any(wanted):
             continue
 
@@ -312,7 +298,6 @@ def gather_chunks(
             grad_weight.index_add_(0, flat_ids, outer.view(-1, hidden_size))
         if grad_bias is not None:
             grad_bias.index_add_(0, flat_ids, gradient.reshape(-1))
-    columns = {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
     return columns, [grad_hidden, grad_weight, grad_bias], 1.0
 
 
@@ -322,6 +307,6 @@ def _matmul(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, *, accum
     if out.dtype == left.dtype:
         torch.addmm(out, left, right, beta=beta, out=out)
     elif out.device.type == "cuda":
-        torch.addmm(out, left, right, beta=beta, out_dtype=out.dtype, out=out)
+        torch.addmm(out if accumulate else out.zero_(), left, right, out_dtype=out.dtype, out=out)
     else:
         torch.addmm(out, left.to(out.dtype), right.to(out.dtype), beta=beta, out=out)

@@ -123,19 +123,20 @@ class _FusedSparseKL(torch.autograd.Function):
             targets = SparseTargets.build(ids, log_target, tail_log_target, labels, dtype)
             visit = project_chunks if options.project else gather_chunks
             columns, gradients, scale = visit(hidden, weight, bias, targets, options, wanted, dtype)
-        sums = {name: values.sum() for name, values in columns.items()}
-        loss = sums["kl"]
+        # A statistic that was not computed is NaN; the sum over no token is 0.
+        absent = targets.total.new_full((), torch.nan if ids.shape[0] else 0.0)
+        sums = {name: columns[name].sum() if name in columns else absent for name in SparseKLOutput._fields[1:]}
+        sums["teacher_entropy"] = targets.entropy.sum()
+        sums["num_tokens"] = absent.new_full((), float(ids.shape[0]))
+        loss = sums["kl"].clone()
         if options.ce_weight > 0:
             loss = (1 - options.ce_weight) * sums["kl"] + options.ce_weight * sums["cross_entropy"]
-        nan = loss.new_full((), torch.nan)
-        names = SparseKLOutput._fields[1:-1]
-        sums["teacher_entropy"] = targets.entropy.sum()
-        statistics = torch.stack([*(sums.get(name, nan) for name in names), loss.new_full((), float(ids.shape[0]))])
+        statistics = torch.stack(list(sums.values()))
         ctx.gradients = gradients
         ctx.scale = scale
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
         ctx.mark_non_differentiable(statistics)
-        return loss.clone(), statistics
+        return loss, statistics
 
     @staticmethod
     def backward(ctx: Any, grad_loss: torch.Tensor | None, _: None = None) -> tuple[torch.Tensor | None, ...]:
