@@ -60,7 +60,7 @@ def verify_teacher_cache(
     first_row = 0
     positions = 0
     for batch in iterate_batches(dataset, batch_size):
-        k = _check_batch(batch, first_row, k, fingerprint, head_size)
+        k = check_batch(batch, first_row, k, fingerprint, head_size)
         positions += len(batch.tail_logprob)
         first_row += batch.num_rows
     if positions == 0:
@@ -73,9 +73,31 @@ def verify_teacher_cache(
         raise ValueError(f"The manifest says k={manifest.k} but the rows hold {k} entries a position.")
 
 
-def _check_batch(
+def check_batch(
     batch: CacheBatch, first_row: int, k: int | None, fingerprint: str | None, head_size: int | None
 ) -> int:
+    """
+    Check a few rows, for callers that see a cache only as a stream.
+
+    Args:
+        batch ([`CacheBatch`]):
+            The rows.
+        first_row (`int`):
+            Number of the first one, for messages.
+        k (`int`, *optional*):
+            Entries a position of the rows before, `None` for the first batch.
+        fingerprint (`str`, *optional*):
+            Fingerprint of the student's tokenizer.
+        head_size (`int`, *optional*):
+            Rows of the student's output head.
+
+    Returns:
+        `int`: entries a position, 0 as long as no row had a supervised position.
+
+    Raises:
+        `ValueError`: as [`verify_teacher_cache`].
+    """
+
     def fail(row: int, what: str) -> None:
         raise ValueError(f"Row {first_row + row} of the teacher cache: {what}")
 
