@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from first_trl.calibration.bins import assign, width_edges
 from first_trl.recalibration.rescale import ESTIMATORS, METHODS, Recalibration, check_top_k
 
 
@@ -152,8 +153,7 @@ class _Scores:
         best = np.argmax(target, axis=1)
         confidence = target[rows, best]
         correct = self.hit[rows, best]
-        bins = np.clip(np.searchsorted(np.arange(self.n_bins + 1) / self.n_bins, confidence, "left") - 1, 0, None)
-        bins = np.minimum(bins, self.n_bins - 1)
+        bins = assign(np.minimum(confidence, 1.0), width_edges(self.n_bins), "right", uniform=self.n_bins)
         gap = confidence - correct
         ece = float(np.abs(np.bincount(bins, weights=gap, minlength=self.n_bins)).sum() / n)
         # A label outside the kept tokens is the bucket. Without a bucket its target is 0 at every value: such rows cannot

@@ -1,0 +1,332 @@
+"""Multiple choice by the next token: what the model believes at the answer position, and how well calibrated it is."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from first_trl.calibration import calibration_report
+from first_trl.evaluation.next_token import context_length, cut_to_length, next_token_logits
+from first_trl.tasks.answers import answer_token_ids_of_rows
+from first_trl.tasks.tokenize import encode_prompts
+
+
+@dataclass(frozen=True)
+class MultipleChoiceResult:
+    """
+    Predictions of [`evaluate_multiple_choice`], one entry per row in the order of the dataset, and their report.
+
+    Attributes:
+        predictions (`dict[str, np.ndarray]`):
+            `id` (`str`), `gold` (index of the right choice, -1 = hidden), `n_choices`, `choice_tokens` and
+            `choice_logprobs` `[N, C]` (full-vocabulary log-probability of each choice; rows with fewer choices are filled
+            with -1 and `-inf`), `option_mass` (probability of all choices together), `answer` (index of the most likely
+            choice), `top_token` and `top_prob` (most likely token of the whole vocabulary), `top_is_gold` (`bool`),
+            `gold_logprob` (NaN where hidden), `sum_squares` (sum of p² over the vocabulary, for the Brier score) and
+            `truncated` (`bool`).
+        report (`dict`): see [`multiple_choice_report`].
+    """
+
+    predictions: dict[str, np.ndarray]
+    report: dict[str, Any]
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """Predictions as one plain dictionary per row, ready for JSON lines; the filling of short rows is left out."""
+        rows = []
+        for i in range(len(self.predictions["id"])):
+            row = {name: values[i].tolist() for name, values in self.predictions.items() if name != "id"}
+            for name in ("choice_tokens", "choice_logprobs"):
+                row[name] = row[name][: row["n_choices"]]
+            row["gold_logprob"] = None if row["gold"] < 0 else row["gold_logprob"]
+            rows.append({"id": str(self.predictions["id"][i]), **row})
+        return rows
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Mapping[str, Any]], *, n_bins: int = 10) -> "MultipleChoiceResult":
+        """Inverse of [`~MultipleChoiceResult.to_rows`]; the report is made again from the predictions."""
+        if not rows:
+            raise ValueError("There are no predictions.")
+        predictions = {name: [row[name] for row in rows] for name in rows[0]}
+        arrays = {name: np.array(values) for name, values in predictions.items() if not name.startswith("choice_")}
+        arrays["gold_logprob"] = np.array(predictions["gold_logprob"], dtype=np.float64)
+        arrays["choice_tokens"] = _fill(predictions["choice_tokens"], -1, np.int64)
+        arrays["choice_logprobs"] = _fill(predictions["choice_logprobs"], -np.inf, np.float64)
+        return cls(arrays, multiple_choice_report(arrays, n_bins=n_bins))
+
+
+def spelling_variants(choice: str) -> list[str]:
+    """Other spellings of a letter answer: with and without the space, in lower and upper case."""
+    bare = choice.strip()
+    return [space + text for space in (" ", "") for text in (bare, bare.lower(), bare.upper())]
+
+
+def evaluate_multiple_choice(
+    model: Any,
+    processing_class: Any,
+    dataset: Dataset,
+    *,
+    batch_size: int = 32,
+    temperature: float = 1.0,
+    max_length: int | None = None,
+    n_bins: int = 10,
+    variants: Callable[[str], Sequence[str]] | None = None,
+    disable_tqdm: bool = False,
+) -> MultipleChoiceResult:
+    """
+    Evaluate a causal language model on multiple choice, by its distribution over the token behind the prompt.
+
+    Two readings are always reported, since both are called "accuracy" and "ECE" in print: over the whole vocabulary, as the
+    authors of FIRST evaluate (right = the most likely of all tokens is the gold answer's, confidence = its probability),
+    and renormalised over the choices, with `option_mass`, the probability that the second reading divides by.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            A causal language model, used where it is and in its dtype; the softmax is in float32. Its train/eval mode is
+            given back.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer. The padding side does not matter.
+        dataset ([`~datasets.Dataset`]):
+            Rows of a task: `prompt`, `choices` (as appended to the prompt, one token each), `gold` (-1 = hidden) and,
+            where there is one, `id`.
+        batch_size (`int`, *optional*, defaults to `32`):
+            Prompts per forward; prompts of like length go together.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Logits are divided by it (see [`fit_posthoc_temperature`]).
+        max_length (`int`, *optional*):
+            Longer prompts lose tokens at the front. Defaults to the context length of the model. Cut rows are counted and
+            reported in a warning.
+        n_bins (`int`, *optional*, defaults to `10`):
+            Equal-width bins of the ECE.
+        variants (`Callable[[str], Sequence[str]]`, *optional*):
+            Other spellings of a choice, for example [`spelling_variants`], whose tokens are merged with it. Spellings that
+            are not one token are left out. By default every token stands for itself.
+        disable_tqdm (`bool`, *optional*, defaults to `False`):
+            No progress bar.
+
+    Returns:
+        [`MultipleChoiceResult`]
+
+    Raises:
+        `ValueError`: for missing columns, no row with an answer, a choice that is not one token, a gold index outside the
+            choices, or logits that are not finite.
+
+    Example:
+
+    ```python
+    >>> from first_trl import evaluate_multiple_choice
+    >>> result = evaluate_multiple_choice(model, tokenizer, dataset)
+    >>> result.report["full_vocab"]["ece"], result.report["options"]["ece"], result.report["option_mass"]
+    ```
+    """
+    _check_temperature(temperature)
+    rows = read_multiple_choice_rows(model, processing_class, dataset, max_length=max_length)
+    groups = _token_groups(processing_class, dataset["choices"], rows.choice_tokens, variants)
+    n = len(rows.prompt_ids)
+    choice_tokens = _fill(rows.choice_tokens, -1, np.int64)
+    choice_logprobs = np.full(choice_tokens.shape, -np.inf)
+    top_token, top_logprob, sum_squares = np.empty(n, np.int64), np.empty(n), np.empty(n)
+    batches = next_token_logits(
+        model, rows.prompt_ids, batch_size=batch_size, disable_tqdm=disable_tqdm, desc="Evaluating"
+    )
+    for index, logits in batches:
+        lp = torch.log_softmax(logits / temperature, dim=-1)
+        for i, row in enumerate(index):
+            for group in groups[row]:
+                if len(group) > 1:
+                    merged = lp[i, group].logsumexp(0)
+                    lp[i, group] = -torch.inf
+                    lp[i, group[0]] = merged
+        tokens = choice_tokens[index]
+        gathered = lp.gather(-1, torch.from_numpy(np.maximum(tokens, 0)).to(lp.device)).double().cpu().numpy()
+        choice_logprobs[index] = np.where(tokens >= 0, gathered, -np.inf)
+        best = lp.max(dim=-1)
+        top_token[index] = best.indices.cpu().numpy()
+        top_logprob[index] = best.values.double().cpu().numpy()
+        sum_squares[index] = (2.0 * lp).exp().sum(dim=-1).double().cpu().numpy()
+
+    labelled = rows.gold >= 0
+    gold_column = np.where(labelled, rows.gold, 0)
+    every = np.arange(n)
+    predictions = {
+        "id": rows.ids,
+        "gold": rows.gold,
+        "n_choices": np.array([len(tokens) for tokens in rows.choice_tokens]),
+        "choice_tokens": choice_tokens,
+        "choice_logprobs": choice_logprobs,
+        "option_mass": np.exp(choice_logprobs).sum(axis=1),
+        "answer": choice_logprobs.argmax(axis=1),
+        "top_token": top_token,
+        "top_prob": np.exp(top_logprob),
+        "top_is_gold": labelled & (top_token == choice_tokens[every, gold_column]),
+        "gold_logprob": np.where(labelled, choice_logprobs[every, gold_column], np.nan),
+        "sum_squares": sum_squares,
+        "truncated": rows.truncated,
+    }
+    return MultipleChoiceResult(predictions, multiple_choice_report(predictions, n_bins=n_bins))
+
+
+def multiple_choice_report(predictions: Mapping[str, np.ndarray], *, n_bins: int = 10) -> dict[str, Any]:
+    """
+    Scores of stored predictions, over the rows whose answer is known.
+
+    Args:
+        predictions (`Mapping[str, np.ndarray]`):
+            As in [`MultipleChoiceResult`].
+        n_bins (`int`, *optional*, defaults to `10`):
+            Equal-width bins of the ECE.
+
+    Returns:
+        `dict`: `n` (rows scored), `n_rows`, `n_unlabelled`, `n_truncated`, `option_mass` (mean), and for each of
+        `full_vocab` and `options`: `accuracy`, `mean_confidence`, `ece` (top label), `trust` (accuracy - ECE), `nll` (nats,
+        of the gold answer), `brier` (summed over the vocabulary, or the options) and `calibration`, the
+        [`calibration_report`] of the confidences with its bins and options. Plain Python values.
+
+    Raises:
+        `ValueError`: when no row has an answer.
+    """
+    gold = np.asarray(predictions["gold"])
+    labelled = gold >= 0
+    if not labelled.any():
+        raise ValueError("No row has a gold answer (all are -1): there is nothing to score. Use a labelled split.")
+    p = {name: np.asarray(values)[labelled] for name, values in predictions.items()}
+    gold = p["gold"]
+    every = np.arange(len(gold))
+    log_mass = np.logaddexp.reduce(p["choice_logprobs"], axis=1)
+    options = np.exp(p["choice_logprobs"] - log_mass[:, None])
+    answer = options.argmax(axis=1)
+    return {
+        "n": len(gold),
+        "n_rows": len(labelled),
+        "n_unlabelled": int((~labelled).sum()),
+        "n_truncated": int(np.asarray(predictions["truncated"]).sum()),
+        "option_mass": float(p["option_mass"].mean()),
+        "full_vocab": _scores(
+            p["top_prob"],
+            p["top_is_gold"],
+            -p["gold_logprob"],
+            p["sum_squares"] - 2.0 * np.exp(p["gold_logprob"]) + 1.0,
+            n_bins,
+        ),
+        "options": _scores(
+            options[every, answer],
+            answer == gold,
+            log_mass - p["gold_logprob"],
+            np.square(options).sum(axis=1) - 2.0 * options[every, gold] + 1.0,
+            n_bins,
+        ),
+    }
+
+
+def _scores(
+    confidence: np.ndarray, correct: np.ndarray, nll: np.ndarray, brier: np.ndarray, n_bins: int
+) -> dict[str, Any]:
+    calibration = calibration_report(confidence, correct.astype(np.int64), n_bins=n_bins)
+    accuracy = float(correct.mean())
+    return {
+        "accuracy": accuracy,
+        "mean_confidence": float(confidence.mean()),
+        "ece": calibration["ece"],
+        "trust": accuracy - calibration["ece"],
+        "nll": float(nll.mean()),
+        "brier": float(brier.mean()),
+        "calibration": calibration,
+    }
+
+
+@dataclass(frozen=True)
+class MultipleChoiceRows:
+    """Tokenised rows of a multiple-choice dataset: what a forward needs, and what it is compared with."""
+
+    ids: np.ndarray
+    gold: np.ndarray
+    prompt_ids: list[list[int]]
+    choice_tokens: list[list[int]]
+    truncated: np.ndarray
+
+
+def read_multiple_choice_rows(
+    model: Any, processing_class: Any, dataset: Dataset, *, max_length: int | None = None
+) -> MultipleChoiceRows:
+    """
+    Check and tokenise the rows of a multiple-choice dataset.
+
+    Raises:
+        `ValueError`: see [`evaluate_multiple_choice`].
+    """
+    missing = [name for name in ("prompt", "choices", "gold") if name not in dataset.column_names]
+    if missing:
+        raise ValueError(f"The dataset lacks the columns {missing}; it has {dataset.column_names}.")
+    if len(dataset) == 0:
+        raise ValueError("The dataset is empty: there is no row to evaluate. Check the split and its filters.")
+    gold = np.array(dataset["gold"], dtype=np.int64)
+    n_choices = np.array([len(choices) for choices in dataset["choices"]])
+    outside = np.flatnonzero((gold >= n_choices) | (gold < -1))
+    if outside.size:
+        row = int(outside[0])
+        raise ValueError(f"Row {row} has gold = {gold[row]} but {n_choices[row]} choices; -1 marks a hidden answer.")
+    if not (gold >= 0).any():
+        raise ValueError("No row has a gold answer (all are -1): there is nothing to score. Use a labelled split.")
+    choice_tokens = answer_token_ids_of_rows(processing_class, dataset)
+    head_size = model.get_output_embeddings().weight.shape[0]
+    largest = max(max(tokens) for tokens in choice_tokens)
+    if largest >= head_size:
+        raise ValueError(
+            f"An answer has the token {largest}, but the model's head has {head_size} rows: the tokenizer is another "
+            "model's."
+        )
+    limit = context_length(model) if max_length is None else max_length
+    prompt_ids, cut = cut_to_length(
+        encode_prompts(processing_class, dataset["prompt"]), limit, processing_class.all_special_ids
+    )
+    if any(cut):
+        warnings.warn(
+            f"{sum(cut)} of {len(cut)} prompts are longer than {limit} tokens and lose their beginning. Use a model with a "
+            "longer context or shorter prompts.",
+            UserWarning,
+            stacklevel=3,
+        )
+    names = dataset["id"] if "id" in dataset.column_names else range(len(dataset))
+    ids = np.array([str(name) for name in names])
+    return MultipleChoiceRows(ids, gold, prompt_ids, choice_tokens, np.array(cut))
+
+
+def _token_groups(
+    processing_class: Any,
+    choices: Sequence[Sequence[str]],
+    choice_tokens: Sequence[Sequence[int]],
+    variants: Callable[[str], Sequence[str]] | None,
+) -> list[list[list[int]]]:
+    """For each row and choice the tokens that count for it, its own first."""
+    if variants is None:
+        return [[[token] for token in tokens] for tokens in choice_tokens]
+    known: dict[str, list[int]] = {}
+    for choice in {choice for row in choices for choice in row}:
+        encoded = [processing_class(text, add_special_tokens=False)["input_ids"] for text in variants(choice)]
+        known[choice] = [ids[0] for ids in encoded if len(ids) == 1 and ids[0] != processing_class.unk_token_id]
+    groups = []
+    for number, (row, tokens) in enumerate(zip(choices, choice_tokens, strict=True)):
+        row_groups = [list(dict.fromkeys([token, *known[choice]])) for choice, token in zip(row, tokens, strict=True)]
+        merged = [token for group in row_groups for token in group]
+        if len(merged) != len(set(merged)):
+            raise ValueError(
+                f"Row {number}: two of the choices {list(row)} share a spelling, so their tokens cannot be merged. Leave "
+                "`variants` out or make the spellings distinct."
+            )
+        groups.append(row_groups)
+    return groups
+
+
+def _fill(rows: Sequence[Sequence[Any]], value: float, dtype: Any) -> np.ndarray:
+    filled = np.full((len(rows), max(len(row) for row in rows)), value, dtype=dtype)
+    for i, row in enumerate(rows):
+        filled[i, : len(row)] = row
+    return filled
+
+
+def _check_temperature(temperature: float) -> None:
+    if not (temperature > 0.0 and np.isfinite(temperature)):
+        raise ValueError(f"`temperature` must be a finite number above 0, got {temperature}.")
