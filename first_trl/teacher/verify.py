@@ -60,7 +60,7 @@ def verify_teacher_cache(
     first_row = 0
     positions = 0
     for batch in iterate_batches(dataset, batch_size):
-        k = check_batch(batch, first_row, k, fingerprint, head_size)
+        k = check_batch(batch, first_row, k or None, fingerprint, head_size)
         positions += len(batch.tail_logprob)
         first_row += batch.num_rows
     if positions == 0:
