@@ -13,7 +13,15 @@ if TYPE_CHECKING:
 Layout = Literal["panels", "overlay"]
 
 # Okabe-Ito colours: told apart in print and by colour-blind readers.
-_BAR, _OVER, _UNDER, _BAND = "#56B4E9", "#D55E00", "#009E73", "#8A8A8A"
+_BAR, _OVER, _UNDER, _BAND = "#9CCBEB", "#E8A06B", "#66BFA3", "#6E6E6E"
+_LEGEND = (
+    "accuracy of the bin",
+    "over-confident",
+    "under-confident",
+    "95 % if calibrated",
+    "overall accuracy",
+    "mean confidence",
+)
 _LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B", "#7F7F7F", "#6A3D9A")
 _COLUMNS = ("lower", "upper", "count", "confidence", "accuracy", "gap", "null_low", "null_high")
 
@@ -50,7 +58,7 @@ def reliability_data(
                 else " Compute it with return_bins=True."
             )
             raise ValueError(f"Report {name or position!r} has no per-bin data.{hint}")
-        panel = {"title": name if titles is None else str(titles[position])}
+        panel: dict[str, Any] = {"title": name if titles is None else str(titles[position])}
         panel |= {key: report.get(key) for key in ("ece", "ci_low", "ci_high", "accuracy", "mean_confidence")}
         panel |= {"n": sum(bins["count"]), "bins": {column: list(bins[column]) for column in _COLUMNS}}
         panels.append(panel)
@@ -71,10 +79,10 @@ def reliability_diagram(
     """
     Draw accuracy against confidence.
 
-    A panel shows the accuracy of each bin as a bar and its distance from the mean confidence of that bin in orange
-    (over-confident) or green (under-confident). The grey box marks where 95 % of the accuracies of a perfectly
-    calibrated model would lie: a gap inside it is no evidence. Empty bins stay blank. The strip below shows the share
-    of examples per bin. An overlay draws one line per model.
+    A panel marks the accuracy of each bin with a black line and colours the gap to the mean confidence of that bin
+    orange (over-confident) or green (under-confident). The grey span shows where 95 % of the accuracies of a perfectly
+    calibrated model would lie: an accuracy inside it is no evidence. Empty bins stay blank. The strip below shows the
+    share of examples per bin, overall accuracy and mean confidence. An overlay draws one line per model.
 
     Args:
         reports (`dict`):
@@ -88,7 +96,7 @@ def reliability_diagram(
         columns (`int`, *optional*):
             Panels per row; up to 5 by default.
         null_band (`bool`, defaults to `True`):
-            Whether to draw the grey boxes (an overlay has none).
+            Whether to draw the grey spans (an overlay has none).
         counts (`bool`, defaults to `True`):
             Whether to draw the strip of counts.
         suptitle (`str`, *optional*):
@@ -107,7 +115,7 @@ def reliability_diagram(
     panels = reliability_data(reports, titles=titles)["panels"]
     n_plots = 1 if layout == "overlay" else len(panels)
     if axes is not None:
-        given: list[Any] = list(axes) if isinstance(axes, Sequence) or hasattr(axes, "__len__") else [axes]
+        given: list[Any] = [axes] if hasattr(axes, "plot") else list(axes)
         if len(given) != n_plots:
             raise ValueError(f"{len(given)} axes for {n_plots} panels: give one per panel.")
         figure = given[0].figure
@@ -119,6 +127,8 @@ def reliability_diagram(
     else:
         for panel, (axis, strip) in zip(panels, pairs, strict=True):
             _draw_panel(axis, strip, panel, null_band)
+        if axes is None:
+            _add_legend(figure)
     return figure
 
 
@@ -146,32 +156,47 @@ def _grid(
         columns = n_plots if n_plots <= 4 else min(5, math.ceil(n_plots / math.ceil(n_plots / 5)))
     columns = min(columns, n_plots)
     rows = math.ceil(n_plots / columns)
-    side = 5.2 if n_plots == 1 else 3.4
-    height = side * (1.32 if counts else 1.05)
-    figure = Figure(figsize=(side * columns, height * rows + (0.4 if suptitle else 0)), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06, hspace=0.04, wspace=0.04)  # type: ignore[union-attr]
+    side = 5.0 if n_plots == 1 else 3.3
+    height = side * (1.42 if counts else 1.14)
+    figure = Figure(figsize=(side * columns, height * rows + 0.5), layout="constrained")
     if suptitle:
         figure.suptitle(suptitle, fontsize=13)
+    figure.supxlabel("confidence", fontsize=10)
     outer = figure.add_gridspec(rows, columns)
     pairs = []
     for index in range(n_plots):
         row, column = divmod(index, columns)
         if counts:
-            inner = outer[row, column].subgridspec(2, 1, height_ratios=(4, 1), hspace=0.03)
+            inner = outer[row, column].subgridspec(2, 1, height_ratios=(4, 1), hspace=0.04)
             axis = figure.add_subplot(inner[0])
             strip = figure.add_subplot(inner[1], sharex=axis)
             axis.tick_params(labelbottom=False)
         else:
             axis, strip = figure.add_subplot(outer[row, column]), None
-        bottom = strip if strip is not None else axis
-        if index + columns >= n_plots:
-            bottom.set_xlabel("confidence")
         if column == 0:
             axis.set_ylabel("accuracy")
             if strip is not None:
                 strip.set_ylabel("share")
         pairs.append((axis, strip))
     return figure, pairs
+
+
+def _add_legend(figure: "Figure") -> None:
+    """One legend for all panels, below them."""
+    handles: dict[str, Any] = {}
+    for axis in figure.axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    order = [label for label in _LEGEND if label in handles]
+    narrow = figure.get_figwidth() < 8
+    figure.legend(
+        [handles[label] for label in order],
+        order,
+        loc="outside lower center",
+        ncols=math.ceil(len(order) / 2) if narrow else len(order),
+        fontsize=9,
+        frameon=False,
+    )
 
 
 def _style(axis: Any) -> None:
@@ -191,30 +216,22 @@ def _used(bins: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
 
 def _draw_panel(axis: Any, strip: Any, panel: Mapping[str, Any], null_band: bool) -> None:
     _style(axis)
-    labels: set[str] = set()
-
-    def once(label: str) -> str | None:
-        # One legend entry per kind of patch.
-        if label in labels:
-            return None
-        labels.add(label)
-        return label
-
     for row in _used(panel["bins"]):
         left, width = row["lower"], row["upper"] - row["lower"]
-        axis.bar(left, row["accuracy"], width, align="edge", color=_BAR, edgecolor="white", linewidth=0.6,
-                 label=once("accuracy"), zorder=2)  # fmt: skip
+        low, high = sorted((row["accuracy"], row["confidence"]))
         over = row["gap"] >= 0
-        axis.bar(left, row["gap"], width, bottom=row["accuracy"], align="edge", color=_OVER if over else _UNDER,
-                 alpha=0.55, edgecolor="white", linewidth=0.6,
-                 label=once("over-confident" if over else "under-confident"), zorder=3)  # fmt: skip
-        if null_band:
-            axis.bar(left + width * 0.3, row["null_high"] - row["null_low"], width * 0.4, bottom=row["null_low"],
-                     align="edge", facecolor="none", edgecolor=_BAND, linewidth=1,
-                     label=once("95 % if calibrated"), zorder=5)  # fmt: skip
-    axis.set_title(panel["title"], fontsize=11)
-    axis.text(0.03, 0.97, _caption(panel), transform=axis.transAxes, va="top", fontsize=8.5, zorder=7,
-              bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5})  # fmt: skip
+        axis.bar(left, low, width, align="edge", color=_BAR, edgecolor="white", linewidth=0.6, zorder=2)
+        axis.bar(left, high - low, width, bottom=low, align="edge", color=_OVER if over else _UNDER, edgecolor="white",
+                 linewidth=0.6, label="over-confident" if over else "under-confident", zorder=3)  # fmt: skip
+        if null_band and row["null_high"] > row["null_low"]:
+            axis.bar(left + width * 0.4, row["null_high"] - row["null_low"], width * 0.2, bottom=row["null_low"],
+                     align="edge", color=_BAND, alpha=0.75, label="95 % if calibrated", zorder=5)  # fmt: skip
+        axis.plot([left, left + width], [row["accuracy"]] * 2, color="black", linewidth=2, solid_capstyle="butt",
+                  label="accuracy of the bin", zorder=6)  # fmt: skip
+    if panel["title"]:
+        axis.set_title(panel["title"] + "\n", fontsize=11, pad=10)
+    axis.text(0.5, 1.03, _caption(panel), transform=axis.transAxes, ha="center", va="bottom", fontsize=8.5,
+              color="#333333", linespacing=1.25)  # fmt: skip
     if strip is not None:
         _draw_strip(strip, panel, [panel["bins"]], [_BAR])
 
@@ -233,7 +250,7 @@ def _draw_overlay(axis: Any, strip: Any, panels: Sequence[Mapping[str, Any]]) ->
         if panel["ece"] is not None:
             label += f" (ECE {panel['ece']:.3f})"
         axis.plot([], [], style, marker="o", color=colour, label=label)
-    axis.legend(loc="upper left", fontsize=8, framealpha=0.85)
+    axis.legend(loc="best", fontsize=8, framealpha=0.85)
     if strip is not None:
         _draw_strip(strip, None, [panel["bins"] for panel in panels], colours)
 
@@ -253,22 +270,20 @@ def _draw_strip(
         else:
             strip.stairs(share, [*bins["lower"], bins["upper"][-1]], color=colour, linewidth=1.3)
     if panel is not None and panel["accuracy"] is not None and panel["mean_confidence"] is not None:
-        strip.axvline(panel["accuracy"], color="#0072B2", linewidth=1.4)
-        strip.axvline(panel["mean_confidence"], color=_OVER, linewidth=1.4, linestyle="--")
+        strip.axvline(panel["accuracy"], color="black", linewidth=1.4, label="overall accuracy")
+        strip.axvline(panel["mean_confidence"], color=_OVER, linewidth=1.4, linestyle="--", label="mean confidence")
     strip.set_ylim(bottom=0)
     strip.locator_params(axis="y", nbins=3)
 
 
 def _caption(panel: Mapping[str, Any]) -> str:
-    lines = []
+    first, second = [], [f"n {panel['n']:,}"]
     if panel["ece"] is not None:
-        line = f"ECE {panel['ece']:.3f}"
+        first.append(f"ECE {panel['ece']:.3f}")
         if panel["ci_low"] is not None:
-            line += f" [{panel['ci_low']:.3f}, {panel['ci_high']:.3f}]"
-        lines.append(line)
+            first[-1] += f" [{panel['ci_low']:.3f}, {panel['ci_high']:.3f}]"
     if panel["accuracy"] is not None:
-        lines.append(f"accuracy {panel['accuracy']:.3f}")
+        second.append(f"acc. {panel['accuracy']:.3f}")
     if panel["mean_confidence"] is not None:
-        lines.append(f"confidence {panel['mean_confidence']:.3f}")
-    lines.append(f"n {panel['n']:,}")
-    return "\n".join(lines)
+        second.append(f"conf. {panel['mean_confidence']:.3f}")
+    return "\n".join(filter(None, ("  ".join(first), "   ".join(second))))

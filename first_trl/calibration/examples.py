@@ -183,7 +183,7 @@ def _multiclass(
     config: CalibrationConfig,
     rows: npt.NDArray[np.intp] | None,
 ) -> Examples:
-    n, n_classes = pred.shape
+    n_classes = pred.shape[1]
     labels = _check_labels(refs, n_classes, rows)
     values = pred if pred.dtype.kind == "f" else pred.astype(np.float64)
     label_logprob: npt.NDArray[np.float64] | None = None
@@ -379,13 +379,11 @@ def _edge_dtype(confidence: FloatArray, source: str, config: CalibrationConfig) 
 
 
 def _only_zero_one(values: npt.NDArray[Any]) -> bool:
-    for part in (values[:256], values):
-        if not ((part == 0) | (part == 1)).all():
-            return False
-    return True
+    # A short prefix settles nearly every case without a pass over the data.
+    return all(((part == 0) | (part == 1)).all() for part in (values[:256], values))
 
 
-def _at(bad: npt.NDArray[np.bool_], values: npt.NDArray[Any], rows: npt.NDArray[np.intp] | None) -> str:
+def _at(bad: Any, values: npt.NDArray[Any], rows: npt.NDArray[np.intp] | None) -> str:
     """`row 3 (nan)`: the first bad row, by its number in what the caller passed."""
     index = int(np.flatnonzero(bad)[0])
     row = index if rows is None else int(rows[index])

@@ -191,7 +191,7 @@ def _cell_sums(
         values = np.ones(index.shape)
     if weight is not None:
         values = values * weight[:, None]
-    return np.bincount(index.ravel(), weights=values.ravel(), minlength=cells.n_cells)
+    return np.bincount(index.ravel(), weights=values.ravel(), minlength=cells.n_cells).astype(np.float64, copy=False)
 
 
 def _acceleration(cells: Cells, residual: npt.NDArray[np.float64], config: CalibrationConfig) -> float:

@@ -18,8 +18,10 @@ def smooth_calibration_error(
     Smooth ECE of Błasiok and Nakkiran (2023, arXiv 2309.12236), at the bandwidth that equals the error itself.
 
     The residuals are smoothed with a Gaussian kernel reflected at 0 and 1, and the error is the integral of the
-    absolute value. Reflection makes the kernel diagonal in the cosine basis, so one transform of the binned residuals
-    serves every bandwidth. The mesh has 8192 cells; residuals are shared linearly between the two nearest.
+    absolute value. The kernel ends at a distance of 1/2, as in the authors' `relplot`; this changes errors above about
+    0.15 only, by less than 0.002. Reflection makes smoothing a circular convolution on an interval of length two, so
+    one transform of the binned residuals serves every bandwidth. The mesh has 8192 cells; residuals are shared linearly
+    between the two nearest.
 
     Args:
         confidence (`numpy.ndarray` of shape `(N,)`):
@@ -47,10 +49,12 @@ def smooth_calibration_error(
     residual /= len(confidence) if weight is None else weight.sum()
 
     spectrum = np.fft.rfft(np.concatenate([residual, residual[::-1]]))
-    frequency = np.pi * np.arange(len(spectrum))
+    distance = np.minimum(np.arange(2 * _MESH), 2 * _MESH - np.arange(2 * _MESH)) / _MESH
 
     def at(bandwidth: float) -> float:
-        smoothed = np.fft.irfft(spectrum * np.exp(-0.5 * (bandwidth * frequency) ** 2), n=2 * _MESH)
+        # A kernel narrower than a cell would vanish between the samples; it is then a single cell.
+        kernel = np.exp(-0.5 * (distance / max(bandwidth, 1e-9)) ** 2) * (distance <= 0.5)
+        smoothed = np.fft.irfft(spectrum * np.fft.rfft(kernel / kernel.sum()), n=2 * _MESH)
         return float(np.abs(smoothed[:_MESH]).sum())
 
     # The error falls as the bandwidth grows, so error minus bandwidth changes sign once.
