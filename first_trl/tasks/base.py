@@ -123,7 +123,7 @@ class Task:
 
     def example(self, row: dict[str, Any], *, split: str) -> Example:
         """Turns one source row into an [`Example`]; raises `ValueError` or [`DropRow`] with the reason alone."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} reads no source rows")
 
     def rows(
         self, split: str, path: str | None, revision: str | None, seed: int

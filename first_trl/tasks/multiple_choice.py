@@ -77,7 +77,7 @@ class MultipleChoice(Task):
         )
 
 
-def labelled_choices(choices: Any, answer_key: str | None, *, gold_required: bool) -> tuple[list[str], int]:
+def labelled_choices(choices: Any, answer_key: str | None, *, gold_required: bool = True) -> tuple[list[str], int]:
     """
     Reads labelled choices in the original form (`[{"label", "text"}, ...]`) or the Hub's (`{"label": [...], "text":
     [...]}`).

@@ -114,7 +114,6 @@ def make_world(seed: int) -> World:
     return World(posterior, held_out, samples)
 
 
-@lru_cache(maxsize=1)
 def build_tokenizer() -> PreTrainedTokenizerBase:
     """Word-level tokenizer of 253 tokens, the same for every seed."""
     return word_tokenizer([*FUNCTION_WORDS, *JOBS, *PLACES, *WEATHERS, *TOOLS, *NAMES])

@@ -12,7 +12,7 @@ from typing import Any
 
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 # Words that mark a split in file names of the original releases ("dev_rand_split.jsonl", "test-00000-of-00001.parquet").
-_SPLIT_WORDS = {
+SPLIT_WORDS = {
     "validation": ("validation", "valid", "val", "dev"),
     "dev": ("dev",),
     "auxiliary_train": ("auxiliary",),
@@ -89,19 +89,15 @@ def _hub_rows(
 def _split_files(folder: Path, split: str, config: str | None, many_files: bool) -> list[Path]:
     if config is not None and (folder / config).is_dir():
         folder = folder / config
-    words = _SPLIT_WORDS.get(split, (split,))
     data = sorted(f for f in folder.rglob("*") if f.is_file() and _stem(f) is not None)
-
-    def names_split(file: Path) -> bool:
-        parts = [*file.relative_to(folder).parts[:-1], _stem(file) or ""]
-        return any(word in words for part in parts for word in re.split(r"[^a-z]+", part.lower()))
-
-    found = [file for file in data if names_split(file)]
+    words = SPLIT_WORDS.get(split, (split,))
+    # A release that has both a "val" and a "dev" part means different things by them, so the first word wins.
+    found = next((files for word in words if (files := [f for f in data if _has_word(f, folder, word)])), [])
     if not found:
         listed = ", ".join(str(f.relative_to(folder)) for f in data[:10]) or "no data file"
         raise ValueError(
-            f"No file of {str(folder)!r} has {' or '.join(words)!s} in its name for split {split!r} (found: {listed}). "
-            "Give the file itself as `path`."
+            f"No file of {str(folder)!r} has {' or '.join(map(repr, words))} in its name for split {split!r} (found: "
+            f"{listed}). Give the file itself as `path`."
         )
     shards_of_one = len({_SHARD.sub("", _stem(f) or "") for f in found}) == 1 and all(
         _SHARD.search(_stem(f) or "") for f in found
@@ -112,6 +108,11 @@ def _split_files(folder: Path, split: str, config: str | None, many_files: bool)
             f"{len(found)} files of {str(folder)!r} could be split {split!r}: {listed}. Give one of them as `path`."
         )
     return found
+
+
+def _has_word(file: Path, folder: Path, word: str) -> bool:
+    parts = [*file.relative_to(folder).parts[:-1], _stem(file) or ""]
+    return any(word in re.split(r"[^a-z]+", part.lower()) for part in parts)
 
 
 def _stem(file: Path) -> str | None:
