@@ -1,0 +1,244 @@
+"""The report of one run: Markdown, JSON and figures."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .calibration import reliability_diagram
+from .files import write_json
+from .recipe import Recipe
+from .teacher.manifest import Manifest
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+_DEFAULT_LABELS = {"bayes": "True posterior (best possible)"}
+_COLUMNS = (
+    ("accuracy", "Accuracy %", 100, 1),
+    ("ece", "ECE %", 100, 1),
+    ("trust", "Trust %", 100, 1),
+    ("nll", "NLL", 1, 3),
+    ("brier", "Brier", 1, 3),
+)
+_METHOD_SYMBOLS = {"probability_temperature": "c", "logit_temperature": "T", "label_smoothing": "δ"}
+
+
+def write_report(
+    folder: Path,
+    *,
+    recipe: Recipe,
+    arms: list[str],
+    results: dict[str, dict[str, dict[str, Any]]],
+    temperatures: dict[str, float],
+    fits: dict[str, dict[str, Any]],
+    manifest: Manifest,
+    counts: dict[str, Any],
+    timings: list[dict[str, Any]],
+) -> None:
+    """
+    Write `report.md`, `report.json` and the figures into `folder`.
+
+    Args:
+        folder (`Path`): Where to.
+        recipe ([`Recipe`]): The experiment.
+        arms (`list[str]`): Rows of the tables, in order.
+        results (`dict`): Arm -> role -> report of [`evaluate_multiple_choice`].
+        temperatures (`dict`): Arm -> fitted post-hoc temperature.
+        fits (`dict`): Method -> `RecalibrationFit.to_dict()`.
+        manifest ([`Manifest`]): Of the training cache.
+        counts (`dict`): Role -> rows read, dropped and cut.
+        timings (`list`): Units with their seconds.
+    """
+    labels = {name: _label(recipe, name) for name in arms}
+    figures: dict[str, str] = {}
+
+    def save(name: str, caption: str, figure: "Figure") -> None:
+        figure.savefig(folder / f"{name}.png", dpi=130, bbox_inches="tight")
+        figures[f"{name}.png"] = caption
+
+    for role in recipe.evaluation.splits:
+        panels = {labels[name]: results[name][role]["full_vocab"]["calibration"] for name in arms}
+        save(
+            f"reliability_{role}",
+            f"Reliability of every arm on `{role}`.",
+            reliability_diagram(panels, suptitle=f"{recipe.name}, {role}: accuracy against confidence"),
+        )
+    save("topk_mass", "Teacher mass kept by the most likely k tokens, mean over the cache.", _mass_figure(manifest))
+    for method, fit in fits.items():
+        save(
+            f"recalibration_{method}",
+            f"Choice of {_METHOD_SYMBOLS[method]} on validation.",
+            _curve_figure(method, fit),
+        )
+
+    write_json(
+        folder / "report.json",
+        {
+            "recipe": recipe.name,
+            "seed": recipe.seed,
+            "n_bins": recipe.recalibration.n_bins,
+            "labels": labels,
+            "results": results,
+            "posthoc_temperatures": temperatures,
+            "recalibration": fits,
+            "kept_mass": manifest.kept_mass,
+            "cache_id": manifest.cache_id,
+            "rows": counts,
+            "seconds": {entry["unit"]: entry["seconds"] for entry in timings},
+        },
+    )
+    text = _markdown(recipe, arms, labels, results, temperatures, fits, manifest, counts, timings, figures)
+    (folder / "report.md").write_text(text, encoding="utf-8")
+
+
+def _label(recipe: Recipe, name: str) -> str:
+    arm = recipe.arms.get(name)
+    return (arm.label if arm is not None and arm.label else None) or _DEFAULT_LABELS.get(name, name)
+
+
+def _markdown(
+    recipe: Recipe,
+    arms: list[str],
+    labels: dict[str, str],
+    results: dict[str, dict[str, dict[str, Any]]],
+    temperatures: dict[str, float],
+    fits: dict[str, dict[str, Any]],
+    manifest: Manifest,
+    counts: dict[str, Any],
+    timings: list[dict[str, Any]],
+    figures: dict[str, str],
+) -> str:
+    lines = [f"# {recipe.report.title or recipe.name}", ""]
+    if recipe.description:
+        lines += [recipe.description.strip(), ""]
+    k, kept = manifest.k, manifest.kept_mass
+    lines += [
+        f"Seed {recipe.seed}. Teacher: {manifest.teacher['parameters']:,} parameters; its {k} most likely tokens hold "
+        f"{100 * kept[-1]:.1f} % of its mass on the training rows. Cache: {manifest.counts['positions']:,} positions of "
+        f"{manifest.counts['rows']:,} rows.",
+        "",
+    ]
+    for index, role in enumerate(recipe.evaluation.splits):
+        name = "in-domain" if index == 0 else "out-of-domain or shifted"
+        lines += [f"## `{role}` ({name})", "", *_table(arms, labels, results, role), ""]
+        sample = results[arms[0]][role]
+        chance = sample.get("chance_accuracy")
+        lines += [
+            "Accuracy: the most likely token of the whole vocabulary is the gold answer's. Confidence: its probability. "
+            f"ECE: {sample['full_vocab']['calibration']['config']['n_bins']} bins of equal width. "
+            "Trust = accuracy − ECE. NLL (nats) and Brier score over the whole vocabulary."
+            + (f" Picking an option at random is right {100 * chance:.1f} % of the time." if chance else ""),
+            "",
+            f"![Reliability on {role}](reliability_{role}.png)",
+            "",
+            f"Renormalised over the answer options (`{role}`):",
+            "",
+            *_options_table(arms, labels, results, role),
+            "",
+        ]
+    lines += ["## Teacher", "", "![Kept mass](topk_mass.png)", ""]
+    if fits:
+        lines += [
+            "| rescale | chosen | validation ECE % raw | after | NLL raw | after |",
+            "| --- | --- | --- | --- | --- | --- |",
+        ]
+        for method, fit in fits.items():
+            spread = fit.get("bootstrap")
+            around = f" ({spread['low']:.2f} to {spread['high']:.2f})" if spread else ""
+            lines.append(
+                f"| {method} | {_METHOD_SYMBOLS[method]} = {fit['recalibration']['value']:.3g}{around} | "
+                f"{100 * fit['raw']['ece']:.1f} | {100 * fit['chosen']['ece']:.1f} | {fit['raw']['nll']:.3f} | "
+                f"{fit['chosen']['nll']:.3f} |"
+            )
+        lines += [
+            "",
+            "In brackets: 95 % of bootstrap choices. Fitted on `validation` only, on the target that is trained on.",
+            "",
+        ]
+        lines += [line for method in fits for line in (f"![Curve](recalibration_{method}.png)", "")]
+        lines += [f"- Warning: {message}" for fit in fits.values() for message in fit.get("messages", [])] + [""]
+    if temperatures:
+        fitted = ", ".join(f"{labels[name]} {value:.2f}" for name, value in temperatures.items())
+        lines += [f"Post-hoc temperatures (fitted by NLL on `validation`): {fitted}.", ""]
+    if recipe.report.notes:
+        lines += ["## What these numbers show, and what they do not", ""]
+        lines += [f"- {' '.join(note.split())}" for note in recipe.report.notes] + [""]
+    lines += [
+        "## Rows",
+        "",
+        "| role | read | used | left out by limit | cut | dropped |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for role, count in counts.items():
+        dropped = ", ".join(f"{number} ({reason})" for reason, number in count["dropped"].items()) or "0"
+        lines.append(
+            f"| {role} | {count['read']} | {count['rows']} | {count['not_selected']} | {count.get('cut', 0)} | {dropped} |"
+        )
+    seconds = sum(entry["seconds"] for entry in timings)
+    lines += ["", f"Time of all units, kept ones included: {seconds:.0f} s.", ""]
+    return "\n".join(lines)
+
+
+def _table(
+    arms: list[str], labels: dict[str, str], results: dict[str, dict[str, dict[str, Any]]], role: str
+) -> list[str]:
+    header = ["arm", *(title for _, title, _, _ in _COLUMNS), "n"]
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    for name in arms:
+        report = results[name][role]
+        cells = [f"{scale * report['full_vocab'][key]:.{digits}f}" for key, _, scale, digits in _COLUMNS]
+        lines.append("| " + " | ".join([labels[name], *cells, str(report["n"])]) + " |")
+    return lines
+
+
+def _options_table(
+    arms: list[str], labels: dict[str, str], results: dict[str, dict[str, dict[str, Any]]], role: str
+) -> list[str]:
+    header = ["arm", *(title for _, title, _, _ in _COLUMNS), "Mass on the options %"]
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    for name in arms:
+        report = results[name][role]
+        cells = [f"{scale * report['options'][key]:.{digits}f}" for key, _, scale, digits in _COLUMNS]
+        lines.append("| " + " | ".join([labels[name], *cells, f"{100 * report['option_mass']:.1f}"]) + " |")
+    return lines
+
+
+def _mass_figure(manifest: Manifest) -> "Figure":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2, 3.0), layout="constrained")
+    axes = figure.subplots()
+    ranks = np.arange(1, len(manifest.kept_mass) + 1)
+    axes.plot(ranks, 100 * np.array(manifest.kept_mass), marker="o")
+    axes.set(xlabel="k", ylabel="teacher mass kept, %", title="Top-k mass of the teacher", ylim=(None, 101))
+    axes.set_xticks(ranks if len(ranks) <= 12 else ranks[:: len(ranks) // 10])
+    axes.axhline(100, color="grey", linewidth=0.8)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def _curve_figure(method: str, fit: dict[str, Any]) -> "Figure":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 3.2), layout="constrained")
+    axes = figure.subplots()
+    points = sorted(fit["curve"], key=lambda point: point["value"])
+    values = [point["value"] for point in points]
+    symbol = _METHOD_SYMBOLS[method]
+    chosen = fit["recalibration"]["value"]
+    axes.plot(values, [100 * point["ece"] for point in points], marker=".", label="ECE, %")
+    axes.axhline(100 * fit["raw"]["ece"], color="grey", linestyle=":", label="ECE without rescale")
+    axes.axvline(
+        chosen, color="tab:red", linewidth=1, label=f"chosen {symbol} = {chosen:.3g} (by {fit['objective'].upper()})"
+    )
+    axes.set(xlabel=symbol, ylabel="teacher's validation ECE, %", title=f"Recalibration: {method.replace('_', ' ')}")
+    axes.set_ylim(bottom=0)
+    second = axes.twinx()
+    second.plot(values, [point["nll"] for point in points], color="tab:green", alpha=0.6, linewidth=1)
+    second.set_ylabel("NLL", color="tab:green")
+    axes.legend(fontsize=7, loc="upper left")
+    axes.grid(alpha=0.3)
+    return figure
