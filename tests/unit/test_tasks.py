@@ -143,7 +143,7 @@ def test_files_that_cannot_be_read(tmp_path):
     task = get_task("commonsense_qa")
     with pytest.raises(ValueError, match=r"no file or folder .*nowhere\.jsonl.*Give"):
         task.load("train", path=str(tmp_path / "nowhere.jsonl"))
-    with pytest.raises(ValueError, match="no file or folder 'data/rows.jsonl'"):
+    with pytest.raises(ValueError, match=r"no file or folder 'data/rows\.jsonl'"):
         task.load("train", path="data/rows.jsonl")
     bad = tmp_path / "bad.jsonl"
     bad.write_text(json.dumps(question()) + "\n{'single': 'quotes'}\n")
@@ -158,7 +158,7 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(ValueError, match="no usable rows"):
         task.load("train", path=str(tmp_path / "empty.jsonl"))
-    with pytest.raises(ValueError, match="`revision`.*is local"):
+    with pytest.raises(ValueError, match=r"`revision`.*is local"):
         task.load("train", path=str(FIXTURES / "commonsense_qa"), revision="main")
 
 
@@ -250,7 +250,7 @@ def test_boolq_passages(tmp_path):
     )
     assert (row["completion"], row["choices"], row["gold"], row["group"]) == (" no", [" yes", " no"], 1, "Volcano")
     path = write(tmp_path / "x.jsonl", {"question": "is it so", "answer": True})
-    with pytest.raises(ValueError, match="'passage' is missing.*with_passage=False"):
+    with pytest.raises(ValueError, match=r"'passage' is missing.*with_passage=False"):
         get_task("boolq").load("train", path=path)
     row = get_task("boolq", with_passage=False).load("train", path=path).dataset[0]
     assert (row["prompt"], row["gold"]) == ("Question: is it so?\nAnswer:", 0)
