@@ -11,8 +11,8 @@ with HubServer(tmp_path) as hub:
 ```
 """
 
-from .client import Client, ClientResult, client_environment, run_client, start_client
+from .client import Client, ClientResult, client_environment, run_client, start_client, start_session
 from .server import HubServer
 
 
-__all__ = ["Client", "ClientResult", "HubServer", "client_environment", "run_client", "start_client"]
+__all__ = ["Client", "ClientResult", "HubServer", "client_environment", "run_client", "start_client", "start_session"]

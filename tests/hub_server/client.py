@@ -60,15 +60,28 @@ class Client:
         self.process = process
         self.home = home
 
-    def ask(self, message: object) -> Any:
-        """Send one line of JSON to a client that answers each with one: saves the start of a process per question."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps(message) + "\n")
+    def ask(self, code: str) -> dict[str, Any]:
+        """Run code in a client of [`start_session`]: `{"result": ...}`, or `{"error": traceback}` if it raised."""
+        self.send(code)
+        return self.receive()
+
+    def send(self, code: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(code) + "\n")
         self.process.stdin.flush()
+
+    def receive(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
         answer = self.process.stdout.readline()
         if not answer:
             raise AssertionError(f"the client went away:\n{self.wait(check=False).output}")
-        return json.loads(answer)
+        return dict(json.loads(answer))
+
+    def result(self, expression: str) -> Any:
+        """Value of an expression in a client of [`start_session`]; an error fails the test."""
+        answer = self.ask(f"result = {expression}")
+        assert "error" not in answer, answer["error"]
+        return answer["result"]
 
     def kill(self) -> None:
         self.process.kill()
@@ -164,3 +177,25 @@ def run_client(
 ) -> ClientResult:
     """Run a client to its end, see [`start_client`]; with `check`, a failing client fails the test with its output."""
     return start_client(code_or_script, server, env, home, args).wait(timeout_s, check)
+
+
+# Runs each line of standard input, code in JSON, and answers with its variable `result`.
+_SESSION = """
+import json, sys, traceback
+namespace = {{"__name__": "session"}}
+exec({prelude!r}, namespace)
+for line in sys.stdin:
+    try:
+        exec(json.loads(line), namespace)
+        answer = {{"result": namespace.pop("result", None)}}
+    except Exception:
+        answer = {{"error": traceback.format_exc()}}
+    print(json.dumps(answer), flush=True)
+"""
+
+
+def start_session(
+    prelude: str, server: HubServer, env: dict[str, str] | None = None, home: Path | None = None
+) -> Client:
+    """Start a client that runs `prelude` and then what [`Client.ask`] sends it: saves a process per question."""
+    return start_client(_SESSION.format(prelude=prelude), server, env, home)

@@ -2,6 +2,7 @@
 
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 #   "lost":     the request is handled, then the connection is reset: the work landed, the client cannot know
 #   "truncate": half of the body is sent under the full Content-Length, then the connection is closed
 #   "stall":    neither handled nor answered until the server's end: time to kill a client in the middle
+#   "before":   no fault: a function is called before the request is handled, see `FaultPlan.before`
 KINDS = ("reset", "lost", "truncate", "stall")
 
 
@@ -21,6 +23,7 @@ class Fault:
     times: int
     skip: int = 0
     retry_after: str | None = None
+    action: Callable[[], object] | None = None
 
 
 @dataclass
@@ -28,6 +31,7 @@ class FaultPlan:
     """Faults in the order they were scripted; a request takes the first one that matches it and is not used up."""
 
     faults: list[Fault] = field(default_factory=list)
+    stalled: threading.Event = field(default_factory=threading.Event)
     released: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -45,6 +49,11 @@ class FaultPlan:
             raise ValueError(f"Unknown fault {kind!r}: use one of {KINDS} or an HTTP error status such as '503'.")
         with self.lock:
             self.faults.append(Fault(re.compile(route_regex), kind, times, skip, retry_after))
+
+    def before(self, route_regex: str, action: Callable[[], object], times: int = 1, skip: int = 0) -> None:
+        """Call `action` when a matching request has arrived and before it is handled: to let something else in between."""
+        with self.lock:
+            self.faults.append(Fault(re.compile(route_regex), "before", times, skip, action=action))
 
     def take(self, line: str) -> Fault | None:
         with self.lock:

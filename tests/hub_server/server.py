@@ -60,6 +60,7 @@ class HubServer:
         self.other_token = self.accounts.add("bob")
         self.faults = FaultPlan()
         self.fail = self.faults.add
+        self.before = self.faults.before
         self.internal_errors: list[str] = []
         self.lfs_part_size = lfs_part_size
         self.page_size = page_size
@@ -125,8 +126,13 @@ class HubServer:
 
     @property
     def foreign_requests(self) -> list[str]:
-        """Requests for other hosts, which reach this server because the clients take it for their proxy."""
-        return [request.line for request in self.requests if not request.path.startswith("/")]
+        """Requests for other hosts, which reach this server because the clients take it for their proxy.
+
+        `datasets` derives the host of the dataset viewer from the endpoint's: on the real Hub that is the Hub itself.
+        """
+        viewer = "GET http://datasets-server.127.0.0.1:"
+        lines = [request.line for request in self.requests if not request.path.startswith("/")]
+        return [line for line in lines if not line.startswith(viewer)]
 
     # Authentication
 

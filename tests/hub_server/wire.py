@@ -172,8 +172,11 @@ def make_handler(hub: "HubServer", port: str, routes: list[Route]) -> type[BaseH
             kind = fault.kind if fault else None
             user, authorization = hub.identify(self.headers.get("Authorization"))
             if kind == "stall":
+                hub.faults.stalled.set()
                 hub.faults.released.wait()
-            if kind is None or kind in ("lost", "truncate"):
+            if fault and fault.action:
+                fault.action()
+            if kind in (None, "before", "lost", "truncate"):
                 query = {name: values[-1] for name, values in parse_qs(url.query).items()}
                 call = Call(hub, self.command, url.path, query, self.headers, body)
                 try:

@@ -1,19 +1,18 @@
 """Every step of a push and of a pull under every fault: it succeeds, makes one commit, and the data are equal."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from tests.hub_server import Client, HubServer, start_client
+from tests.hub_server import Client, HubServer, start_session
 
 
 FAULTS = ("500", "503", "429", "reset", "lost", "truncate")
 MODES = {"xet": {}, "lfs": {"HF_HUB_DISABLE_XET": "1"}}
 
-# Answers each line of JSON with one: pushes a small two-split dataset, loads what a commit holds, pulls a folder.
-DRIVER = """
-import json, logging, sys
+# Every repository gets data of its own: stores and caches on both sides would skip what they have seen before.
+PRELUDE = """
+import logging
 import numpy as np
 from datasets import Dataset, DatasetDict, load_dataset
 from first_trl.hub import RetryPolicy, pull_folder, push_dataset, push_folder
@@ -21,39 +20,33 @@ from pathlib import Path
 
 logging.basicConfig(level=logging.DEBUG)
 policy = RetryPolicy(base_seconds=0.05)
-rng = np.random.default_rng(0)
 
-def rows(n):
+def rows(n, seed):
+    rng = np.random.default_rng(seed)
     return Dataset.from_dict({"ids": rng.integers(0, 50000, (n, 40)).astype("int32"), "x": rng.normal(size=n)})
 
-data = DatasetDict({"train": rows(2000), "validation": rows(50)})
-Path("folder").mkdir(exist_ok=True)
-Path("folder/weights.bin").write_bytes(rng.bytes(300_000))
-Path("folder/config.json").write_text("{}")
+def data(seed):
+    return DatasetDict({"train": rows(2000, seed), "validation": rows(50, seed + 1000)})
 
-def push(repo, config="default"):
+def push(repo, seed):
     extra = {"manifest.json": b'{"k": 5}', "README.md": b"---\\nlicense: mit\\n---\\n# A cache\\n"}
-    return push_dataset(data, repo, config_name=config, private=True, tag="v1", revision="captures",
-                        extra_files=extra, retry_policy=policy)
+    return push_dataset(data(seed), repo, private=True, tag="v1", revision="captures", extra_files=extra,
+                        retry_policy=policy)
 
-def load(repo, commit, config="default"):
-    loaded = load_dataset(repo, config, revision=commit)
-    return all(loaded[name][:] == data[name][:] for name in data)
+def load(repo, seed, commit):
+    loaded = load_dataset(repo, revision=commit)
+    return all(loaded[name][:] == part[:] for name, part in data(seed).items())
 
 def pull(repo, commit):
     path, resolved = pull_folder(repo, revision="v1", retry_policy=policy)
     return resolved == commit and Path(path, "manifest.json").read_bytes() == b'{"k": 5}'
 
-def push_files(repo):
-    return push_folder("folder", repo, retry_policy=policy)
-
-for line in sys.stdin:
-    name, *arguments = json.loads(line)
-    try:
-        answer = {"result": globals()[name](*arguments)}
-    except Exception as error:
-        answer = {"error": f"{type(error).__name__}: {error}"}
-    print(json.dumps(answer), flush=True)
+def push_files(repo, seed):
+    folder = Path(f"folder-{seed}")
+    folder.mkdir(exist_ok=True)
+    (folder / "weights.bin").write_bytes(np.random.default_rng(seed).bytes(300_000))
+    (folder / "config.json").write_text("{}")
+    return push_folder(folder, repo, retry_policy=policy)
 """
 
 PUSH_STEPS = {
@@ -82,7 +75,7 @@ DATA_STEPS = {
 PULL_STEPS = {
     "revision": r"GET /api/datasets/.*/revision/v1",
     "tree": r"GET /api/datasets/.*/tree/",
-    "metadata": r"HEAD /datasets/.*/resolve/.*\.parquet",
+    "metadata": r"HEAD /datasets/.*/resolve/",
     "small": r"GET /datasets/.*/resolve/.*\.json",
 }
 PULL_DATA_STEPS = {
@@ -100,16 +93,18 @@ class Driven:
 
     def __init__(self, hub: HubServer, client: Client) -> None:
         self.hub, self.client = hub, client
-        self.repos = 0
+        self.seed = 0
 
     def fresh_repo(self) -> str:
-        self.repos += 1
-        return f"alice/repo-{self.repos}"
+        self.hub.faults.clear()
+        self.seed += 1
+        return f"alice/repo-{self.seed}"
 
-    def ask(self, *message: str) -> object:
-        answer = self.client.ask(message)
-        assert "error" not in answer, answer["error"]
-        return answer["result"]
+    def push(self, repo: str) -> str:
+        return str(self.client.result(f"push({repo!r}, {self.seed})"))
+
+    def loads_equal(self, repo: str, commit: str) -> bool:
+        return bool(self.client.result(f"load({repo!r}, {self.seed}, {commit!r})"))
 
 
 @pytest.fixture(scope="module", params=list(MODES))
@@ -121,100 +116,93 @@ def mode(request: pytest.FixtureRequest) -> str:
 def driven(mode: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driven]:
     with (
         HubServer(tmp_path_factory.mktemp(mode)) as hub,
-        start_client(DRIVER, hub, env=MODES[mode]) as client,
+        start_session(PRELUDE, hub, env=MODES[mode]) as client,
     ):
         yield Driven(hub, client)
         assert hub.internal_errors == []
         assert hub.foreign_requests == []
 
 
-def check_push(driven: Driven, steps: dict[str, str], step: str, kind: str) -> None:
+def check_push(driven: Driven, route: str, kind: str) -> None:
     repo = driven.fresh_repo()
-    driven.hub.faults.clear()
-    driven.hub.fail(steps[step], kind, retry_after="1" if kind == "429" else None)
-    commit = driven.ask("push", repo)
+    driven.hub.fail(route, kind, retry_after="1" if kind == "429" else None)
+    commit = driven.push(repo)
     assert driven.hub.faults.pending == 0, "the fault never happened: this test would prove nothing"
     state = driven.hub.repo(repo)
-    titles = [found.title for found in state.history("captures")]
-    assert titles == ["Upload default", "initial commit"]
+    assert [found.title for found in state.history("captures")] == ["Upload default", "initial commit"]
     assert state.branches["captures"] == commit == state.tags["v1"]
     assert state.private
-    assert driven.ask("load", repo, commit) is True
+    assert driven.loads_equal(repo, commit)
 
 
 @pytest.mark.parametrize("kind", FAULTS)
 def test_commit_survives(driven: Driven, kind: str) -> None:
-    check_push(driven, PUSH_STEPS, "commit", kind)
+    check_push(driven, PUSH_STEPS["commit"], kind)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FAULTS)
 @pytest.mark.parametrize("step", [step for step in PUSH_STEPS if step != "commit"])
 def test_push_survives(driven: Driven, step: str, kind: str) -> None:
-    check_push(driven, PUSH_STEPS, step, kind)
+    check_push(driven, PUSH_STEPS[step], kind)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FAULTS)
 @pytest.mark.parametrize("step", range(3))
 def test_push_data_survives(driven: Driven, mode: str, step: int, kind: str) -> None:
-    check_push(driven, DATA_STEPS[mode], list(DATA_STEPS[mode])[step], kind)
+    check_push(driven, list(DATA_STEPS[mode].values())[step], kind)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FAULTS)
 @pytest.mark.parametrize("step", range(len(PULL_STEPS) + 3))
 def test_pull_survives(driven: Driven, mode: str, step: int, kind: str) -> None:
-    steps = {**PULL_STEPS, **{f"data {name}": value for name, value in PULL_DATA_STEPS[mode].items()}}
-    if step >= len(steps):
+    routes = [*PULL_STEPS.values(), *PULL_DATA_STEPS[mode].values()]
+    if step >= len(routes):
         pytest.skip("this mode has fewer steps")
     repo = driven.fresh_repo()
-    driven.hub.faults.clear()
-    commit = driven.ask("push", repo)
-    driven.hub.fail(list(steps.values())[step], kind, retry_after="1" if kind == "429" else None)
-    assert driven.ask("pull", repo, commit) is True
-    # An answer without a body cannot be truncated: the client sees nothing wrong, and nothing is.
+    commit = driven.push(repo)
+    driven.hub.fail(routes[step], kind, retry_after="1" if kind == "429" else None)
+    assert driven.client.result(f"pull({repo!r}, {commit!r})")
     assert driven.hub.faults.pending == 0
-    assert driven.ask("load", repo, commit) is True
+    assert driven.loads_equal(repo, commit)
 
 
 @pytest.mark.parametrize("kind", ["503", "lost"])
 def test_folder_commit_survives(driven: Driven, kind: str) -> None:
     repo = driven.fresh_repo()
-    driven.hub.faults.clear()
     driven.hub.fail(r"POST /api/models/.*/commit/", kind)
-    commit = driven.ask("push_files", repo)
+    push = f"push_files({repo!r}, {driven.seed})"
+    commit = driven.client.result(push)
     assert driven.hub.faults.pending == 0
     assert [found.oid for found in driven.hub.repo(repo, "model").history("main")][:-1] == [commit]
     assert set(driven.hub.files(repo, "model")) == {".gitattributes", "config.json", "weights.bin"}
     # Again, unchanged: no commit, no data.
     before = len(driven.hub.requests)
-    assert driven.ask("push_files", repo) == commit
+    assert driven.client.result(push) == commit
     new = driven.hub.requests[before:]
     assert not [request for request in new if "/commit/" in request.path or request.method == "PUT"]
 
 
 def test_retry_after_is_honoured(driven: Driven) -> None:
     repo = driven.fresh_repo()
-    driven.hub.faults.clear()
     driven.hub.fail(r"POST /api/datasets/.*/commit/", "429", retry_after="3")
-    driven.ask("push", repo)
+    driven.push(repo)
     first, second = driven.hub.matching(rf"POST /api/datasets/{repo}/commit/")
     assert 3.0 <= second.time - first.time < 6.0
 
 
 def test_gives_up_within_bounds(driven: Driven) -> None:
-    driven.hub.faults.clear()
+    repo = driven.fresh_repo()
     driven.hub.fail(r"POST /api/repos/create", "503", times=100)
-    answer = driven.client.ask(["push", driven.fresh_repo()])
-    assert answer["error"].startswith("RuntimeError: Creating the repository failed")
-    assert "gave up after 8 tries" in answer["error"] and "503" in answer["error"]
-    driven.hub.faults.clear()
+    error = driven.client.ask(f"push({repo!r}, 0)")["error"]
+    assert "RuntimeError: Creating the repository failed" in error
+    assert "gave up after 8 tries" in error and "503" in error
 
 
 def test_does_not_wait_for_an_hour(driven: Driven) -> None:
-    driven.hub.faults.clear()
+    repo = driven.fresh_repo()
     driven.hub.fail(r"POST /api/repos/create", "429", retry_after="3600")
-    answer = driven.client.ask(["push", driven.fresh_repo()])
-    assert "gave up after 1 tries" in answer["error"] and "429" in answer["error"]
-    assert Path(driven.client.home).exists()
+    error = driven.client.ask(f"push({repo!r}, 0)")["error"]
+    assert "gave up after 1 tries" in error and "429" in error
