@@ -12,7 +12,7 @@ Mode = Literal["top-label", "classwise", "full"]
 Edges = Literal["right", "left"]
 Input = Literal["probs", "logits", "logprobs"]
 EdgeDtype = Literal["auto", "float64", "float32", "float16", "bfloat16"]
-IntervalMethod = Literal["basic", "bca"]
+IntervalMethod = Literal["inversion", "basic", "bca"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class CalibrationConfig:
     ignore_index: int | None = None
     edge_dtype: EdgeDtype = "auto"
     confidence_interval: float | None = None
-    interval_method: IntervalMethod = "basic"
+    interval_method: IntervalMethod = "inversion"
     null_test: bool = False
     n_resamples: int = 1000
     seed: int = 0

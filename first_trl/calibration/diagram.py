@@ -161,7 +161,6 @@ def _grid(
     figure = Figure(figsize=(side * columns, height * rows + 0.5), layout="constrained")
     if suptitle:
         figure.suptitle(suptitle, fontsize=13)
-    figure.supxlabel("confidence", fontsize=10)
     outer = figure.add_gridspec(rows, columns)
     pairs = []
     for index in range(n_plots):
@@ -173,6 +172,7 @@ def _grid(
             axis.tick_params(labelbottom=False)
         else:
             axis, strip = figure.add_subplot(outer[row, column]), None
+        (axis if strip is None else strip).set_xlabel("confidence")
         if column == 0:
             axis.set_ylabel("accuracy")
             if strip is not None:
@@ -228,8 +228,8 @@ def _draw_panel(axis: Any, strip: Any, panel: Mapping[str, Any], null_band: bool
                      align="edge", color=_BAND, alpha=0.75, label="95 % if calibrated", zorder=5)  # fmt: skip
         axis.plot([left, left + width], [row["accuracy"]] * 2, color="black", linewidth=2, solid_capstyle="butt",
                   label="accuracy of the bin", zorder=6)  # fmt: skip
-    if panel["title"]:
-        axis.set_title(panel["title"] + "\n", fontsize=11, pad=10)
+    # The name stands above the two smaller lines of numbers.
+    axis.set_title(panel["title"], fontsize=11, pad=30)
     axis.text(0.5, 1.03, _caption(panel), transform=axis.transAxes, ha="center", va="bottom", fontsize=8.5,
               color="#333333", linespacing=1.25)  # fmt: skip
     if strip is not None:
@@ -271,7 +271,9 @@ def _draw_strip(
             strip.stairs(share, [*bins["lower"], bins["upper"][-1]], color=colour, linewidth=1.3)
     if panel is not None and panel["accuracy"] is not None and panel["mean_confidence"] is not None:
         strip.axvline(panel["accuracy"], color="black", linewidth=1.4, label="overall accuracy")
-        strip.axvline(panel["mean_confidence"], color=_OVER, linewidth=1.4, linestyle="--", label="mean confidence")
+        strip.axvline(
+            panel["mean_confidence"], color="#C0561B", linewidth=1.4, linestyle="--", label="mean confidence"
+        )
     strip.set_ylim(bottom=0)
     strip.locator_params(axis="y", nbins=3)
 

@@ -95,7 +95,7 @@ def calibration_report(
     edge_dtype: EdgeDtype = "auto",
     sample_weight: Any = None,
     confidence_interval: float | None = None,
-    interval_method: IntervalMethod = "basic",
+    interval_method: IntervalMethod = "inversion",
     null_test: bool = False,
     n_resamples: int = 1000,
     seed: int = 0,
@@ -143,8 +143,9 @@ def calibration_report(
             Non-negative weights. Equal-width bins only.
         confidence_interval (`float`, *optional*):
             Level of a bootstrap interval, for example 0.95.
-        interval_method (`str`, defaults to `"basic"`):
-            `"basic"` or `"bca"`.
+        interval_method (`str`, defaults to `"inversion"`):
+            `"inversion"` holds its level down to a perfectly calibrated model; `"basic"` and `"bca"` are the textbook
+            bootstrap intervals, which cover small errors less often than they say.
         null_test (`bool`, defaults to `False`):
             Compare with a perfectly calibrated model that has the same confidences.
         n_resamples (`int`, defaults to `1000`):

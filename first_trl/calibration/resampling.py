@@ -15,9 +15,6 @@ from .errors import bin_error
 from .examples import Examples
 
 
-_CELLS_AT_ONCE = 1 << 22
-
-
 @dataclass(frozen=True)
 class Cells:
     """
@@ -79,11 +76,17 @@ def bootstrap_interval(
     cells: Cells, estimate: float, config: CalibrationConfig, rng: np.random.Generator
 ) -> tuple[float, float]:
     """
-    Confidence interval of the calibration error by resampling rows.
+    Confidence interval of the calibration error (of the population, with these bins) by resampling rows.
 
-    A percentile interval is not offered: resampling adds the upward bias of a binned error a second time, and the
-    interval can then exclude its own estimate. `"basic"` reflects the resampled values around the estimate, which
-    removes that bias; `"bca"` corrects for bias and skewness (Efron 1987).
+    A binned error is a norm of noisy gaps and therefore too large on average, the more so the smaller the true error.
+    A percentile interval adds this bias a second time and can exclude its own estimate; it is not offered.
+
+    - `"inversion"` asks which true errors would make the observed one unsurprising. Candidates shrink (or stretch) the
+      observed gaps along the path of a soft threshold proportional to each bin's sampling variance, the bootstrap
+      supplies the noise around them, and the limits are the errors at which the observed value reaches the tails of
+      that distribution. The lower limit is 0 when a calibrated model would do as badly by chance.
+    - `"basic"` reflects the resampled errors around the estimate.
+    - `"bca"` corrects their quantiles for bias and skewness (Efron 1987).
 
     Args:
         cells (`Cells`):
@@ -100,27 +103,96 @@ def bootstrap_interval(
     """
     level = config.confidence_interval
     assert level is not None
+    tail = (1 - level) / 2
     n = len(cells.index)
     residual = cells.confidence - cells.outcome
-    replicates = np.sort(
-        _replicate(cells, config, lambda: _resample(cells, residual, rng.integers(0, n, size=n)), config.n_resamples)
+    gaps, weights = _replicate(
+        cells, lambda: _resample(cells, residual, rng.integers(0, n, size=n)), config.n_resamples
     )
-    tail = (1 - level) / 2
-    if config.interval_method == "basic":
-        low, high = np.quantile(replicates, [tail, 1 - tail])
+    if config.interval_method == "inversion":
+        limits = _invert(cells, residual, estimate, gaps, weights, config, tail)
+    elif config.interval_method == "basic":
+        low, high = np.quantile(cells.error(gaps, weights, config), [tail, 1 - tail])
         limits = (2 * estimate - high, 2 * estimate - low)
     else:
-        normal = NormalDist()
-        below = (np.count_nonzero(replicates < estimate) + np.count_nonzero(replicates <= estimate)) / 2
-        share = min(max(below / len(replicates), 0.5 / len(replicates)), 1 - 0.5 / len(replicates))
-        bias, acceleration = normal.inv_cdf(share), _acceleration(cells, residual, config)
-        levels = []
-        for z in (normal.inv_cdf(tail), normal.inv_cdf(1 - tail)):
-            denominator = 1 - acceleration * (bias + z)
-            levels.append(normal.cdf(bias + (bias + z) / denominator) if denominator > 0 else float(bias + z > 0))
-        low, high = np.quantile(replicates, levels)
-        limits = (low, high)
+        limits = _bca(cells, residual, estimate, np.asarray(cells.error(gaps, weights, config)), config, tail)
     return float(min(max(limits[0], 0.0), 1.0)), float(min(max(limits[1], 0.0), 1.0))
+
+
+def _invert(
+    cells: Cells,
+    residual: npt.NDArray[np.float64],
+    estimate: float,
+    gaps: npt.NDArray[np.float64],
+    weights: npt.NDArray[np.float64],
+    config: CalibrationConfig,
+    tail: float,
+) -> tuple[float, float]:
+    gap = _cell_sums(cells, cells.index, residual, cells.weight)
+    weight = _cell_sums(cells, cells.index, None, cells.weight)
+    variance, noise = gaps.var(axis=0), gaps - gap
+    size, sign = np.abs(gap), np.sign(gap)
+    # Sums that agree up to rounding count as equal.
+    slack = 1e-12
+
+    def candidate(threshold: float) -> npt.NDArray[np.float64]:
+        return sign * np.maximum(size - threshold * variance, 0.0)
+
+    def true_error(threshold: float) -> float:
+        return float(cells.error(candidate(threshold), weight, config))
+
+    def drawn(threshold: float) -> npt.NDArray[np.float64]:
+        return np.asarray(cells.error(candidate(threshold) + noise, weights, config))
+
+    def plausible_below(threshold: float) -> bool:
+        return float(np.mean(drawn(threshold) >= estimate - slack)) >= tail
+
+    def plausible_above(threshold: float) -> bool:
+        return float(np.mean(drawn(-threshold) <= estimate + slack)) >= tail
+
+    # Beyond this threshold every gap with any sampling noise is gone.
+    noisy = variance > 0
+    everything = float((size[noisy] / variance[noisy]).max(initial=0.0)) * (1 + 1e-9)
+    low = true_error(_last_true(plausible_below, everything))
+    stretch = 1e-6 * max(everything, 1e-6)
+    while noisy.any() and plausible_above(stretch) and true_error(-stretch) < 1:
+        stretch *= 2
+    high = true_error(-_last_true(plausible_above, stretch)) if noisy.any() else estimate
+    return min(low, estimate), max(high, estimate)
+
+
+def _last_true(holds: Callable[[float], bool], end: float) -> float:
+    """Largest value in [0, end] up to which `holds` is true (0 when it never is), by bisection."""
+    if holds(end):
+        return end
+    low, high = 0.0, end
+    for _ in range(40):
+        middle = (low + high) / 2
+        if holds(middle):
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def _bca(
+    cells: Cells,
+    residual: npt.NDArray[np.float64],
+    estimate: float,
+    replicates: npt.NDArray[np.float64],
+    config: CalibrationConfig,
+    tail: float,
+) -> tuple[float, float]:
+    normal = NormalDist()
+    below = (np.count_nonzero(replicates < estimate) + np.count_nonzero(replicates <= estimate)) / 2
+    share = min(max(below / len(replicates), 0.5 / len(replicates)), 1 - 0.5 / len(replicates))
+    bias, acceleration = normal.inv_cdf(share), _acceleration(cells, residual, config)
+    levels = []
+    for z in (normal.inv_cdf(tail), normal.inv_cdf(1 - tail)):
+        denominator = 1 - acceleration * (bias + z)
+        levels.append(normal.cdf(bias + (bias + z) / denominator) if denominator > 0 else float(bias + z > 0))
+    low, high = np.quantile(replicates, levels)
+    return float(low), float(high)
 
 
 def null_errors(
@@ -153,19 +225,18 @@ def null_errors(
     def replicate() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         return _cell_sums(cells, cells.index, cells.confidence - draw(), cells.weight), weight
 
-    return _replicate(cells, config, replicate, config.n_resamples)
+    return np.asarray(cells.error(*_replicate(cells, replicate, config.n_resamples), config))
 
 
 def _replicate(
     cells: Cells,
-    config: CalibrationConfig,
     replicate: Callable[[], tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]],
     times: int,
-) -> npt.NDArray[np.float64]:
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     gaps, weights = np.empty((times, cells.n_cells)), np.empty((times, cells.n_cells))
     for i in range(times):
         gaps[i], weights[i] = replicate()
-    return np.asarray(cells.error(gaps, weights, config))
+    return gaps, weights
 
 
 def _resample(
