@@ -1,0 +1,89 @@
+"""One door for every file that holds confidences."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from first_trl.evaluation.confidence import Confidences
+from first_trl.evaluation.multiple_choice import MultipleChoiceResult
+from first_trl.evaluation.readers.harness import read_harness_log
+from first_trl.evaluation.readers.table import read_table, table_rows
+
+
+def read_confidences(
+    path: str | os.PathLike[str],
+    *,
+    reading: str | None = None,
+    filter: str | None = None,
+    target_delimiter: str = " ",
+    **table_options: Any,
+) -> list[Confidences]:
+    """
+    Read a file of confidences, whatever it is.
+
+    | file | what comes out |
+    | --- | --- |
+    | `samples_*.jsonl` of lm-evaluation-harness | one result per filter and metric (`acc`, `acc_norm`, ...) |
+    | predictions of [`evaluate_multiple_choice`] (JSON lines) | over the full vocabulary, and renormalised over the choices |
+    | a table (`.csv`, `.jsonl`, `.parquet`) | one result, see [`read_table`] |
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The file.
+        reading (`str`, *optional*):
+            Only this one: a metric of the harness, or `"full_vocab"` / `"options"` of our own predictions.
+        filter (`str`, *optional*):
+            Only this filter of a harness log.
+        target_delimiter (`str`, *optional*, defaults to `" "`):
+            Of the harness task, see [`~first_trl.evaluation.readers.harness.HarnessSamples.confidences`].
+        **table_options:
+            Passed to [`read_table`].
+
+    Returns:
+        `list[Confidences]`
+
+    Raises:
+        `ValueError`: naming file and row for what cannot be read.
+    """
+    path = Path(path)
+    kind = path.name.removesuffix(".gz").rsplit(".", 1)[-1].lower()
+    first = next(iter(table_rows(path)), None)
+    if first is None:
+        raise ValueError(f"{path} has no rows.")
+    if kind == "jsonl" and "filtered_resps" in first:
+        found = []
+        for samples in read_harness_log(path, filter=filter):
+            readings = samples.readings if reading is None else [reading]
+            found += [samples.confidences(name, target_delimiter=target_delimiter) for name in readings]
+        return found
+    if kind == "jsonl" and {"choice_logprobs", "gold", "top_prob"} <= set(first):
+        found = _own_predictions(path)
+        if reading is not None:
+            found = [c for c in found if c.definition == {"options": "renormalized"}.get(reading, reading)]
+            if not found:
+                raise ValueError(f"{path} has the readings 'full_vocab' and 'options', not {reading!r}.")
+        return found
+    if reading is not None or filter is not None:
+        raise ValueError(f"{path} is a table: it has neither readings nor filters to choose from.")
+    return [read_table(path, **table_options)]
+
+
+def _own_predictions(path: Path) -> list[Confidences]:
+    result = MultipleChoiceResult.from_rows(list(table_rows(path)))
+    p = result.predictions
+    labelled = p["gold"] >= 0
+    dropped = {"without a gold answer": int((~labelled).sum())} if not labelled.all() else {}
+    logprobs = p["choice_logprobs"][labelled]
+    options = np.exp(logprobs - np.logaddexp.reduce(logprobs, axis=1)[:, None])
+    name = path.name.removesuffix(".gz").removesuffix(".jsonl")
+    found = []
+    for view, definition, confidence, correct in (
+        ("full_vocab", "full_vocab", p["top_prob"][labelled], p["top_is_gold"][labelled].astype(bool)),
+        ("options", "renormalized", options.max(axis=1), options.argmax(axis=1) == p["gold"][labelled]),
+    ):
+        scores = {key: result.report[view][key] for key in ("nll", "brier")}
+        scores["option_mass"] = result.report["option_mass"]
+        found.append(Confidences(f"{name} {view}", confidence, correct, definition, scores, dropped))
+    return found
