@@ -9,7 +9,7 @@ import datasets
 import pyarrow.parquet as pq
 from datasets import Dataset, IterableDataset
 
-from .schema import Manifest, attach_manifest
+from .manifest import Manifest, attach_manifest
 
 
 def manifest_path(folder: str | os.PathLike[str], split: str) -> Path:

@@ -7,7 +7,7 @@ from datasets import Dataset
 from trl import SFTTrainer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from .schema import IGNORE_INDEX, INPUT_IDS, LABELS
+from .schema import INPUT_IDS, LABELS
 
 
 def prepare_rows(
@@ -40,6 +40,11 @@ def prepare_rows(
     Returns:
         [`~datasets.Dataset`] with `input_ids` and `labels` and the other columns as they were.
     """
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"Expected a `datasets.Dataset`, got {type(dataset).__name__}. Pick a split of a `DatasetDict`, and load "
+            "without `streaming=True`: the capture reads rows by number to divide and resume the work."
+        )
     if len(dataset) == 0:
         raise ValueError("The dataset is empty: there is no row to score. Check the path, split and filters.")
     columns = dataset.column_names
@@ -49,6 +54,11 @@ def prepare_rows(
         raise ValueError(
             f"Cannot tokenise a dataset with columns {columns}: give `input_ids` and `labels`, `prompt` and "
             f"`completion`, `messages`, or a text column `{dataset_text_field}`."
+        )
+    if INPUT_IDS not in columns and getattr(processing_class, "eos_token", None) is None:
+        raise ValueError(
+            "The tokenizer has no end-of-sequence token, which ends every training row. Set `tokenizer.eos_token`, or "
+            "give tokenised rows with `input_ids` and `labels`."
         )
     chat_template = None
     if assistant_only_loss and not has_generation_markers(processing_class.chat_template):
@@ -73,8 +83,3 @@ def prepare_rows(
     return SFTTrainer._prepare_dataset(
         trainer, dataset, processing_class, args, packing=False, formatting_func=None, dataset_name="teacher"
     )
-
-
-def supervised_count(labels: list[int]) -> int:
-    """Positions that get a teacher entry."""
-    return sum(label != IGNORE_INDEX for label in labels[1:])

@@ -1,4 +1,4 @@
-"""The teacher cache's columns, its manifest, and the digests that bind rows, teacher and tokenizer together.
+"""The teacher cache's columns, how they are read in bulk, and the digest that binds a row's fields together.
 
 One row is one training sequence. Entry `i` of a teacher column is the teacher's distribution over the token at the
 `i`-th position `t >= 1` with `labels[t] != -100`, computed from `input_ids[:t]`. Raw full-vocabulary log-probabilities
@@ -6,17 +6,13 @@ at temperature 1 are stored: recalibration and estimators are applied at trainin
 """
 
 import hashlib
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 
-
-FORMAT_VERSION = 1
 
 INPUT_IDS = "input_ids"
 LABELS = "labels"
@@ -31,6 +27,7 @@ DRAW_COUNTS = "teacher_draw_counts"
 TEACHER_COLUMNS = (TOPK_IDS, TOPK_LOGPROBS, TAIL_LOGPROB, CACHE_ID, ROW_DIGEST)
 REQUIRED_COLUMNS = (INPUT_IDS, LABELS, *TEACHER_COLUMNS)
 DRAW_COLUMNS = (DRAW_IDS, DRAW_COUNTS)
+CACHE_COLUMNS = (*REQUIRED_COLUMNS, *DRAW_COLUMNS)
 LOGPROB_DTYPES = ("float16", "float32")
 IGNORE_INDEX = -100
 
@@ -49,150 +46,6 @@ def cache_features(logprob_dtype: str = "float16", draws: bool = False) -> Featu
     if draws:
         features |= {DRAW_IDS: List(List(Value("int32"))), DRAW_COUNTS: List(List(Value("uint16")))}
     return Features(features)
-
-
-def tokenizer_fingerprint(processing_class: Any) -> str:
-    """
-    Digest of what maps text to ids: the whole vocabulary (added tokens included), merges, normaliser and
-    pre-tokenizer. Padding, truncation and the choice of pad / bos / eos token do not enter, because trainers set
-    them without changing the meaning of any id.
-    """
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    parts: dict[str, Any] = {"vocab": sorted(tokenizer.get_vocab().items())}
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        spec = json.loads(backend.to_str())
-        parts["merges"] = (spec.get("model") or {}).get("merges")
-        parts["normalizer"] = spec.get("normalizer")
-        parts["pre_tokenizer"] = spec.get("pre_tokenizer")
-    return _hexdigest(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode())
-
-
-def chat_template_hash(processing_class: Any) -> str | None:
-    """Digest of the chat template, `None` when the tokenizer has none."""
-    template = getattr(processing_class, "chat_template", None)
-    return None if template is None else _hexdigest(json.dumps(template, sort_keys=True).encode())
-
-
-def _hexdigest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=8).hexdigest()
-
-
-@dataclass
-class Manifest:
-    """
-    What a cache is and where it came from. `identity` fields are fixed when the capture starts and define the cache's
-    id, so that a resumed capture cannot mix teachers, data or settings; the rest is filled in when it ends.
-
-    Args:
-        teacher (`dict`): `{"name", "revision", "weights_digest", "parameters"}`.
-        backend (`dict`): `{"name", "version", "dtype", "quantization"}`.
-        tokenizer (`dict`): `{"name", "fingerprint", "chat_template", "size"}`.
-        head_size (`int`): Rows of the teacher's output head; may exceed the tokenizer's size (padded heads).
-        k (`int`): Entries kept per supervised position.
-        logprob_dtype (`str`): `"float16"` or `"float32"`.
-        num_draws (`int`): Draws stored per position for the `sampled` estimator; 0 for none.
-        source (`dict`): `{"name", "fingerprint", "rows"}` of the tokenised input.
-        split (`str`): Name of the split.
-        counts (`dict`): Rows, supervised positions, rows dropped with the reason.
-        kept_mass (`list[float]`): Mean teacher mass of the 1..k most likely tokens.
-        recalibration (`dict`): Fitted recalibrations by method, curve included.
-        versions (`dict`): Library versions.
-        timing (`dict`): Wall time in seconds and tokens per second.
-        notes (`list[str]`): Anything a reader must know, e.g. a tail derived from rounded values.
-    """
-
-    teacher: dict[str, Any]
-    backend: dict[str, Any]
-    tokenizer: dict[str, Any]
-    head_size: int
-    k: int
-    logprob_dtype: str
-    source: dict[str, Any]
-    num_draws: int = 0
-    split: str = "train"
-    format_version: int = FORMAT_VERSION
-    counts: dict[str, Any] = field(default_factory=dict)
-    kept_mass: list[float] = field(default_factory=list)
-    recalibration: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
-    timing: dict[str, float] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """The fields that define the cache. Two captures with equal identity hold the same rows."""
-        data = asdict(self)
-        identity = {
-            key: data[key]
-            for key in ("format_version", "head_size", "k", "logprob_dtype", "num_draws", "backend", "split")
-        }
-        # Names and paths are provenance, not identity: the same weights in another folder are the same teacher.
-        identity["teacher"] = {key: data["teacher"].get(key) for key in ("revision", "weights_digest")}
-        identity["tokenizer"] = {key: data["tokenizer"].get(key) for key in ("fingerprint", "chat_template")}
-        identity["source"] = {key: data["source"].get(key) for key in ("fingerprint", "rows")}
-        return identity
-
-    @property
-    def id(self) -> str:
-        return _hexdigest(json.dumps(self.identity, sort_keys=True).encode())
-
-    @property
-    def cache_id(self) -> str:
-        """Value of the `teacher_cache` column: manifest id and tokenizer fingerprint."""
-        return f"{self.id}:{self.tokenizer['fingerprint']}"
-
-    def to_json(self) -> str:
-        return json.dumps({"id": self.id, **asdict(self)}, indent=2, sort_keys=True)
-
-    @classmethod
-    def from_json(cls, text: str) -> "Manifest":
-        """Raises `ValueError` when the text is no manifest of this format or was edited by hand."""
-        data = json.loads(text)
-        stated = data.pop("id", None)
-        if data.get("format_version") != FORMAT_VERSION:
-            raise ValueError(
-                f"This cache has format version {data.get('format_version')}, this package reads {FORMAT_VERSION}. "
-                "Capture it again, or install the version of first_trl that wrote it."
-            )
-        try:
-            manifest = cls(**data)
-        except TypeError as error:
-            raise ValueError(f"Not a teacher-cache manifest: {error}. Pull or capture the cache again.") from error
-        if stated != manifest.id:
-            raise ValueError(
-                f"The manifest states id {stated} but its contents give {manifest.id}: teacher, tokenizer, k or "
-                "source were edited after the capture. Restore the original manifest."
-            )
-        return manifest
-
-
-def split_cache_id(cache_id: str) -> tuple[str, str]:
-    """`teacher_cache` value -> (manifest id, tokenizer fingerprint)."""
-    manifest_id, separator, fingerprint = cache_id.partition(":")
-    if not separator or not manifest_id or not fingerprint:
-        raise ValueError(f"`{CACHE_ID}` must read '<manifest id>:<tokenizer fingerprint>', got {cache_id!r}.")
-    return manifest_id, fingerprint
-
-
-def attach_manifest(dataset: Dataset, manifest: Manifest) -> Dataset:
-    """
-    Carry the manifest with an in-memory dataset. `DatasetInfo.description` is the one free-text field that `map`,
-    `select`, `shuffle`, `train_test_split` and `save_to_disk` keep.
-    """
-    dataset = dataset.select_columns(dataset.column_names)  # a copy, so that the caller's object stays as it was
-    dataset.info.description = json.dumps({"first_trl_manifest": json.loads(manifest.to_json())})
-    return dataset
-
-
-def read_manifest(dataset: Any) -> Manifest | None:
-    """Manifest attached to a dataset, `None` when it carries none (or several, after concatenation)."""
-    description = getattr(getattr(dataset, "info", None), "description", "") or ""
-    try:
-        data = json.loads(description)["first_trl_manifest"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return None
-    return Manifest.from_json(json.dumps(data))
 
 
 def supervised_positions(labels: np.ndarray, row_starts: np.ndarray) -> np.ndarray:
@@ -233,6 +86,36 @@ class TeacherArrays:
 
 
 @dataclass
+class DrawBatch:
+    """
+    The draws of several rows. Entry offsets delimit rows, `lengths` the distinct ids of each entry.
+    """
+
+    offsets: np.ndarray
+    lengths: np.ndarray
+    ids: np.ndarray
+    counts: np.ndarray
+
+    def __post_init__(self) -> None:
+        self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
+
+    @classmethod
+    def from_arrow(cls, table: pa.Table) -> "DrawBatch":
+        offsets, ids = _flat_list(table, DRAW_IDS)
+        count_offsets, counts = _flat_list(table, DRAW_COUNTS)
+        lengths = np.diff(_offsets(ids))
+        if not np.array_equal(offsets, count_offsets) or not np.array_equal(lengths, np.diff(_offsets(counts))):
+            raise ValueError(f"`{DRAW_IDS}` and `{DRAW_COUNTS}` differ in length; capture or pull the cache again.")
+        return cls(offsets, lengths, _values(ids), _values(counts))
+
+    def row(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Lengths, ids and counts of one row."""
+        e0, e1 = self.offsets[row : row + 2]
+        start, end = self.starts[e0], self.starts[e1]
+        return self.lengths[e0:e1], self.ids[start:end], self.counts[start:end]
+
+
+@dataclass
 class CacheBatch:
     """
     Arrow columns of a few rows as flat numpy arrays. Offsets have one entry more than there are rows. The teacher
@@ -253,6 +136,7 @@ class CacheBatch:
     tail_logprob: np.ndarray
     cache_ids: list[str]
     digests: np.ndarray
+    draws: "DrawBatch | None" = None
 
     @classmethod
     def from_arrow(cls, table: pa.Table) -> "CacheBatch":
@@ -275,7 +159,8 @@ class CacheBatch:
             logprobs=_values(logprobs),
             tail_logprob=tail,
             cache_ids=_column(table, CACHE_ID).to_pylist(),
-            digests=np.asarray(_column(table, ROW_DIGEST)),
+            digests=_values(_column(table, ROW_DIGEST)),
+            draws=DrawBatch.from_arrow(table) if DRAW_IDS in table.column_names else None,
         )
 
     @property
@@ -297,6 +182,7 @@ class CacheBatch:
                 self.logprobs[logprobs_at[l0] : logprobs_at[l1]],
                 self.tail_logprob[self.tail_offsets[row] : self.tail_offsets[row + 1]],
                 self.cache_ids[row],
+                None if self.draws is None else self.draws.row(row),
             )
         return digests
 
@@ -308,10 +194,11 @@ def row_digest(
     logprobs: np.ndarray,
     tail_logprob: np.ndarray,
     cache_id: str,
+    draws: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
 ) -> int:
     """
     64-bit digest of one row: its tokens, which of them are supervised, the teacher's entries in their stored dtype,
-    and the cache they belong to. Lengths enter too, so that no value can move between neighbouring fields.
+    the draws if there are any (lengths, ids, counts), and the cache they belong to. Lengths enter too, so that no value can move between neighbouring fields.
     """
     digest = hashlib.blake2b(digest_size=8)
     for values, dtype in (
@@ -320,6 +207,7 @@ def row_digest(
         (ids, np.int32),
         (logprobs, None),
         (tail_logprob, np.float32),
+        *(zip(draws, (np.int32, np.int32, np.uint16), strict=True) if draws is not None else ()),
     ):
         array = np.ascontiguousarray(values, dtype)
         digest.update(array.size.to_bytes(8, "little"))
@@ -376,7 +264,7 @@ def flatten_cache(dataset: Dataset, batch_size: int = 1000) -> TeacherArrays:
 
 def iterate_batches(dataset: Dataset, batch_size: int = 1000) -> Iterator[CacheBatch]:
     """Walk over a cache in Arrow batches; memory stays at one batch."""
-    columns = [name for name in REQUIRED_COLUMNS if name in dataset.column_names]
+    columns = [name for name in CACHE_COLUMNS if name in dataset.column_names]
     arrow = dataset.select_columns(columns).with_format("arrow")
     for table in arrow.iter(batch_size=batch_size):
         yield CacheBatch.from_arrow(table)
@@ -392,23 +280,28 @@ def _offsets(array: pa.ListArray) -> np.ndarray:
     return offsets - (offsets[0] if len(offsets) else 0)
 
 
-def _values(array: pa.ListArray) -> np.ndarray:
-    # `flatten` honours the slice of a sliced list array, `values` does not; nulls inside become NaN or raise below.
-    values = array.flatten()
+def _values(array: pa.Array) -> np.ndarray:
+    # `flatten` honours the slice of a sliced list array, `values` does not
+    values = array.flatten() if hasattr(array, "flatten") and hasattr(array, "offsets") else array
     if values.null_count:
         raise ValueError("A cache column holds null values; capture or pull the cache again.")
     return values.to_numpy(zero_copy_only=False)
 
 
 def _flat_list(table: pa.Table, name: str) -> tuple[np.ndarray, pa.ListArray]:
-    column = _column(table, name)
-    if column.null_count:
-        raise ValueError(f"Column `{name}` holds null rows; capture or pull the cache again.")
+    column = _lists(table, name)
     return _offsets(column), column.flatten()
 
 
 def _flat(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
+    column = _lists(table, name)
+    return _offsets(column), _values(column)
+
+
+def _lists(table: pa.Table, name: str) -> pa.ListArray:
     column = _column(table, name)
     if column.null_count:
         raise ValueError(f"Column `{name}` holds null rows; capture or pull the cache again.")
-    return _offsets(column), _values(column)
+    if not hasattr(column, "offsets"):
+        raise ValueError(f"Column `{name}` has type {column.type} instead of a list; capture or pull the cache again.")
+    return column

@@ -1,19 +1,21 @@
 """Checks on the rows of a teacher cache: structure, numbers, digests, tokenizer."""
 
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import numpy as np
 from datasets import Dataset
 
+from .manifest import Manifest, read_manifest, split_cache_id, tokenizer_fingerprint
 from .schema import (
     CACHE_ID,
+    DRAW_IDS,
     REQUIRED_COLUMNS,
     CacheBatch,
+    DrawBatch,
     iterate_batches,
-    read_manifest,
-    split_cache_id,
     supervised_positions,
-    tokenizer_fingerprint,
 )
 
 
@@ -46,60 +48,76 @@ def verify_teacher_cache(
     Raises:
         `ValueError`: Names what is wrong, the first row where it is, and how to mend it.
     """
-    missing = [name for name in REQUIRED_COLUMNS if name not in dataset.column_names]
-    if missing:
-        raise ValueError(
-            f"Missing teacher cache columns {missing}; the dataset has {dataset.column_names}. Make them with "
-            "`add_teacher_topk(dataset, teacher, processing_class)` or load a cache with `load_teacher_cache`."
-        )
+    check_columns(dataset.column_names)
     if len(dataset) == 0:
         raise ValueError("The teacher cache is empty: no row to train on. Check the filter or slice that made it.")
-
     fingerprint = None if processing_class is None else tokenizer_fingerprint(processing_class)
+    check_rows(iterate_batches(dataset, batch_size), read_manifest(dataset), fingerprint, head_size)
+
+
+def check_columns(columns: list[str]) -> None:
+    """Raises `ValueError` when a column of the cache is missing."""
+    missing = [name for name in REQUIRED_COLUMNS if name not in columns]
+    if missing:
+        raise ValueError(
+            f"Missing teacher cache columns {missing}; the dataset has {columns}. Make them with "
+            "`add_teacher_topk(dataset, teacher, processing_class)` or load a cache with `load_teacher_cache`."
+        )
+
+
+@dataclass
+class RowStatistics:
+    """What a walk over the rows found: `kept_mass` sums the mass of the i-th most likely token over positions."""
+
+    rows: int = 0
+    positions: int = 0
     k: int | None = None
-    first_row = 0
-    positions = 0
-    for batch in iterate_batches(dataset, batch_size):
-        k = check_batch(batch, first_row, k or None, fingerprint, head_size)
-        positions += len(batch.tail_logprob)
-        first_row += batch.num_rows
-    if positions == 0:
+    num_draws: int | None = None
+    kept_mass: np.ndarray | None = None
+
+
+def check_rows(
+    batches: Iterable[CacheBatch],
+    manifest: Manifest | None = None,
+    fingerprint: str | None = None,
+    head_size: int | None = None,
+) -> RowStatistics:
+    """
+    Check rows one Arrow batch at a time.
+
+    Args:
+        batches (iterable of [`CacheBatch`]): The rows.
+        manifest ([`Manifest`], *optional*): The cache they must belong to.
+        fingerprint (`str`, *optional*): The tokenizer they must be captured with.
+        head_size (`int`, *optional*): Rows of the student's head.
+
+    Returns:
+        [`RowStatistics`].
+    """
+    found = RowStatistics()
+    if manifest is not None:
+        found.k, found.num_draws = manifest.k, manifest.num_draws
+    for batch in batches:
+        _check_batch(batch, found, manifest, fingerprint, head_size)
+        found.rows += batch.num_rows
+        found.positions += len(batch.tail_logprob)
+    if found.positions == 0:
         raise ValueError(
             "All labels are masked (-100): the cache has no supervised position. Leave the completion's labels "
             "unmasked before the capture."
         )
-    manifest = read_manifest(dataset)
-    if manifest is not None and manifest.k != k:
-        raise ValueError(f"The manifest says k={manifest.k} but the rows hold {k} entries a position.")
+    return found
 
 
-def check_batch(
-    batch: CacheBatch, first_row: int, k: int | None, fingerprint: str | None, head_size: int | None
-) -> int:
-    """
-    Check a few rows, for callers that see a cache only as a stream.
-
-    Args:
-        batch ([`CacheBatch`]):
-            The rows.
-        first_row (`int`):
-            Number of the first one, for messages.
-        k (`int`, *optional*):
-            Entries a position of the rows before, `None` for the first batch.
-        fingerprint (`str`, *optional*):
-            Fingerprint of the student's tokenizer.
-        head_size (`int`, *optional*):
-            Rows of the student's output head.
-
-    Returns:
-        `int`: entries a position, 0 as long as no row had a supervised position.
-
-    Raises:
-        `ValueError`: as [`verify_teacher_cache`].
-    """
-
-    def fail(row: int, what: str) -> None:
-        raise ValueError(f"Row {first_row + row} of the teacher cache: {what}")
+def _check_batch(
+    batch: CacheBatch,
+    found: RowStatistics,
+    manifest: Manifest | None,
+    fingerprint: str | None,
+    head_size: int | None,
+) -> None:
+    def fail(row: int, what: str) -> NoReturn:
+        raise ValueError(f"Row {found.rows + row} of the teacher cache: {what}")
 
     if not np.array_equal(batch.offsets, batch.label_offsets):
         row = int(np.flatnonzero(np.diff(batch.offsets) != np.diff(batch.label_offsets))[0])
@@ -116,6 +134,12 @@ def check_batch(
                 f"the cache was captured with tokenizer {cached_fingerprint}, the student's tokenizer is "
                 f"{fingerprint}: the same ids would mean other tokens. Use the teacher's tokenizer (a student of the "
                 "same family), or capture a cache with this tokenizer.",
+            )
+        if manifest is not None and cache_id != manifest.cache_id:
+            fail(
+                row,
+                f"it belongs to cache {cache_id}, the manifest that travels with the dataset to {manifest.cache_id}. "
+                "Verify the caches one by one before putting them together, or restore the manifest.",
             )
 
     mask = supervised_positions(batch.labels, batch.offsets[:-1])
@@ -145,13 +169,19 @@ def check_batch(
 
     row_of_entry = np.repeat(np.arange(batch.num_rows), expected)
     if len(row_of_entry):
-        k = int(batch.topk_lengths[0]) if k is None else k
-        wrong = np.flatnonzero((batch.topk_lengths != k) | (batch.logprob_lengths != k))
+        if found.k is None:
+            found.k = int(batch.topk_lengths[0])
+        wrong = np.flatnonzero((batch.topk_lengths != found.k) | (batch.logprob_lengths != found.k))
         if len(wrong):
-            fail(int(row_of_entry[wrong[0]]), f"a position holds another number of entries than {k}.")
-        if k < 1:
+            fail(int(row_of_entry[wrong[0]]), f"a position holds another number of entries than {found.k}.")
+        if found.k < 1:
             fail(int(row_of_entry[0]), "a position holds no entry (k = 0).")
-        _check_numbers(batch, k, row_of_entry, head_size, fail)
+        mass = _check_numbers(batch, found.k, row_of_entry, head_size, fail)
+        found.kept_mass = mass if found.kept_mass is None else found.kept_mass + mass
+    if batch.draws is not None:
+        _check_draws(batch.draws, expected, found, row_of_entry, head_size, fail)
+    elif found.num_draws:
+        fail(0, f"column `{DRAW_IDS}` is gone, the manifest says {found.num_draws} draws. Keep the draw columns.")
 
     wrong = np.flatnonzero(batch.row_digests() != batch.digests)
     if len(wrong):
@@ -160,12 +190,45 @@ def check_batch(
             "its contents differ from what was captured (digest mismatch): tokens, labels, ids or log-probabilities "
             "were edited, damaged, or exchanged with another row's. Pull or capture the cache again.",
         )
-    return k if k is not None else 0
 
 
-def _check_numbers(batch: CacheBatch, k: int, row_of_entry: np.ndarray, head_size: int | None, fail: Any) -> None:
+def _check_draws(
+    draws: DrawBatch,
+    expected: np.ndarray,
+    found: RowStatistics,
+    row_of_entry: np.ndarray,
+    head_size: int | None,
+    fail: Any,
+) -> None:
+    wrong = np.flatnonzero(np.diff(draws.offsets) != expected)
+    if len(wrong):
+        fail(int(wrong[0]), f"`{DRAW_IDS}` does not have one entry per supervised position. Capture it again.")
+    if not len(row_of_entry):
+        return
+    entry = np.repeat(np.arange(len(draws.lengths)), draws.lengths)
+    totals = np.bincount(entry, weights=draws.counts, minlength=len(draws.lengths)).astype(np.int64)
+    if found.num_draws is None:
+        found.num_draws = int(totals[0])
+    order = np.lexsort((draws.ids, entry))
+    repeated = np.flatnonzero((np.diff(draws.ids[order]) == 0) & (np.diff(entry[order]) == 0))
+    out_of_range = (draws.ids < 0) | (draws.ids >= head_size if head_size is not None else False)
+    for bad, what in (
+        (np.flatnonzero(totals != found.num_draws), f"the draws of a position do not add up to {found.num_draws}."),
+        (entry[draws.counts < 1], "a drawn id has count 0."),
+        (entry[order][repeated], f"`{DRAW_IDS}` repeats an id."),
+        (entry[out_of_range], f"`{DRAW_IDS}` holds an id outside the student's head of {head_size} rows."),
+    ):
+        if len(bad):
+            fail(int(row_of_entry[bad[0]]), what)
+
+
+def _check_numbers(
+    batch: CacheBatch, k: int, row_of_entry: np.ndarray, head_size: int | None, fail: Any
+) -> np.ndarray:
     ids = batch.ids.reshape(-1, k)
     stored_dtype = str(batch.logprobs.dtype)
+    if stored_dtype not in _MASS_TOLERANCE:
+        fail(0, f"`teacher_topk_logprobs` holds {stored_dtype} values instead of floats. Capture it again.")
     logprobs = batch.logprobs.reshape(-1, k).astype(np.float64)
     tail = batch.tail_logprob.astype(np.float64)
 
@@ -173,6 +236,8 @@ def _check_numbers(batch: CacheBatch, k: int, row_of_entry: np.ndarray, head_siz
         where = np.flatnonzero(bad.any(axis=-1) if bad.ndim > 1 else bad)
         return int(where[0]) if len(where) else None
 
+    with np.errstate(invalid="ignore"):  # -inf minus -inf
+        rising = np.diff(logprobs, axis=1) > 0
     checks = (
         (
             np.isnan(logprobs),
@@ -181,7 +246,7 @@ def _check_numbers(batch: CacheBatch, k: int, row_of_entry: np.ndarray, head_siz
         (np.isnan(tail), "`teacher_tail_logprob` is NaN. Capture it again."),
         (logprobs > 0, "`teacher_topk_logprobs` holds a positive value: not log-probabilities (logits, perhaps?)."),
         (tail > 0, "`teacher_tail_logprob` is positive: not a log-probability."),
-        (np.diff(logprobs, axis=1) > 0, "`teacher_topk_logprobs` is not sorted from most to least likely."),
+        (rising, "`teacher_topk_logprobs` is not sorted from most to least likely."),
         (ids < 0, "`teacher_topk_ids` holds a negative id."),
         (np.diff(np.sort(ids, axis=1), axis=1) == 0, "`teacher_topk_ids` repeats an id."),
     )
@@ -189,8 +254,8 @@ def _check_numbers(batch: CacheBatch, k: int, row_of_entry: np.ndarray, head_siz
         entry = first(bad)
         if entry is not None:
             fail(int(row_of_entry[entry]), what)
-    with np.errstate(invalid="ignore"):
-        mass = np.exp(logprobs).sum(axis=1) + np.exp(tail)
+    probabilities = np.exp(logprobs)
+    mass = probabilities.sum(axis=1) + np.exp(tail)
     entry = first(np.abs(mass - 1) > _MASS_TOLERANCE[stored_dtype] * max(1.0, k / 16))
     if entry is not None:
         fail(
@@ -207,3 +272,4 @@ def _check_numbers(batch: CacheBatch, k: int, row_of_entry: np.ndarray, head_siz
                 f"cached ids {absent} do not exist in the student's head of {head_size} rows. Resize the student's "
                 "embeddings, or use a student of the teacher's family.",
             )
+    return probabilities.sum(axis=0)

@@ -15,11 +15,13 @@ class Scores:
         ids (`np.ndarray` of shape `(N, k)`, int32): Most likely first; equal values by rising id.
         logprobs (`np.ndarray` of shape `(N, k)`, float32): Full-vocabulary log-softmax at temperature 1.
         tail_logprob (`np.ndarray` of shape `(N,)`, float32): Log-mass outside the k ids; `-inf` when there is none.
+        draws (`np.ndarray` of shape `(N, draws)`, int32, *optional*): Drawn ids.
     """
 
     ids: np.ndarray
     logprobs: np.ndarray
     tail_logprob: np.ndarray
+    draws: np.ndarray | None = None
 
 
 class TeacherBackend(Protocol):
@@ -27,18 +29,35 @@ class TeacherBackend(Protocol):
     A teacher that scores given text.
 
     Attributes:
-        head_size (`int`): Rows of the teacher's head.
+        head_size (`int` or `None`): Rows of the teacher's head; `None` when the engine does not tell, and the
+            tokenizer's size is taken.
         max_length (`int` or `None`): Longest row the teacher can take.
+        ranks_per_teacher (`int`): Processes that hold one teacher together (tensor parallelism); they score the same
+            rows.
+        notes (`list[str]`): What a reader of the manifest must know about the values.
     """
 
-    head_size: int
+    head_size: int | None
     max_length: int | None
+    ranks_per_teacher: int
+    notes: list[str]
 
     def describe(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """`teacher` and `backend` entries of the manifest."""
         ...
 
-    def score(self, rows: list[np.ndarray], positions: list[np.ndarray], k: int, num_tokens: int) -> list[Scores]:
+    def confirm(self, teacher: dict[str, Any]) -> None:
+        """Raises `ValueError` unless this is the teacher of an earlier capture's manifest entry."""
+        ...
+
+    def score(
+        self,
+        rows: list[np.ndarray],
+        positions: list[np.ndarray],
+        k: int,
+        num_tokens: int,
+        uniforms: list[np.ndarray] | None = None,
+    ) -> list[Scores]:
         """
         Args:
             rows (`list[np.ndarray]`): `input_ids` of each row.
@@ -46,5 +65,7 @@ class TeacherBackend(Protocol):
             k (`int`): Entries to keep.
             num_tokens (`int`): Ids from here up (a head padded beyond the tokenizer) are never kept; their mass
                 belongs to the tail.
+            uniforms (`list[np.ndarray]`, *optional*): For each row, uniform numbers of shape `(positions, draws)` that
+                choose the draws.
         """
         ...

@@ -14,11 +14,13 @@ from accelerate.utils import is_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .base import Scores
+from .topk import draw_ids, top_k_and_tail
 
 
-# Elements of the float32 block that top-k and logsumexp work on (128 MB): large enough to keep the device busy, small
-# beside the logits of the forward itself.
-_BLOCK_ELEMENTS = 2**25
+# Elements of the float32 blocks the logits are reduced in: a small share of the logits of the forward, so that peak
+# memory stays the forward's, within bounds that keep the device busy (4 MB) and the block small (128 MB).
+_BLOCK_SHARE = 32
+_BLOCK_ELEMENTS = (2**20, 2**25)
 
 
 class TransformersBackend:
@@ -32,8 +34,10 @@ class TransformersBackend:
             Weights' dtype when `model` is a name.
         **model_init_kwargs:
             Passed to `from_pretrained`: `revision`, `device_map`, `tp_plan`, `quantization_config`,
-            `attn_implementation`, ...
+            `attn_implementation`, ... Under a `tp_plan` all processes hold one teacher together.
     """
+
+    notes: list[str] = []
 
     def __init__(self, model: Any, dtype: Any = "auto", **model_init_kwargs: Any) -> None:
         if isinstance(model, str):
@@ -46,7 +50,8 @@ class TransformersBackend:
                 f"{sorted(model_init_kwargs)} only apply when the teacher is a name; this one is already loaded."
             )
         self.model: Any = model
-        self.head_size = self.model.get_output_embeddings().weight.shape[0]
+        self.head_size: int | None = self.model.get_output_embeddings().weight.shape[0]
+        self.ranks_per_teacher = int(getattr(self.model, "tp_size", None) or 1)
         self.max_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         base = self.model.get_base_model() if is_peft_model(model) else self.model
         self._keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
@@ -72,8 +77,50 @@ class TransformersBackend:
         }
         return teacher, backend
 
+    def confirm(self, teacher: dict[str, Any]) -> None:
+        """The weights' digest is part of a capture's identity, which is compared already."""
+
     @torch.inference_mode()
-    def score(self, rows: list[np.ndarray], positions: list[np.ndarray], k: int, num_tokens: int) -> list[Scores]:
+    def score(
+        self,
+        rows: list[np.ndarray],
+        positions: list[np.ndarray],
+        k: int,
+        num_tokens: int,
+        uniforms: list[np.ndarray] | None = None,
+    ) -> list[Scores]:
+        logits, column_of = self._forward(rows, positions)
+        row_index = np.repeat(np.arange(len(rows)), [len(p) for p in positions])
+        # The logits that predict token t are those of position t - 1
+        columns = column_of[np.concatenate(positions) - 1]
+        num_draws = uniforms[0].shape[1] if uniforms else 0
+        flat_uniforms = torch.from_numpy(np.concatenate(uniforms)) if uniforms else None
+        vocabulary = logits.shape[-1]
+        smallest, largest = _BLOCK_ELEMENTS
+        step = max(1, min(largest, max(smallest, logits.numel() // _BLOCK_SHARE)) // vocabulary)
+        parts = []
+        for start in range(0, len(columns), step):
+            chosen = slice(start, start + step)
+            where = (torch.from_numpy(index[chosen]).to(logits.device) for index in (row_index, columns))
+            block = logits[tuple(where)].float()
+            drawn = torch.empty(len(block), 0, dtype=torch.int32)
+            if flat_uniforms is not None:
+                drawn = draw_ids(block, flat_uniforms[chosen].to(block.device), num_tokens)
+            parts.append((*top_k_and_tail(block, k, num_tokens), drawn))
+        ids, logprobs, tail, draws = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
+        broken = np.isnan(tail) | ~np.isfinite(logprobs[:, 0])
+        if broken.any():
+            row = rows[row_index[np.flatnonzero(broken)[0]]]
+            raise ValueError(
+                f"The teacher's logits are NaN or infinite on the row of {len(row)} tokens that starts with "
+                f"{row[:8].tolist()}. Load it in bfloat16 or float32, and check its weights."
+            )
+        ends = np.cumsum([len(p) for p in positions])
+        slices = [slice(end - len(p), end) for p, end in zip(positions, ends, strict=True)]
+        return [Scores(ids[s], logprobs[s], tail[s], draws[s] if num_draws else None) for s in slices]
+
+    def _forward(self, rows: list[np.ndarray], positions: list[np.ndarray]) -> tuple[torch.Tensor, np.ndarray]:
+        """Logits of shape `(rows, columns, V)`, and the column of each position."""
         device = self.model.get_input_embeddings().weight.device
         longest = max(len(row) for row in rows)
         input_ids = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -81,12 +128,12 @@ class TransformersBackend:
         for index, row in enumerate(rows):
             input_ids[index, : len(row)] = torch.from_numpy(row.astype(np.int64))
             attention_mask[index, : len(row)] = 1
-        # The logits that predict token t are those of position t - 1
-        needed = np.unique(np.concatenate(positions)) - 1
         kwargs: dict[str, Any] = {}
+        column_of = np.arange(longest)
         if self._keeps_logits:
+            needed = np.unique(np.concatenate(positions)) - 1
             kwargs["logits_to_keep"] = torch.from_numpy(needed).to(device)
-            column_of = {int(position): column for column, position in enumerate(needed)}
+            column_of[needed] = np.arange(len(needed))
         training = self.model.training
         self.model.eval()
         try:
@@ -95,58 +142,7 @@ class TransformersBackend:
             ).logits
         finally:
             self.model.train(training)
-        row_index = torch.from_numpy(np.repeat(np.arange(len(rows)), [len(p) for p in positions]))
-        flat = np.concatenate(positions) - 1
-        columns = torch.from_numpy(np.array([column_of[int(p)] for p in flat]) if self._keeps_logits else flat)
-        parts = []
-        step = max(1, _BLOCK_ELEMENTS // logits.shape[-1])
-        for start in range(0, len(flat), step):
-            block = logits[row_index[start : start + step], columns[start : start + step]].float()
-            parts.append(top_k_and_tail(block, k, num_tokens))
-        ids, logprobs, tail = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
-        if np.isnan(tail).any() or not np.isfinite(logprobs[:, 0]).all():
-            bad = int(row_index[np.flatnonzero(np.isnan(tail) | ~np.isfinite(logprobs[:, 0]))[0]])
-            raise ValueError(
-                f"The teacher's logits are NaN or infinite on row {bad} of a batch (tokens {rows[bad][:8].tolist()}...). "
-                "Load it in bfloat16 or float32, and check its weights."
-            )
-        ends = np.cumsum([len(p) for p in positions])
-        return [
-            Scores(ids[end - len(p) : end], logprobs[end - len(p) : end], tail[end - len(p) : end])
-            for p, end in zip(positions, ends, strict=True)
-        ]
-
-
-def top_k_and_tail(logits: torch.Tensor, k: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """
-    The k most likely ids, their log-probabilities and the log-mass of all others. `logits` is overwritten: the kept
-    entries are taken out of it, so that the tail comes from the logits themselves and not from `1 - sum`, which is
-    rounding noise when the tail is small.
-
-    Args:
-        logits (`torch.Tensor` of shape `(N, V)`): float32 or float64.
-        k (`int`): Entries to keep.
-        num_tokens (`int`): Ids that may be kept; the rest of the vocabulary counts as tail.
-
-    Returns:
-        `tuple`: ids `(N, k)` int32, log-probabilities `(N, k)`, tail log-mass `(N,)`.
-    """
-    total = logits.logsumexp(-1)
-    allowed = logits[:, :num_tokens]
-    values, ids = allowed.topk(k, dim=-1)
-    # `topk` orders equal values as it likes; the cache orders them by id. Rows where the k-th value also occurs
-    # outside the kept ones need a stable sort, the others only a reordering of what they hold.
-    tied = (allowed >= values[:, -1:]).sum(-1) > k
-    if tied.any():
-        order = allowed[tied].sort(dim=-1, descending=True, stable=True)
-        values[tied], ids[tied] = order.values[:, :k], order.indices[:, :k]
-    by_id = ids.argsort(dim=-1)
-    values, ids = values.gather(-1, by_id), ids.gather(-1, by_id)
-    by_value = values.argsort(dim=-1, descending=True, stable=True)
-    values, ids = values.gather(-1, by_value), ids.gather(-1, by_value)
-    tail = logits.scatter_(-1, ids, -torch.inf).logsumexp(-1) - total
-    # Rounding can leave a log-probability or a tail of 1 + 1e-7
-    return ids.int(), (values - total[:, None]).clamp(max=0), tail.clamp(max=0)
+        return logits, column_of
 
 
 def weights_digest(model: PreTrainedModel, samples: int = 1024) -> str:
@@ -156,9 +152,13 @@ def weights_digest(model: PreTrainedModel, samples: int = 1024) -> str:
     """
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().reshape(-1)
-        if flat.device.type == "meta":
-            raise ValueError(f"The teacher's weight {name} is not loaded (meta device): load the model fully first.")
+        if tensor.device.type == "meta":
+            raise ValueError(
+                f"The teacher's weight {name} is not in memory (offloaded, or never loaded), so the cache could not "
+                "say which weights it comes from. Use a `device_map` that fits, or `quantization_config`."
+            )
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # shards of tensor parallelism
+        flat = whole.detach().reshape(-1)
         picked = flat[:: max(1, flat.numel() // samples)][:samples]
         values = picked.float().cpu().numpy() if picked.is_floating_point() else picked.cpu().numpy()
         digest.update(f"{name}{tuple(tensor.shape)}".encode())

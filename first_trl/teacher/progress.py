@@ -1,0 +1,169 @@
+"""The life of a capture's folder: begun, interrupted, continued, finished."""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from filelock import FileLock, Timeout
+
+from .backends import TeacherBackend
+from .cache import complete_shards, load_manifest, manifest_path, shard_path, shard_paths, write_atomically
+from .manifest import Manifest
+from .shards import shard_batch, whole_shard
+from .verify import check_rows
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class OpenCapture:
+    """
+    A capture under way.
+
+    Args:
+        shard_size (`int`): Rows a shard; the one the capture was begun with.
+        missing (`list[int]`): Shards to compute.
+        total (`int`): Shards in all.
+    """
+
+    shard_size: int
+    missing: list[int]
+    total: int
+
+
+def default_folder(manifest: Manifest) -> Path:
+    return Path(datasets.config.HF_DATASETS_CACHE) / "first_trl" / manifest.id
+
+
+def in_progress_path(folder: Path, split: str) -> Path:
+    """Exists from before the first shard until after the manifest is written."""
+    return folder / "manifest" / f".{split}.in-progress.json"
+
+
+def is_finished(folder: Path, manifest: Manifest, backend: TeacherBackend, state: PartialState) -> bool:
+    """Whether the folder holds this very cache; `ValueError` when it holds another one."""
+    if not manifest_path(folder, manifest.split).is_file():
+        return False
+    stored = load_manifest(folder, manifest.split)
+    if stored.id != manifest.id:
+        _refuse(folder, stored.identity, manifest)
+    backend.confirm(stored.teacher)
+    complete_shards(folder, manifest.split)
+    if state.is_main_process:
+        in_progress_path(folder, manifest.split).unlink(missing_ok=True)
+    return True
+
+
+@contextmanager
+def open_capture(
+    folder: Path, manifest: Manifest, backend: TeacherBackend, shard_size: int, state: PartialState
+) -> Iterator[OpenCapture]:
+    """
+    Begin a capture, or continue the one the folder holds: note what is being captured before the first shard, keep
+    the finished shards that are whole, remove what a killed process left.
+    """
+    lock = FileLock(folder / "manifest" / f".{manifest.split}.lock")
+    if state.is_main_process:
+        (folder / "manifest").mkdir(parents=True, exist_ok=True)
+        (folder / "data").mkdir(exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ValueError(
+                f"Another capture is writing to {folder}. Wait for it or end it; its finished shards are kept."
+            ) from error
+    try:
+        path = in_progress_path(folder, manifest.split)
+        if state.is_main_process:
+            for stale in folder.glob(f"*/.{manifest.split}*.tmp"):
+                stale.unlink()
+            if not path.is_file():
+                if shard_paths(folder, manifest.split):
+                    raise ValueError(
+                        f"{folder} holds shards of split {manifest.split!r} without a record of their capture. Restore "
+                        f"{path.name} or the manifest, or delete the shards."
+                    )
+                begun = {"identity": manifest.identity, "teacher": manifest.teacher, "shard_size": shard_size}
+                write_atomically(path, json.dumps(begun, sort_keys=True, default=str))
+        state.wait_for_everyone()
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        if begun["identity"] != json.loads(json.dumps(manifest.identity, default=str)):
+            _refuse(folder, begun["identity"], manifest)
+        backend.confirm(begun["teacher"])
+        capture = OpenCapture(begun["shard_size"], [], -(-manifest.counts["rows"] // begun["shard_size"]))
+        _remove_damaged(folder, manifest, capture, state)
+        state.wait_for_everyone()
+        capture.missing = [
+            index
+            for index in range(capture.total)
+            if not shard_path(folder, manifest.split, index, capture.total).is_file()
+        ]
+        state.wait_for_everyone()  # nobody writes a shard while another still looks which are there
+        yield capture
+    finally:
+        if state.is_main_process:
+            lock.release()
+
+
+def _remove_damaged(folder: Path, manifest: Manifest, capture: OpenCapture, state: PartialState) -> None:
+    rows = manifest.counts["rows"]
+    for index in range(state.process_index, capture.total, state.num_processes):
+        path = shard_path(folder, manifest.split, index, capture.total)
+        if not path.is_file():
+            continue
+        expected = min(rows, (index + 1) * capture.shard_size) - index * capture.shard_size
+        if not whole_shard(path, expected, manifest):
+            logger.warning("%s is damaged and is computed again.", path)
+            path.unlink()
+
+
+def close_capture(
+    folder: Path, manifest: Manifest, capture: OpenCapture, started: float, tokens: int, state: PartialState
+) -> None:
+    """Check every shard and write the manifest: from here on the cache is complete."""
+    names = [path.name for path in complete_shards(folder, manifest.split)]
+    found = []
+    for name in names[state.process_index :: state.num_processes]:
+        path = folder / "data" / name
+        rows = check_rows([shard_batch(path)], manifest)
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        found.append((name, rows.rows, rows.kept_mass, digest))
+    # Summed in the order of the shards, so that the number of processes leaves no trace
+    gathered = sorted(gather_object(found))
+    all_tokens = sum(gather_object([tokens]))
+    if not state.is_main_process:
+        return
+    seconds = time.perf_counter() - started
+    kept = np.sum([mass for _, _, mass, _ in gathered], axis=0)
+    manifest.kept_mass = np.cumsum(kept / manifest.counts["positions"]).tolist()
+    manifest.counts["shards"] = {name: {"rows": rows, "sha256": digest} for name, rows, _, digest in gathered}
+    manifest.timing = {
+        "seconds": round(seconds, 3),
+        "tokens": all_tokens,
+        "tokens_per_second": round(all_tokens / seconds, 1),
+        "processes": state.num_processes,
+        "shards_of_earlier_runs": capture.total - len(capture.missing),
+    }
+    write_atomically(manifest_path(folder, manifest.split), manifest.to_json())
+    in_progress_path(folder, manifest.split).unlink(missing_ok=True)
+
+
+def _refuse(folder: Path, stored: dict[str, Any], manifest: Manifest) -> None:
+    differing = [key for key, value in manifest.identity.items() if stored.get(key) != value]
+    details = "; ".join(f"{key}: {stored.get(key)} there, {manifest.identity[key]} now" for key in differing)
+    raise ValueError(
+        f"{folder} holds a capture of other inputs ({details}). Two captures must not be mixed: choose another "
+        "output folder, or delete this one."
+    )

@@ -1,0 +1,163 @@
+"""One shard of a cache: its Arrow columns, its Parquet encoding, and whether a file found on disk is whole."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, Features
+
+from .backends import Scores
+from .manifest import Manifest
+from .schema import (
+    CACHE_COLUMNS,
+    CACHE_ID,
+    DRAW_COUNTS,
+    DRAW_IDS,
+    IGNORE_INDEX,
+    INPUT_IDS,
+    LABELS,
+    ROW_DIGEST,
+    TAIL_LOGPROB,
+    TOPK_IDS,
+    TOPK_LOGPROBS,
+    CacheBatch,
+    cache_features,
+    row_digest,
+)
+
+
+@dataclass
+class ShardRows:
+    """
+    The token rows of a shard.
+
+    Args:
+        input_ids (`list[np.ndarray]`), labels (`list[np.ndarray]`): int32, one array a row.
+        positions (`list[np.ndarray]`): Positions `t >= 1` whose label is set.
+        carried (`pa.Table` or `None`): The source's other columns.
+        carried_features (`Features`): Their types.
+    """
+
+    input_ids: list[np.ndarray]
+    labels: list[np.ndarray]
+    positions: list[np.ndarray]
+    carried: pa.Table | None
+    carried_features: Features
+
+    @classmethod
+    def read(cls, rows: Dataset, start: int, stop: int) -> "ShardRows":
+        shard = rows.select(range(start, stop))
+        table = shard.select_columns([INPUT_IDS, LABELS]).with_format("arrow")[:]
+        input_ids, labels = (_arrays(table.column(name).combine_chunks()) for name in (INPUT_IDS, LABELS))
+        extra = [name for name in shard.column_names if name not in CACHE_COLUMNS]
+        return cls(
+            input_ids,
+            labels,
+            [np.flatnonzero(values[1:] != IGNORE_INDEX) + 1 for values in labels],
+            shard.select_columns(extra).with_format("arrow")[:] if extra else None,
+            Features({name: shard.features[name] for name in extra}),
+        )
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def _arrays(column: pa.ListArray) -> list[np.ndarray]:
+    values = np.asarray(column.flatten()).astype(np.int32)
+    offsets = np.asarray(column.offsets)
+    return np.split(values, offsets[1:-1] - offsets[0])
+
+
+def write_shard(rows: ShardRows, scores: list[Scores | None], manifest: Manifest, path: Path) -> None:
+    """Write a shard under a temporary name and rename it when it is on disk: a reader sees all of it or nothing."""
+    logprob_type = np.dtype(manifest.logprob_dtype)
+    cache_id = manifest.cache_id
+    ids, logprobs, tails, digests, draws = [], [], [], [], []
+    for input_ids, labels, score in zip(rows.input_ids, rows.labels, scores, strict=True):
+        assert score is not None
+        ids.append(score.ids.astype(np.int32))
+        logprobs.append(score.logprobs.astype(logprob_type))
+        tails.append(score.tail_logprob.astype(np.float32))
+        counted = _count_draws(score.draws) if score.draws is not None else None
+        draws.append(counted)
+        digests.append(
+            row_digest(input_ids, labels, ids[-1].ravel(), logprobs[-1].ravel(), tails[-1], cache_id, counted)
+        )
+    features = cache_features(manifest.logprob_dtype, draws=manifest.num_draws > 0)
+    per_row = [len(tail) for tail in tails]
+    per_position = np.full(sum(per_row), manifest.k)
+    columns: dict[str, Any] = {
+        INPUT_IDS: _lists([len(row) for row in rows.input_ids], np.concatenate(rows.input_ids)),
+        LABELS: _lists([len(row) for row in rows.labels], np.concatenate(rows.labels)),
+        TOPK_IDS: _lists(per_row, _lists(per_position, np.concatenate(ids).ravel())),
+        TOPK_LOGPROBS: _lists(per_row, _lists(per_position, np.concatenate(logprobs).ravel())),
+        TAIL_LOGPROB: _lists(per_row, np.concatenate(tails)),
+        CACHE_ID: pa.array([cache_id] * len(rows)),
+        ROW_DIGEST: pa.array(np.array(digests, np.int64)),
+    }
+    if manifest.num_draws:
+        lengths, drawn, counts = (np.concatenate(parts) for parts in zip(*draws, strict=True))
+        columns[DRAW_IDS] = _lists(per_row, _lists(lengths, drawn))
+        columns[DRAW_COUNTS] = _lists(per_row, _lists(lengths, counts))
+    if rows.carried is not None:
+        columns = {name: rows.carried.column(name) for name in rows.carried.column_names} | columns
+    schema = Features({**rows.carried_features, **features}).arrow_schema
+    table = pa.table({name: columns[name] for name in schema.names}).cast(schema)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A crash of the machine must not leave a renamed but empty file, hence the sync
+    with open(temporary, "wb") as file:
+        pq.write_table(table, file, **parquet_options(schema.names))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def parquet_options(columns: list[str]) -> dict[str, Any]:
+    """How shards are encoded, here and wherever a cache is written as Parquet again."""
+    return {"compression": "zstd"}
+
+
+def _lists(lengths: Any, values: Any) -> pa.ListArray:
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    if offsets[-1] > np.iinfo(np.int32).max:
+        raise ValueError(
+            f"A shard would hold {offsets[-1]:,} values in one column, more than a list column can address. Lower "
+            "`shard_size` or `k`."
+        )
+    return pa.ListArray.from_arrays(
+        pa.array(offsets, pa.int32()), values if isinstance(values, pa.Array) else pa.array(values)
+    )
+
+
+def _count_draws(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Distinct ids per position by falling count, then rising id: (how many, ids, counts)."""
+    position = np.repeat(np.arange(len(draws), dtype=np.int64), draws.shape[1])
+    pairs, counts = np.unique((position << 32) | draws.ravel(), return_counts=True)
+    position, ids = pairs >> 32, pairs & 0xFFFFFFFF
+    order = np.lexsort((ids, -counts, position))
+    lengths = np.bincount(position, minlength=len(draws))
+    return lengths.astype(np.int32), ids[order].astype(np.int32), counts[order].astype(np.uint16)
+
+
+def whole_shard(path: Path, rows: int, manifest: Manifest) -> bool:
+    """Whether a shard left by an earlier run can be kept: readable, with all its rows, and every digest right."""
+    try:
+        batch = shard_batch(path)
+        return (
+            batch.num_rows == rows
+            and set(batch.cache_ids) == {manifest.cache_id}
+            and np.array_equal(batch.row_digests(), batch.digests)
+        )
+    except (OSError, ValueError, KeyError, IndexError, pa.ArrowException):
+        return False
+
+
+def shard_batch(path: Path) -> CacheBatch:
+    """The cache columns of a shard."""
+    with pq.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        return CacheBatch.from_arrow(file.read(columns=[name for name in CACHE_COLUMNS if name in names]))
