@@ -85,6 +85,14 @@ def test_overflow(on_overflow, kept, n_truncated, reasons):
         assert any(label != -100 for label in row["labels"][1:])
 
 
+def test_left_truncation_keeps_a_token_to_predict_from():
+    # Behind <bos> alone a completion of 4 fits in 5 tokens; one of 5 would leave nothing that predicts its first token.
+    data = rows((text(1), " " + text(4, 10)), (text(1), " " + text(5, 10)))
+    result = tokenize_rows(data, words(), max_length=5, on_overflow="truncate_prompt_left")
+    assert [(row["id"], row["input_ids"]) for row in result.dataset] == [("r0", [1, 13, 14, 15, 16])]
+    assert (result.n_truncated, result.reasons) == (1, {"longer than max_length": 1})
+
+
 def test_overflow_as_an_error_names_the_row():
     with pytest.raises(ValueError, match="r1: 6 tokens, `max_length` is 5"):
         tokenize_rows(rows((text(3), " w10"), (text(4), " w10")), words(), max_length=5, on_overflow="error")
