@@ -8,7 +8,8 @@ import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..recalibration import Recalibration
-from ..teacher.schema import IGNORE_INDEX, TAIL_LOGPROB, TOPK_IDS, TOPK_LOGPROBS
+from ..teacher.schema import DRAW_COUNTS, DRAW_IDS, IGNORE_INDEX, TAIL_LOGPROB, TOPK_IDS, TOPK_LOGPROBS
+from .alignment import DRAW_LENGTHS
 
 
 @dataclass
@@ -18,7 +19,9 @@ class DataCollatorForDistillation(DataCollatorForLanguageModeling):
     the supervised positions of the batch in row-major order:
 
     - `"teacher_ids"`: int64 of shape `(N, k)`.
-    - `"teacher_log_target"`: float32 of shape `(N, k)`, recalibrated and normalised for the estimator.
+    - `"teacher_log_target"`: float32 of shape `(N, k)`, recalibrated and normalised for the estimator. For the
+      `"sampled"` estimator, the log of each id's share of the draws, and `-inf` where a position has fewer distinct
+      draws than `k`.
     - `"teacher_tail_log_target"`: float32 of shape `(N,)`, for the `"bucket"` estimator only.
 
     N is the number of labels other than -100, the first token of each document aside. Examples without teacher
@@ -31,6 +34,9 @@ class DataCollatorForDistillation(DataCollatorForLanguageModeling):
             Estimator the targets are made for.
         top_k (`int`, *optional*):
             Number of cached entries to use.
+
+    Raises:
+        `ValueError`: The teacher columns do not belong to the labels, or hold what is no log-probability.
     """
 
     recalibration: Recalibration = field(default_factory=Recalibration)
@@ -41,26 +47,77 @@ class DataCollatorForDistillation(DataCollatorForLanguageModeling):
         batch = super().torch_call(examples)
         # Nothing predicts the first token; with it masked, what is counted, scored and cached is the same set
         batch["labels"][:, 0] = IGNORE_INDEX
-        if TOPK_IDS not in examples[0]:
-            return batch
-        expected = int((batch["labels"] != IGNORE_INDEX).sum())
-        counts = {
-            name: sum(len(example[name]) for example in examples) for name in (TOPK_IDS, TOPK_LOGPROBS, TAIL_LOGPROB)
-        }
-        if any(count != expected for count in counts.values()):
-            raise ValueError(
-                f"A batch has {expected} supervised positions but teacher entries {counts}: labels and teacher columns "
-                "no longer belong together. Run `verify_teacher_cache` on the dataset, and do not edit `labels` after "
-                "the capture."
+        if TOPK_IDS in examples[0] and self.estimator != "sampled":
+            self._add_top_k(batch, examples)
+        elif DRAW_IDS in examples[0] and self.estimator == "sampled":
+            self._add_draws(batch, examples)
+        return batch
+
+    def _add_top_k(self, batch: dict[str, Any], examples: list[dict[str, Any]]) -> None:
+        ids = _flat(examples, TOPK_IDS, np.int64)
+        logprobs = _flat(examples, TOPK_LOGPROBS, np.float64)
+        tail = _flat(examples, TAIL_LOGPROB, np.float64)
+        positions = _count_supervised(batch)
+        k = len(ids) // max(positions, 1)
+        if len(ids) != positions * k or len(logprobs) != positions * k or len(tail) != positions:
+            raise _misaligned(positions, {TOPK_IDS: len(ids), TOPK_LOGPROBS: len(logprobs), TAIL_LOGPROB: len(tail)})
+        if positions == 0:
+            log_target, tail_log_target = np.empty((0, 1)), np.empty(0) if self.estimator == "bucket" else None
+        else:
+            log_target, tail_log_target = self.recalibration.apply(
+                logprobs.reshape(positions, k), tail, estimator=self.estimator, top_k=self.top_k
             )
-        ids = np.concatenate([np.asarray(example[TOPK_IDS], np.int64) for example in examples if example[TOPK_IDS]])
-        logprobs = np.concatenate([np.asarray(e[TOPK_LOGPROBS], np.float64) for e in examples if e[TOPK_LOGPROBS]])
-        tail = np.concatenate([np.asarray(example[TAIL_LOGPROB], np.float64) for example in examples])
-        log_target, tail_log_target = self.recalibration.apply(
-            logprobs, tail, estimator=self.estimator, top_k=self.top_k
+        width = log_target.shape[1]
+        batch["teacher_ids"] = torch.from_numpy(
+            np.ascontiguousarray(ids.reshape(positions, -1 if k else 1)[:, :width])
         )
-        batch["teacher_ids"] = torch.from_numpy(ids[:, : log_target.shape[1]].copy())
         batch["teacher_log_target"] = torch.from_numpy(log_target).float()
         if tail_log_target is not None:
             batch["teacher_tail_log_target"] = torch.from_numpy(tail_log_target).float()
-        return batch
+
+    def _add_draws(self, batch: dict[str, Any], examples: list[dict[str, Any]]) -> None:
+        if DRAW_LENGTHS in examples[0]:
+            lengths = _flat(examples, DRAW_LENGTHS, np.int64)
+        else:
+            lengths = np.array([len(entry) for example in examples for entry in example[DRAW_IDS]], np.int64)
+        ids, counts = _flat(examples, DRAW_IDS, np.int64), _flat(examples, DRAW_COUNTS, np.float64)
+        positions = _count_supervised(batch)
+        if len(lengths) != positions or not len(ids) == len(counts) == lengths.sum():
+            raise _misaligned(positions, {DRAW_IDS: len(lengths)})
+        if positions and (lengths.min() < 1 or counts.min() < 1):
+            raise ValueError(
+                f"A supervised position has no teacher draw, or one that was drawn 0 times (`{DRAW_COUNTS}`). Capture "
+                "the cache again with `num_draws`."
+            )
+        width = int(lengths.max()) if positions else 1
+        row = np.repeat(np.arange(positions), lengths)
+        slot = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        padded_ids = np.zeros((positions, width), np.int64)
+        padded_ids[row, slot] = ids
+        log_target = np.full((positions, width), -np.inf)
+        log_target[row, slot] = np.log(counts) - np.log(np.bincount(row, counts, positions))[row]
+        batch["teacher_ids"] = torch.from_numpy(padded_ids)
+        batch["teacher_log_target"] = torch.from_numpy(log_target).float()
+
+
+def _count_supervised(batch: dict[str, Any]) -> int:
+    return int((batch["labels"] != IGNORE_INDEX).sum())
+
+
+def _misaligned(positions: int, entries: dict[str, int]) -> ValueError:
+    return ValueError(
+        f"A batch has {positions} supervised positions, which the lengths of its teacher columns do not fit "
+        f"({entries}): labels and teacher columns no longer belong together. Run `verify_teacher_cache` on the "
+        "dataset, and do not edit `labels` after the capture."
+    )
+
+
+def _flat(examples: list[dict[str, Any]], name: str, dtype: type) -> np.ndarray:
+    """One column of all examples as one flat array, whether its inner lists are flattened already or not."""
+    parts: list[np.ndarray] = []
+    for example in examples:
+        values = example[name]
+        if len(values) and isinstance(values[0], list | np.ndarray):
+            values = np.concatenate([np.asarray(value) for value in values])
+        parts.append(np.asarray(values, dtype).reshape(-1))
+    return np.concatenate(parts)

@@ -1,10 +1,11 @@
 """Configuration of [`FirstDistillTrainer`]."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from trl import SFTConfig
 
-from ..recalibration import METHODS
+from ..recalibration import METHODS, Recalibration
 from .losses import ESTIMATORS
 
 
@@ -106,24 +107,35 @@ class FirstDistillConfig(SFTConfig):
                 f"`recalibration_value={self.recalibration_value}` has no effect with `recalibration='none'`. Name the "
                 f"method it belongs to, one of {list(METHODS[1:])}."
             )
-        if (
-            "temperature" in self.recalibration
-            and self.recalibration_value is not None
-            and self.recalibration_value <= 0
-        ):
-            raise ValueError(
-                f"`recalibration_value` is a temperature and must be > 0, got {self.recalibration_value}."
-            )
+        if self.recalibration_value is not None:
+            Recalibration(self.recalibration, self.recalibration_value)  # raises outside the method's range
         if self.estimator == "sampled" and self.recalibration != "none":
             raise ValueError(
                 "`estimator='sampled'` trains on draws from the raw teacher, which cannot be rescaled afterwards. Set "
                 "`recalibration='none'`, or use `estimator='bucket'`."
+            )
+        if self.estimator == "sampled" and self.top_k is not None:
+            raise ValueError(
+                f"`top_k={self.top_k}` has no meaning with `estimator='sampled'`: leaving draws out would bias it. "
+                "Leave `top_k` unset."
             )
         if self.loss_type != "nll" or self.label_smoothing_factor:
             raise ValueError(
                 f"`loss_type={self.loss_type!r}` and `label_smoothing_factor={self.label_smoothing_factor}` change a "
                 "loss this trainer replaces. Leave them at their defaults; `recalibration='label_smoothing'` smooths "
                 "the teacher."
+            )
+        if isinstance(self.dataset_kwargs, dict) and self.dataset_kwargs.get("skip_prepare_dataset"):
+            raise ValueError(
+                "`dataset_kwargs={'skip_prepare_dataset': True}` would train on a cache nobody verified. Remove it: "
+                "rows that are already tokenised are not tokenised again."
+            )
+        # A batch is cut along its first dimension to share it out, and the teacher's targets have another one
+        loading: Any = self.accelerator_config
+        if loading.dispatch_batches or loading.split_batches:
+            raise ValueError(
+                "`dispatch_batches` and `split_batches` cut collated batches between processes, away from their "
+                "teacher entries. Leave both unset in `accelerator_config`: each process then loads its own rows."
             )
         if self.packing and self.packing_strategy == "wrapped":
             raise ValueError(

@@ -1,12 +1,13 @@
 """A causal language model's forward that returns the distillation loss instead of logits."""
 
 import functools
+import math
 import types
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 from trl.trainer.utils import maybe_gather_lm_head_ctx
@@ -77,6 +78,7 @@ def add_distill_head(model: PreTrainedModel, estimator: str, ce_weight: float, c
         teacher_ids: torch.Tensor | None = None,
         teacher_log_target: Any = None,
         teacher_tail_log_target: torch.Tensor | None = None,
+        check_only: bool = False,
         **kwargs: Any,
     ) -> Any:
         if teacher_ids is None:
@@ -86,12 +88,8 @@ def add_distill_head(model: PreTrainedModel, estimator: str, ce_weight: float, c
         outputs = self.base_model(*args, **kwargs)
         # Looked up on each call: FSDP and PEFT replace the head after patching
         head = self.get_output_embeddings()
-        weight: Any = head.weight
-        bias: Any = getattr(head, "bias", None)
-        # Gathered before the tokens are split, since the backbone's output is a regular tensor
-        if isinstance(weight, DTensor):
-            weight = weight.full_tensor()
-            bias = bias.full_tensor() if bias is not None else None
+        weight: Any = _whole(head.weight)
+        bias: Any = _whole(getattr(head, "bias", None))
         labels = labels[:, 1:].to(weight.device)
         mask = labels != -100
         hidden = outputs.last_hidden_state[:, :-1].to(weight.device)[mask]
@@ -105,7 +103,7 @@ def add_distill_head(model: PreTrainedModel, estimator: str, ce_weight: float, c
                     None if teacher_tail_log_target is None else teacher_tail_log_target.to(weight.device)
                 ),
                 labels=labels[mask],
-                estimator=estimator,
+                estimator="topk" if check_only else estimator,
                 ce_weight=ce_weight,
                 bias=bias,
                 logit_scale=scale,
@@ -129,3 +127,61 @@ def add_distill_head(model: PreTrainedModel, estimator: str, ce_weight: float, c
         )
 
     model.forward = types.MethodType(distill_forward, model)
+
+
+def _whole(parameter: Any) -> Any:
+    """
+    A head that FSDP2 wraps on its own reaches this forward as shards, because its module is never called. Gather it.
+    Every rank then holds the gradient of its own tokens only: sum the gradients over the ranks when they are split
+    again, and average like FSDP does. Ranks of a tensor-parallel group have seen the same tokens and sum nothing.
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter
+    mesh = parameter.device_mesh
+    names = mesh.mesh_dim_names or ("",) * mesh.ndim
+    whole = parameter.full_tensor(grad_placements=[Replicate() if name == "tp" else Partial() for name in names])
+    ranks = math.prod(mesh.size(dim) for dim, name in enumerate(names) if name != "tp")
+    if whole.requires_grad and ranks > 1:
+        whole.register_hook(lambda gradient: gradient / ranks)
+    return whole
+
+
+@torch.no_grad()
+def check_distill_head(model: Any, input_ids: torch.Tensor, tolerance: float) -> None:
+    """
+    Compare the cross-entropy of a few tokens from the fused head and from the model's own logits. A model that does
+    more after its backbone than `softcap(scale * (W h + b))` would be trained on logits that it never produces.
+
+    Args:
+        model (`torch.nn.Module`):
+            Model patched with [`add_distill_head`], wrapped or not.
+        input_ids (`torch.Tensor` of shape `(1, seq_len)`, int64):
+            At least two tokens.
+        tolerance (`float`):
+            Relative difference that rounding explains.
+
+    Raises:
+        `ValueError`: The two differ by more than rounding.
+    """
+    training = model.training
+    model.eval()
+    labels = input_ids.clone()
+    labels[:, 0] = -100
+    targets = labels[:, 1:].reshape(-1, 1)
+    logits = model(input_ids=input_ids, use_cache=False).logits
+    sums = model(
+        input_ids=input_ids,
+        labels=labels,
+        teacher_ids=targets,
+        teacher_log_target=torch.zeros_like(targets, dtype=torch.float32),
+        check_only=True,
+    ).sums
+    model.train(training)
+    own = torch.nn.functional.cross_entropy(logits[0, :-1].float(), targets[:, 0].to(logits.device))
+    fused = sums[SUMS.index("cross_entropy")] / len(targets)
+    if not abs(own - fused) <= tolerance * (1 + abs(own)):
+        raise ValueError(
+            f"{type(model).__name__}: the cross-entropy of {len(targets)} tokens is {own:.4f} by the model's logits "
+            f"and {fused:.4f} by its backbone and output head alone. Its head does something this trainer does not "
+            "know; it cannot be distilled with the fused loss. Please report the architecture."
+        )

@@ -11,14 +11,17 @@ from peft import PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
+from trl.trainer.utils import global_then_local_main_first
 
 from ..recalibration import Recalibration
-from ..teacher.schema import TEACHER_COLUMNS, TOPK_IDS, read_manifest
+from ..teacher.manifest import read_manifest
+from ..teacher.schema import DRAW_COLUMNS, TEACHER_COLUMNS
 from ..teacher.verify import verify_teacher_cache
-from .alignment import ENTRY_COLUMNS, pack, truncate
+from .alignment import DRAW_LENGTHS, align, count_cuts, entry_columns
 from .collator import DataCollatorForDistillation
 from .config import FirstDistillConfig
-from .fused_head import SUMS, add_distill_head
+from .fused_head import SUMS, add_distill_head, check_distill_head
+from .streaming import verify_stream
 
 
 logger = logging.getLogger(__name__)
@@ -67,6 +70,8 @@ class FirstDistillTrainer(SFTTrainer):
             cached targets. The message names the row and the mend.
     """
 
+    args: FirstDistillConfig
+
     _tag_names = ["trl", "first_trl", "distillation", "calibration"]
     _name = "FIRST"
     _paper = {
@@ -107,6 +112,8 @@ class FirstDistillTrainer(SFTTrainer):
             raise ValueError(
                 "`train_dataset` is required: a teacher cache from `add_teacher_topk` or `load_teacher_cache`."
             )
+        if next(iter(train_dataset), None) is None:
+            raise ValueError("The teacher cache is empty: no row to train on. Check the filter or slice that made it.")
         prompt_learning = peft_config if peft_config is not None else getattr(model, "active_peft_config", None)
         if getattr(prompt_learning, "is_prompt_learning", False):
             raise ValueError(
@@ -122,6 +129,7 @@ class FirstDistillTrainer(SFTTrainer):
         self._recalibration = resolve_recalibration(args, train_dataset)
         # Filled by `_prepare_dataset`, which the parent's constructor calls before `self.model` exists
         self._student_head_size = None if isinstance(model, str) else _head_size(model)
+        self._prepared: set[str] = set()
 
         super().__init__(
             model=model,
@@ -152,8 +160,13 @@ class FirstDistillTrainer(SFTTrainer):
             estimator=args.estimator,
             top_k=args.top_k,
         )
+        # The loss is a sum over `num_items_in_batch`, whatever the student's own forward accepts
+        self.model_accepts_loss_kwargs = True
+        self._student_dtype = base.get_output_embeddings().weight.dtype
+        self._head_checked = False
         self._sums: dict[str, torch.Tensor | None] = {"train": None, "eval": None}
-        self._tokens_since_log = 0
+        self._tokens_since_log: Any = 0
+        self._eval_prefix = "eval"
 
     @property
     def _mode(self) -> str:
@@ -165,9 +178,10 @@ class FirstDistillTrainer(SFTTrainer):
         if self._student_head_size is not None or not isinstance(self.train_dataset, Dataset):
             return
         head_size = _head_size(base)
+        name = entry_columns(self.args.estimator)[0]
         largest = 0
-        for batch in self.train_dataset.select_columns([TOPK_IDS]).with_format("arrow").iter(batch_size=1000):
-            ids = batch.column(0).combine_chunks().flatten().flatten()
+        for batch in self.train_dataset.select_columns([name]).with_format("arrow").iter(batch_size=1000):
+            ids = batch.column(0).combine_chunks().flatten()
             largest = max(largest, int(ids.to_numpy().max())) if len(ids) else largest
         if largest >= head_size:
             raise ValueError(
@@ -178,6 +192,8 @@ class FirstDistillTrainer(SFTTrainer):
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
+        if getattr(dataset, "_fingerprint", None) in self._prepared:
+            return dataset  # `evaluate` was given a dataset of this trainer
         columns = get_dataset_column_names(dataset)
         if not any(name in columns for name in TEACHER_COLUMNS):
             if dataset_name != "train":
@@ -188,44 +204,51 @@ class FirstDistillTrainer(SFTTrainer):
                 f"Missing teacher cache columns {list(TEACHER_COLUMNS)}; the train dataset has {columns}. Make them "
                 "with `add_teacher_topk(dataset, teacher, processing_class)`."
             )
-        if "seq_lengths" in columns:
-            return dataset  # packed by an earlier call
-        if isinstance(dataset, Dataset):
-            verify_teacher_cache(dataset, processing_class, head_size=self._student_head_size)
-        map_kwargs: dict[str, Any] = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
-        if args.max_length is not None and (not isinstance(dataset, Dataset) or _longest(dataset) > args.max_length):
-            before = len(dataset) if isinstance(dataset, Dataset) else None
-            dataset = truncate(dataset, args.max_length, args.truncation_mode, ENTRY_COLUMNS, map_kwargs)
-            if before is not None:
-                logger.warning(
-                    "%s: rows are cut to max_length=%d (%s); %d of %d rows keep no supervised position and are "
-                    "dropped.",
-                    dataset_name, args.max_length, args.truncation_mode, before - len(dataset), before,
-                )  # fmt: skip
-                if len(dataset) == 0:
-                    raise ValueError(
-                        f"No row keeps a supervised position within `max_length={args.max_length}`. Raise it, or set "
-                        "it to `None`."
-                    )
-        if packing:
-            if args.max_length is None:
-                raise ValueError("Packing needs `max_length`, the length rows are packed to.")
-            if args.shuffle_dataset:
-                dataset = dataset.shuffle(seed=args.seed)
-            dataset = pack(dataset, args.max_length, args.packing_strategy, ENTRY_COLUMNS, map_kwargs)
-        return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+        if args.estimator == "sampled" and not all(name in columns for name in DRAW_COLUMNS):
+            raise ValueError(
+                f"`estimator='sampled'` needs draws from the teacher, and the {dataset_name} dataset has no "
+                f"{list(DRAW_COLUMNS)}. Capture the cache with `add_teacher_topk(..., num_draws=50)`, or choose "
+                "another estimator."
+            )
+        map_style = isinstance(dataset, Dataset)
+        with global_then_local_main_first():
+            if map_style:
+                verify_teacher_cache(dataset, processing_class, head_size=self._student_head_size)
+                _report_cuts(dataset, dataset_name, args, packing)
+            else:
+                dataset = verify_stream(dataset, processing_class, self._student_head_size)
+            dataset = align(
+                dataset,
+                entry_columns(args.estimator),
+                max_length=args.max_length,
+                truncation_mode=args.truncation_mode,
+                packing_strategy=args.packing_strategy if packing else None,
+                shuffle_seed=args.seed if packing and args.shuffle_dataset else None,
+                num_proc=args.dataset_num_proc,
+            )
+        if args.shuffle_dataset:
+            dataset = dataset.shuffle(seed=args.seed)
+        # Flat Arrow lists become arrays without a Python object per token
+        dataset = dataset.with_format("numpy")
+        if map_style:
+            self._prepared.add(dataset._fingerprint)
+        return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
-        columns.extend(name for name in ENTRY_COLUMNS if name not in columns)
+        wanted = (*entry_columns(self.args.estimator), DRAW_LENGTHS)
+        columns.extend(name for name in wanted if name not in columns)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         if "teacher_ids" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        mode = self._mode
+        if not self._head_checked:
+            self._head_checked = True
+            rounds = self.accelerator.mixed_precision != "no" or self._student_dtype != torch.float32
+            check_distill_head(model, inputs["input_ids"][:1, :8], tolerance=3e-2 if rounds else 1e-3)
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
         outputs = model(**inputs)
@@ -235,6 +258,7 @@ class FirstDistillTrainer(SFTTrainer):
         # `num_items_in_batch` counts the tokens of every rank, and DDP averages the gradients across ranks
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        mode = self._mode
         if self.aux_loss_enabled:
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
@@ -244,42 +268,68 @@ class FirstDistillTrainer(SFTTrainer):
         previous = self._sums[mode]
         self._sums[mode] = sums if previous is None else previous + sums
         if mode == "train":
-            tokens = inputs["attention_mask"] if "attention_mask" in inputs else inputs["position_ids"]
-            self._tokens_since_log += tokens.sum() if "attention_mask" in inputs else tokens.numel()
+            mask = inputs.get("attention_mask")
+            self._tokens_since_log = self._tokens_since_log + (
+                mask.sum() if mask is not None else inputs["position_ids"].numel()
+            )
         if not return_outputs:
             return loss
+        plain = {name: value for name, value in inputs.items() if not name.startswith("teacher_")}
+        plain.pop("labels")
         with torch.no_grad():
-            plain = {name: value for name, value in inputs.items() if not name.startswith("teacher_")}
-            plain.pop("labels")
-            return loss, model(**plain)
+            return loss, model(**plain, use_cache=False)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # What an interrupted evaluation or a `predict`, which logs nothing, left behind
+        self._sums["eval"] = None
+        return super().evaluation_loop(*args, **kwargs)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        # One call per data set: with several, each logs under its own prefix
+        self._eval_prefix = metric_key_prefix
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = self._mode
         if self._sums[mode] is not None:
-            self._metrics[mode].update({name: [value] for name, value in self._reduce_sums(mode).items()})
+            means = self._reduce_sums(mode)
+            if mode == "train":
+                logs.update(means)
+            else:
+                logs.update({f"{self._eval_prefix}_{name}": value for name, value in means.items()})
         super().log(logs, start_time)
 
     def _reduce_sums(self, mode: str) -> dict[str, float]:
         """Per-token means over all ranks since the last log."""
         sums = self._sums[mode]
         assert sums is not None
-        tokens = torch.as_tensor(self._tokens_since_log, dtype=torch.float64, device=sums.device)
-        totals = self.accelerator.reduce(torch.cat([sums.double(), tokens.reshape(1)]), reduction="sum").tolist()
         self._sums[mode] = None
-        named = dict(zip(SUMS, totals[:-1], strict=True))
-        count = max(named.pop("num_tokens"), 1.0)
-        if mode == "train":
-            self._tokens_since_log = 0
-            self._total_train_tokens += int(totals[-1])
-        return {
+        totals = self.accelerator.reduce(sums, reduction="sum").tolist()
+        named = dict(zip(SUMS, totals, strict=True))
+        count = max(named["num_tokens"], 1.0)
+        means = {
             "kl": named["kl"] / count,
-            "cross_entropy": named["cross_entropy"] / count,
+            # Unlike the KL of a sample, which lacks entropy, this is unbiased for the `"sampled"` estimator too
+            "teacher_cross_entropy": (named["kl"] + named["teacher_entropy"]) / count,
             "teacher_entropy": named["teacher_entropy"] / count,
+            "cross_entropy": named["cross_entropy"] / count,
             "entropy": named["student_entropy"] / count,
-            "student_mass_outside_top_k": named["mass_outside"] / count,
+            "student_mass_outside": named["mass_outside"] / count,
             "mean_token_accuracy": named["num_correct"] / count,
-            "num_tokens": float(self._total_train_tokens),
         }
+        if self.args.estimator == "renormalized" and self.args.ce_weight == 0 and mode == "train":
+            # These need the projection on the vocabulary, which this estimator saves while it trains
+            for name in ("cross_entropy", "student_mass_outside", "mean_token_accuracy"):
+                del means[name]
+        if mode == "train":
+            tokens = torch.as_tensor(self._tokens_since_log, device=sums.device)
+            tokens = self.accelerator.reduce(tokens, reduction="sum").item()
+            self._total_train_tokens += int(tokens) // self.get_tp_size()
+            self._tokens_since_log = 0
+            means["num_tokens"] = float(self._total_train_tokens)
+        return means
 
 
 def resolve_recalibration(args: FirstDistillConfig, train_dataset: Any) -> Recalibration:
@@ -305,8 +355,16 @@ def _head_size(model: Any) -> int:
     return int(getattr(weight, "ds_shape", weight.shape)[0])
 
 
-def _longest(dataset: Dataset) -> int:
-    longest = 0
-    for batch in dataset.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=1000):
-        longest = max(longest, int(max(len(row) for row in batch.column(0))))
-    return longest
+def _report_cuts(dataset: Dataset, dataset_name: str, args: FirstDistillConfig, packing: bool) -> None:
+    max_length = None if packing and args.packing_strategy == "bfd_split" else args.max_length
+    cut, dropped = count_cuts(dataset, max_length, args.truncation_mode)
+    if dropped == len(dataset):
+        raise ValueError(
+            f"No row of the {dataset_name} dataset keeps a supervised position within `max_length={max_length}`. "
+            "Raise it, or set it to `None`."
+        )
+    if cut or dropped:
+        logger.warning(
+            "%s dataset: %d of %d rows are cut to max_length=%s (%s); %d keep no supervised position and are dropped.",
+            dataset_name, cut, len(dataset), max_length, args.truncation_mode, dropped,
+        )  # fmt: skip

@@ -1,0 +1,137 @@
+"""Teacher entries stay on their tokens through truncation and packing."""
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from first_trl.teacher.schema import cache_features
+from first_trl.training.alignment import align, count_cuts, entry_columns
+
+
+TOPK = entry_columns("topk")
+DRAWS = entry_columns("sampled")
+
+
+def row_of(tokens, supervised, k=3):
+    """A row whose entries name their own token: entry of token x holds ids x*10.., logprob -x, tail -x/2, x draws."""
+    labels = [token if flag else -100 for token, flag in zip(tokens, supervised, strict=True)]
+    marked = [token for token, flag in zip(tokens[1:], supervised[1:], strict=True) if flag]
+    return {
+        "input_ids": tokens,
+        "labels": labels,
+        "teacher_topk_ids": [[10 * token + rank for rank in range(k)] for token in marked],
+        "teacher_topk_logprobs": [[-float(token) - rank for rank in range(k)] for token in marked],
+        "teacher_tail_logprob": [-token / 2 for token in marked],
+        "teacher_cache": "a:b",
+        "teacher_row_digest": 0,
+        "teacher_draw_ids": [[10 * token + draw for draw in range(1 + token % 3)] for token in marked],
+        "teacher_draw_counts": [[token] * (1 + token % 3) for token in marked],
+    }
+
+
+def random_rows(count, seed, longest=14):
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(count):
+        tokens = rng.integers(1, 500, rng.integers(1, longest)).tolist()
+        rows.append(row_of(tokens, (rng.random(len(tokens)) < 0.6).tolist()))
+    return rows
+
+
+def dataset_of(rows):
+    return Dataset.from_list(rows, features=cache_features("float16", draws=True))
+
+
+def check_row(row, columns):
+    """Every supervised token is followed by its own entry, and by no other."""
+    marked = [label for label in row["labels"] if label != -100]
+    assert all(label in (-100, token) for label, token in zip(row["labels"], row["input_ids"], strict=True))
+    starts = np.cumsum([0, *row["seq_lengths"][:-1]]) if "seq_lengths" in row else [0]
+    assert all(row["labels"][start] == -100 for start in starts)
+    if columns is TOPK:
+        assert row["teacher_topk_ids"] == [10 * token + rank for token in marked for rank in range(3)]
+        assert row["teacher_topk_logprobs"] == [-float(token) - rank for token in marked for rank in range(3)]
+        assert row["teacher_tail_logprob"] == [-token / 2 for token in marked]
+    else:
+        assert row["teacher_draw_lengths"] == [1 + token % 3 for token in marked]
+        assert row["teacher_draw_ids"] == [10 * token + draw for token in marked for draw in range(1 + token % 3)]
+        assert row["teacher_draw_counts"] == [token for token in marked for _ in range(1 + token % 3)]
+
+
+def scored(tokens, flags):
+    return [token for token, flag in zip(tokens[1:], flags[1:], strict=True) if flag]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("columns", [TOPK, DRAWS], ids=["topk", "draws"])
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+@pytest.mark.parametrize("max_length", [None, 1, 2, 5, 9, 100])
+def test_truncation(max_length, mode, columns, streaming):
+    rows = random_rows(40, seed=3)
+    dataset = dataset_of(rows)
+    cut, dropped = count_cuts(dataset, max_length, mode)
+    source = dataset.to_iterable_dataset() if streaming else dataset
+    aligned = list(align(source, columns, max_length=max_length, truncation_mode=mode))
+    expected = []
+    for row in rows:
+        window = (
+            slice(None)
+            if max_length is None
+            else slice(max_length)
+            if mode == "keep_start"
+            else slice(-max_length, None)
+        )
+        tokens, labels = row["input_ids"][window], row["labels"][window]
+        if any(label != -100 for label in labels[1:]):
+            expected.append((tokens, [-100, *labels[1:]]))
+    assert [(row["input_ids"], row["labels"]) for row in aligned] == expected
+    for row in aligned:
+        check_row(row, columns)
+    assert cut == sum(max_length is not None and len(row["input_ids"]) > max_length for row in rows)
+    assert dropped == len(rows) - len(expected)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("columns", [TOPK, DRAWS], ids=["topk", "draws"])
+@pytest.mark.parametrize("strategy", ["bfd", "bfd_split"])
+def test_packing(strategy, columns, streaming):
+    rows = random_rows(60, seed=5)
+    dataset = dataset_of(rows)
+    source = dataset.to_iterable_dataset() if streaming else dataset
+    packed = list(align(source, columns, max_length=10, packing_strategy=strategy, shuffle_seed=1))
+    assert len(packed) < len(rows)
+    for row in packed:
+        assert sum(row["seq_lengths"]) == len(row["input_ids"]) <= 10
+        check_row(row, columns)
+    limit = 10 if strategy == "bfd" else None
+    kept = sorted(
+        token
+        for row in rows
+        if any(label != -100 for label in row["labels"][1:limit])
+        for token in row["input_ids"][:limit]
+    )
+    assert sorted(token for row in packed for token in row["input_ids"]) == kept
+
+
+def test_stored_types_survive():
+    aligned = align(dataset_of(random_rows(5, seed=0)), TOPK, max_length=4)
+    types = {name: str(feature.feature.dtype) for name, feature in aligned.features.items()}
+    assert types == {
+        "input_ids": "int32",
+        "labels": "int32",
+        "teacher_topk_ids": "int32",
+        "teacher_topk_logprobs": "float16",
+        "teacher_tail_logprob": "float32",
+    }
+
+
+def test_rows_that_are_slices_of_a_larger_table():
+    rows = random_rows(30, seed=9)
+    expected = list(align(dataset_of(rows[7:19]), TOPK, max_length=6))
+    assert list(align(dataset_of(rows).select(range(7, 19)), TOPK, max_length=6)) == expected
+    assert list(align(dataset_of(rows).select(list(range(18, 6, -1))), TOPK, max_length=6)) == expected[::-1]
+
+
+def test_packing_needs_a_length():
+    with pytest.raises(ValueError, match="Packing needs `max_length`"):
+        align(dataset_of(random_rows(3, seed=0)), TOPK, packing_strategy="bfd")
