@@ -1,7 +1,6 @@
 """Bins: their edges, which example falls where, and the per-bin sums every estimator is made of."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,8 @@ from .config import CalibrationConfig
 
 
 IntArray = npt.NDArray[np.intp]
-_CHUNK = 1 << 16
+_CHUNK = 1 << 14
+_MOST_UNIFORM = 4096
 
 
 def width_edges(n_bins: int) -> npt.NDArray[np.float64]:
@@ -79,38 +79,27 @@ def assign(
     Returns:
         `numpy.ndarray` of intp: indices in `0 .. n_bins - 1`.
     """
-    if uniform is not None and _arithmetic_is_exact(uniform, bin_edges, confidence.dtype.name):
-        scaled = confidence * confidence.dtype.type(uniform)
-        if bin_edges == "right":
-            index = np.ceil(scaled, out=scaled).astype(np.intp)
-            index -= 1
-            return np.maximum(index, 0, out=index)
-        # Truncation is floor here: values are not negative.
-        index = scaled.astype(np.intp)
-        return np.minimum(index, uniform - 1, out=index)
-    return np.searchsorted(edges[1:-1], confidence, side="left" if bin_edges == "right" else "right")
+    right = bin_edges == "right"
+    if uniform is None or uniform > _MOST_UNIFORM:
+        return np.searchsorted(edges[1:-1], confidence, side="left" if right else "right")
+    # Arithmetic is several times faster than a search, but rounds. A value whose bin depends on the last bits of the
+    # product lies next to an edge, and those few are searched for.
+    slack = 8 * float(np.finfo(confidence.dtype).eps)
+    index = _scaled(confidence, uniform * (1 - slack), right)
+    doubtful = index != _scaled(confidence, uniform * (1 + slack), right)
+    found = index.astype(np.intp)
+    if doubtful.any():
+        found[doubtful] = assign(confidence[doubtful], edges, bin_edges)
+    return np.minimum(found, uniform - 1, out=found)
 
 
-@lru_cache(maxsize=64)
-def _arithmetic_is_exact(n_bins: int, bin_edges: str, dtype: str) -> bool:
-    """
-    Whether `ceil(c * n_bins)` (`floor` for left-closed bins) agrees with comparing c to the edges for EVERY c.
-
-    Rounded multiplication, ceil and floor never decrease as c grows, so it is enough that the index is right on each
-    edge and on its neighbour on the other side.
-    """
-    real = np.dtype(dtype).type
-    edges = width_edges(n_bins).astype(dtype)[1:-1]
-    k = np.arange(1, n_bins)
-    if bin_edges == "right":
-        after = np.nextafter(edges, real(2))
-        return bool(
-            (np.ceil(edges * real(n_bins)) == k).all()
-            and (np.ceil(after * real(n_bins)) == k + 1).all()
-            and np.ceil(real(1) * real(n_bins)) == n_bins
-        )
-    before = np.nextafter(edges, real(-1))
-    return bool((np.floor(edges * real(n_bins)) == k).all() and (np.floor(before * real(n_bins)) == k - 1).all())
+def _scaled(confidence: FloatArray, factor: float, right: bool) -> FloatArray:
+    scaled = confidence * confidence.dtype.type(factor)
+    if right:
+        np.ceil(scaled, out=scaled)
+        scaled -= 1
+        return np.maximum(scaled, 0, out=scaled)
+    return np.floor(scaled, out=scaled)
 
 
 @dataclass(frozen=True)

@@ -229,9 +229,9 @@ def _draw_panel(axis: Any, strip: Any, panel: Mapping[str, Any], null_band: bool
         axis.plot([left, left + width], [row["accuracy"]] * 2, color="black", linewidth=2, solid_capstyle="butt",
                   label="accuracy of the bin", zorder=6)  # fmt: skip
     # The name stands above the two smaller lines of numbers.
-    axis.set_title(panel["title"], fontsize=11, pad=30)
-    axis.text(0.5, 1.03, _caption(panel), transform=axis.transAxes, ha="center", va="bottom", fontsize=8.5,
-              color="#333333", linespacing=1.25)  # fmt: skip
+    axis.set_title(panel["title"], fontsize=11, pad=34)
+    axis.annotate(_caption(panel), (0.5, 1), xycoords="axes fraction", xytext=(0, 6), textcoords="offset points",
+                  ha="center", va="bottom", fontsize=8.5, color="#333333", linespacing=1.25)  # fmt: skip
     if strip is not None:
         _draw_strip(strip, panel, [panel["bins"]], [_BAR])
 
