@@ -52,14 +52,15 @@ def in_progress_path(folder: Path, split: str) -> Path:
 
 
 def is_finished(folder: Path, manifest: Manifest, backend: TeacherBackend, state: PartialState) -> bool:
-    """Whether the folder holds this very cache; `ValueError` when it holds another one."""
+    """Whether the folder holds this very cache and all its shards; `ValueError` when it holds another one."""
     if not manifest_path(folder, manifest.split).is_file():
         return False
     stored = load_manifest(folder, manifest.split)
     if stored.id != manifest.id:
         _refuse(folder, stored.identity, manifest)
     backend.confirm(stored.teacher)
-    complete_shards(folder, manifest.split)
+    if not all((folder / "data" / name).is_file() for name in stored.counts["shards"]):
+        return False
     if state.is_main_process:
         in_progress_path(folder, manifest.split).unlink(missing_ok=True)
     return True
@@ -89,18 +90,15 @@ def open_capture(
             for stale in folder.glob(f"*/.{manifest.split}*.tmp"):
                 stale.unlink()
             if not path.is_file():
-                if shard_paths(folder, manifest.split):
-                    raise ValueError(
-                        f"{folder} holds shards of split {manifest.split!r} without a record of their capture. Restore "
-                        f"{path.name} or the manifest, or delete the shards."
-                    )
-                begun = {"identity": manifest.identity, "teacher": manifest.teacher, "shard_size": shard_size}
-                write_atomically(path, json.dumps(begun, sort_keys=True, default=str))
+                record = _begin(folder, manifest, shard_size)
+                write_atomically(path, json.dumps(record, sort_keys=True, default=str))
+            manifest_path(folder, manifest.split).unlink(missing_ok=True)
         state.wait_for_everyone()
         begun = json.loads(path.read_text(encoding="utf-8"))
         if begun["identity"] != json.loads(json.dumps(manifest.identity, default=str)):
             _refuse(folder, begun["identity"], manifest)
         backend.confirm(begun["teacher"])
+        manifest.recalibration = begun["recalibration"]
         capture = OpenCapture(begun["shard_size"], [], -(-manifest.counts["rows"] // begun["shard_size"]))
         _remove_damaged(folder, manifest, capture, state)
         state.wait_for_everyone()
@@ -114,6 +112,25 @@ def open_capture(
     finally:
         if state.is_main_process:
             lock.release()
+
+
+def _begin(folder: Path, manifest: Manifest, shard_size: int) -> dict[str, Any]:
+    """Record of a capture that starts, or of a finished one that lost shards and fills them in."""
+    recalibration: dict[str, Any] = {}
+    if manifest_path(folder, manifest.split).is_file():
+        stored = load_manifest(folder, manifest.split)
+        shard_size, recalibration = stored.counts["shard_size"], stored.recalibration
+    elif shard_paths(folder, manifest.split):
+        raise ValueError(
+            f"{folder} holds shards of split {manifest.split!r} without a record of their capture. Restore "
+            f"{manifest_path(folder, manifest.split).name}, or delete the shards."
+        )
+    return {
+        "identity": manifest.identity,
+        "teacher": manifest.teacher,
+        "shard_size": shard_size,
+        "recalibration": recalibration,
+    }
 
 
 def _remove_damaged(folder: Path, manifest: Manifest, capture: OpenCapture, state: PartialState) -> None:
@@ -148,6 +165,7 @@ def close_capture(
     seconds = time.perf_counter() - started
     kept = np.sum([mass for _, _, mass, _ in gathered], axis=0)
     manifest.kept_mass = np.cumsum(kept / manifest.counts["positions"]).tolist()
+    manifest.counts["shard_size"] = capture.shard_size
     manifest.counts["shards"] = {name: {"rows": rows, "sha256": digest} for name, rows, _, digest in gathered}
     manifest.timing = {
         "seconds": round(seconds, 3),

@@ -73,7 +73,7 @@ class RowStatistics:
     positions: int = 0
     k: int | None = None
     num_draws: int | None = None
-    kept_mass: np.ndarray | None = None
+    kept_mass: float | np.ndarray = 0.0
 
 
 def check_rows(
@@ -176,8 +176,7 @@ def _check_batch(
             fail(int(row_of_entry[wrong[0]]), f"a position holds another number of entries than {found.k}.")
         if found.k < 1:
             fail(int(row_of_entry[0]), "a position holds no entry (k = 0).")
-        mass = _check_numbers(batch, found.k, row_of_entry, head_size, fail)
-        found.kept_mass = mass if found.kept_mass is None else found.kept_mass + mass
+        found.kept_mass = found.kept_mass + _check_numbers(batch, found.k, row_of_entry, head_size, fail)
     if batch.draws is not None:
         _check_draws(batch.draws, expected, found, row_of_entry, head_size, fail)
     elif found.num_draws:

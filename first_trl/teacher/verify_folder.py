@@ -69,7 +69,7 @@ def _verify_split(folder: Path, split: str) -> Manifest:
     if missing or surplus:
         raise ValueError(
             f"Shards of split {split!r} in {folder / 'data'}: missing {missing}, not listed in the manifest {surplus}. "
-            "Pull the cache again, or remove the manifest and run its capture again."
+            "Pull the cache again, or remove what is not listed and run its capture again."
         )
     rows, positions, kept = 0, 0, np.zeros(manifest.k)
     for name, entry in listed.items():
@@ -103,6 +103,5 @@ def _verify_shard(path: Path, entry: dict[str, Any], manifest: Manifest) -> RowS
         f"{path} is damaged"
         + ("" if intact else ": its SHA-256 differs from the manifest's")
         + (f" ({detail})" if detail else "")
-        + ". Pull the cache again, or remove the shard and the manifest and run its capture again: the other shards "
-        "are kept."
+        + ". Pull the cache again, or remove the shard and run its capture again: the other shards are kept."
     )
