@@ -6,18 +6,16 @@ nothing else, and what was already sent is not sent again.
 
 import re
 import tempfile
-import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset, DatasetDict
 from datasets.features.features import require_decoding
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
-from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
+from .hub_commit import Tree, commit_once, find_commit, list_files, open_repo, tag_commit, upload_content
 from .hub_dataset_card import merge_dataset_card
 from .hub_session import DEFAULT_RETRY_POLICY, HubSession, RepoType, RetryPolicy, is_offline
 
@@ -33,7 +31,6 @@ __all__ = [
 ]
 
 _CARD = "README.md"
-Tree = dict[str, RepoFile]
 
 
 class PulledFolder(NamedTuple):
@@ -109,7 +106,7 @@ def push_dataset(
     data_dir = "data" if config_name == "default" else config_name
     extra = _contents(extra_files or {}, data_dir)
     session = HubSession(repo_id, "dataset", token, retry_policy, write=True)
-    branch = _open_repo(session, private, revision)
+    branch = open_repo(session, private, revision)
 
     shards: dict[str, list[CommitOperationAdd]] = {}
     with tempfile.TemporaryDirectory(prefix="first_trl-push-") as folder:
@@ -121,7 +118,7 @@ def push_dataset(
                 shard.to_parquet(path, **(parquet_writer_kwargs or {}))
                 # Each shard is finished on its own, so that an interrupted push goes on after the last finished one.
                 addition = CommitOperationAdd(f"{data_dir}/{path.name}", path)
-                _upload(session, branch, [addition])
+                upload_content(session, branch, [addition])
                 shards.setdefault(name, []).append(addition)
                 if addition.path_or_fileobj == b"":  # how the client says that it no longer needs the file
                     path.unlink()
@@ -161,9 +158,9 @@ def push_dataset(
             deletions = [CommitOperationDelete(path) for path in stale]
             return [*(CommitOperationAdd(path, content) for path, content in files.items()), *deletions]
 
-        commit = _commit(session, branch, commit_message or f"Upload {config_name}", additions, other_operations)
+        commit = commit_once(session, branch, commit_message or f"Upload {config_name}", additions, other_operations)
     if tag:
-        _tag(session, tag, commit, uploaded_paths)
+        tag_commit(session, tag, commit, uploaded_paths)
     return commit
 
 
@@ -207,12 +204,12 @@ def push_folder(
     if not paths:
         raise ValueError(f"There is nothing to push: {str(folder)!r} is no folder or has no files.")
     session = HubSession(repo_id, repo_type, token, retry_policy, write=True)
-    branch = _open_repo(session, private, revision, space_sdk)
+    branch = open_repo(session, private, revision, space_sdk)
     additions = [CommitOperationAdd(path, folder / path) for path in paths]
-    _upload(session, branch, additions, free_memory=False)
-    commit = _commit(session, branch, commit_message or "Upload folder", additions, lambda head, tree: [])
+    upload_content(session, branch, additions, free_memory=False)
+    commit = commit_once(session, branch, commit_message or "Upload folder", additions, lambda head, tree: [])
     if tag:
-        _tag(session, tag, commit, set(paths))
+        tag_commit(session, tag, commit, set(paths))
     return commit
 
 
@@ -230,7 +227,7 @@ def resolve_revision(
         `ValueError`: Repository or revision do not exist or may not be seen.
         `RuntimeError`: The Hub did not manage within the bounds.
     """
-    return _head(HubSession(repo_id, repo_type, token, retry_policy), revision)
+    return find_commit(HubSession(repo_id, repo_type, token, retry_policy), revision)
 
 
 def pull_folder(
@@ -259,8 +256,8 @@ def pull_folder(
     if is_offline():
         path = session.api.snapshot_download(repo_id, revision=revision, local_files_only=True, **arguments)
         return PulledFolder(path, Path(path).name)
-    commit = _head(session, revision)
-    tree = session.call("Listing the files", lambda: _tree(session, commit))
+    commit = find_commit(session, revision)
+    tree = session.call("Listing the files", lambda: list_files(session, commit))
     wanted = list(filter_repo_objects(tree, allow_patterns=allow_patterns))
 
     def download() -> str:
@@ -309,125 +306,3 @@ def _contents(files: Mapping[str, bytes | str | Path], data_dir: str) -> dict[st
             raise ValueError(f"extra_files: {path!r} would be taken for a shard of the dataset; use another name.")
         contents[path] = content if isinstance(content, bytes) else Path(content).read_bytes()
     return contents
-
-
-def _open_repo(session: HubSession, private: bool | None, revision: str | None, space_sdk: str | None = None) -> str:
-    """Make sure that the repository and the branch exist; returns the branch."""
-    api, repo_id, repo_type = session.api, session.repo_id, session.repo_type
-
-    def find() -> Any:
-        try:
-            return api.repo_info(repo_id, repo_type=repo_type)
-        except RepositoryNotFoundError:
-            return None
-
-    info = session.call("Looking for the repository", find)
-    if info is None:
-        if repo_type == "space" and space_sdk is None:
-            raise ValueError(f"The Space {repo_id} does not exist; to create it pass space_sdk, e.g. 'gradio'.")
-        session.call(
-            "Creating the repository",
-            lambda: api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True, space_sdk=space_sdk),
-        )
-    elif private and not info.private:
-        raise ValueError(
-            f"{repo_id} exists and is public, and private=True was asked for. Nothing was sent: make it private in its "
-            "settings, push to another name, or pass private=None to publish."
-        )
-    branch = revision or "main"
-    if re.fullmatch(r"[0-9a-f]{40}", branch):
-        raise ValueError("revision is a commit; a push goes to a branch. Name one, e.g. revision='main'.")
-    if branch != "main" and not branch.startswith("refs/"):
-        session.call(
-            "Creating the branch",
-            lambda: api.create_branch(repo_id, branch=branch, repo_type=repo_type, exist_ok=True),
-        )
-    return branch
-
-
-def _upload(session: HubSession, branch: str, additions: list[CommitOperationAdd], free_memory: bool = True) -> None:
-    """Send the content of large files; small ones travel inside the commit. Finished files are skipped on a retry."""
-    session.call(
-        "Uploading",
-        lambda: session.api.preupload_lfs_files(
-            session.repo_id, additions, repo_type=session.repo_type, revision=branch, free_memory=free_memory
-        ),
-    )
-
-
-def _commit(
-    session: HubSession,
-    branch: str,
-    message: str,
-    additions: list[CommitOperationAdd],
-    other_operations: Callable[[str, Tree], list[CommitOperationAdd | CommitOperationDelete]],
-) -> str:
-    """Commit on top of the current head, exactly once.
-
-    Each try names the head it was prepared for as its parent, so the Hub refuses it when another commit came in
-    between, be it somebody else's or our own whose answer was lost. Our own is recognised by a mark in its description.
-    """
-    mark = f"first_trl push {uuid.uuid4().hex}"
-    known: list[str] = []  # heads of earlier tries: commits up to them are older than this push
-
-    def attempt() -> str:
-        head = _sha(session, branch)
-        if known and head not in known:
-            for commit in session.api.list_repo_commits(session.repo_id, repo_type=session.repo_type, revision=branch):
-                if mark in commit.message:
-                    return commit.commit_id
-                if commit.commit_id in known:
-                    break
-        known.append(head)
-        tree = _tree(session, head)
-        for addition in additions:
-            # The client leaves out files that it found unchanged while uploading. Another writer may have changed them
-            # since: compare with this head.
-            file = tree.get(addition.path_in_repo)
-            addition._remote_oid = None if file is None else file.lfs.sha256 if file.lfs else file.blob_id
-        done = session.api.create_commit(
-            session.repo_id,
-            [*additions, *other_operations(head, tree)],
-            commit_message=message,
-            commit_description=mark,
-            repo_type=session.repo_type,
-            revision=branch,
-            parent_commit=head,
-        )
-        return str(done.oid)
-
-    return session.call("Committing", attempt, retry_conflicts=True)
-
-
-def _tag(session: HubSession, tag: str, commit: str, paths: set[str]) -> None:
-    """Tag the commit. A tag that exists is fine when the pushed files are the same there."""
-
-    def attempt() -> None:
-        try:
-            session.api.create_tag(session.repo_id, tag=tag, revision=commit, repo_type=session.repo_type)
-        except HfHubHTTPError as error:
-            if error.response.status_code != 409:
-                raise
-            there, here = _tree(session, tag), _tree(session, commit)
-            if any(path not in there or there[path].blob_id != here[path].blob_id for path in paths):
-                raise ValueError(
-                    f"The tag {tag!r} of {session.repo_id} exists and holds other data. The push itself is done "
-                    f"(commit {commit}): choose another tag, or delete that one first."
-                ) from None
-
-    session.call("Tagging", attempt)
-
-
-def _head(session: HubSession, revision: str | None) -> str:
-    return session.call("Looking up the revision", lambda: _sha(session, revision or "main"))
-
-
-def _sha(session: HubSession, revision: str) -> str:
-    return str(session.api.repo_info(session.repo_id, repo_type=session.repo_type, revision=revision).sha)
-
-
-def _tree(session: HubSession, revision: str) -> Tree:
-    entries = session.api.list_repo_tree(
-        session.repo_id, recursive=True, revision=revision, repo_type=session.repo_type
-    )
-    return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}

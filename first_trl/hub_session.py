@@ -130,7 +130,11 @@ class HubSession:
             except Exception as error:
                 failure = error
             if not is_transient(failure, retry_conflicts):
-                raise self._explained(doing, failure) from None
+                explained = self._explained(doing, failure)
+                if explained is failure:
+                    raise failure
+                # The client's own error would be printed above ours, with the request in it and without the mend.
+                raise explained from None
             # A conflict is over as soon as the other commit is: no reason to wait as long as for a server in trouble.
             wait = max(policy.wait_seconds(1 if _status(failure) in _CONFLICT_STATUSES else attempt), 0.0)
             wait = max(wait, retry_after_seconds(failure) or 0.0)
@@ -161,9 +165,10 @@ class HubSession:
         """The error to raise in place of a client's error that another try cannot mend."""
         cause = _hub_error(error)
         if cause is None:
-            text = self.scrub(f"{type(error).__name__}: {error}")
-            # Errors that are not about the Hub (a full disk, a bad argument) keep their type, unless they tell a secret.
-            return error if text == f"{type(error).__name__}: {error}" else RuntimeError(f"{doing} failed: {text}")
+            # Errors that are not about the Hub (a full disk, a bad argument) stay as they are, unless they tell a secret.
+            if not any(self._token and self._token in str(cause) for cause in _causes(error)):
+                return error
+            return RuntimeError(f"{doing} failed: {self.scrub(_summary(error))}")
         status = cause.response.status_code
         where = f"{self.name} at {self.api.endpoint}"
         if isinstance(cause, GatedRepoError):

@@ -36,7 +36,7 @@ class HubServer:
 
     Args:
         root (`Path`): Folder of the store; a later server on the same folder serves the same content.
-        port (`int`): Port of the Hub; 0 picks a free one. The blob store and CAS take a second, free port.
+        port, store_port (`int`): Port of the Hub, and of the blob store and CAS behind it; 0 picks a free one.
         lfs_part_size (`int`): LFS objects above this many bytes are sent in parts of this size.
         page_size (`int`): Most rows of one page of a file listing.
 
@@ -50,7 +50,15 @@ class HubServer:
         internal_errors (`list[str]`): Bugs of this server met while handling requests; tests assert that it is empty.
     """
 
-    def __init__(self, root: Path, port: int = 0, lfs_part_size: int = 20_000_000, page_size: int = 1000) -> None:
+    def __init__(
+        self,
+        root: Path,
+        port: int = 0,
+        store_port: int = 0,
+        lfs_part_size: int = 20_000_000,
+        page_size: int = 1000,
+    ) -> None:
+        Path(root).mkdir(parents=True, exist_ok=True)
         self.objects = ObjectStore(Path(root) / "store")
         self.repos = RepoStore(Path(root) / "repos")
         self.xet = XetStore(self.objects)
@@ -67,7 +75,7 @@ class HubServer:
         self._log: list[LoggedRequest] = []
         self._log_grew = threading.Condition()
         self._xet_tokens: dict[str, tuple[str, int]] = {}
-        hub, store = _Server(port), _Server(0)
+        hub, store = _Server(port), _Server(store_port)
         hub.RequestHandlerClass = make_handler(self, "hub", repo_routes.ROUTES + file_routes.ROUTES)
         store.RequestHandlerClass = make_handler(self, "store", store_routes.ROUTES)
         self._servers = (hub, store)
