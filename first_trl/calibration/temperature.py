@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from first_trl.calibration.bins import assign, width_edges
+from .bins import assign, width_edges
 
 
 _MIN_TEMPERATURE, _MAX_TEMPERATURE = 0.05, 20.0

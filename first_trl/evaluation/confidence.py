@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from first_trl.calibration import calibration_report
+from ..calibration import calibration_report
 
 
 DEFINITIONS = {

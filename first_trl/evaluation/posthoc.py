@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from first_trl.calibration.temperature import TemperatureFit, equal_width_ece, search_temperature
-from first_trl.evaluation.multiple_choice import read_multiple_choice_rows
-from first_trl.evaluation.next_token import next_token_logits
+from ..calibration.temperature import TemperatureFit, equal_width_ece, search_temperature
+from .multiple_choice import read_multiple_choice_rows
+from .next_token import next_token_logits
 
 
 # 1/T in quarter octaves from 1/16 to 16. The Brier score at T reads 2/T, one octave up, so T stops at 1/8.

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from first_trl.calibration.bins import assign, width_edges
-from first_trl.recalibration.rescale import ESTIMATORS, METHODS, Recalibration, check_top_k
+from ..calibration.bins import assign, width_edges
+from .rescale import ESTIMATORS, METHODS, Recalibration, check_top_k
 
 
 # Below this the choice is visibly noisy (sd of a fitted T above 0.1).
@@ -227,7 +227,7 @@ class _FlatCache:
 def _flat_cache(cache: Any, positions: str) -> _FlatCache:
     """Arrays of the supervised positions of `cache`, checked against one another."""
     if hasattr(cache, "column_names"):
-        from first_trl.teacher.schema import flatten_cache
+        from ..teacher.schema import flatten_cache
 
         cache = flatten_cache(cache)
     get = cache.get if isinstance(cache, Mapping) else lambda name: getattr(cache, name, None)

@@ -12,9 +12,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from first_trl import evaluate_multiple_choice
 from first_trl.calibration.temperature import fit_temperature
-from first_trl.evaluation.multiple_choice import MultipleChoiceResult, multiple_choice_report, spelling_variants
+from first_trl.evaluation.multiple_choice import spelling_variants
 from first_trl.evaluation.next_token import evaluation_mode
 from first_trl.evaluation.posthoc import fit_posthoc_temperature
+from first_trl.evaluation.predictions import MultipleChoiceResult, multiple_choice_report
 from first_trl.tasks.word_tokenizer import word_tokenizer
 
 

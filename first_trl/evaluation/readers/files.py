@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from first_trl.evaluation.confidence import Confidences
-from first_trl.evaluation.multiple_choice import MultipleChoiceResult
-from first_trl.evaluation.readers.harness import read_harness_log
-from first_trl.evaluation.readers.table import read_table, table_rows
+from ..confidence import Confidences
+from ..predictions import MultipleChoiceResult
+from .harness import read_harness_log
+from .table import read_table, table_rows
 
 
 def read_confidences(

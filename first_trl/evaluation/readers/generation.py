@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from first_trl.evaluation.confidence import Confidences
+from ..confidence import Confidences
 
 
 def _array(values: Any) -> np.ndarray:

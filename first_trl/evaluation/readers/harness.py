@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from first_trl.evaluation.confidence import Confidences, answers_to_confidences, choice_scores
-from first_trl.evaluation.readers.table import table_rows
+from ..confidence import Confidences, answers_to_confidences, choice_scores
+from .table import table_rows
 
 
 # Metric of the harness -> the definition of confidence whose most likely answer it scores.

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from first_trl.evaluation.confidence import Confidences
+from ..confidence import Confidences
 
 
 _RIGHT, _WRONG = {"1", "1.0", "true"}, {"0", "0.0", "false"}

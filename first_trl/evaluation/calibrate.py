@@ -1,0 +1,142 @@
+"""`first-trl calibrate FILE...`: the calibration report and reliability diagram of files that hold confidences."""
+
+import argparse
+import warnings
+from pathlib import Path
+from typing import Any
+
+from ..calibration import CalibrationWarning, reliability_diagram
+from ..files import write_json
+from .confidence import DEFINITIONS
+from .readers import read_confidences
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `first-trl calibrate` to a parser."""
+    parser.add_argument(
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help="samples_*.jsonl of lm-evaluation-harness (--log_samples), predictions of an evaluation, or a CSV, JSON-lines "
+        "or Parquet table of confidences",
+    )
+    parser.add_argument(
+        "--output-dir",
+        default="calibration_report",
+        help="where report.json and reliability.png go (default: %(default)s)",
+    )
+    binning = parser.add_argument_group("calibration error")
+    binning.add_argument("--bins", type=int, default=10, help="number of bins (default: %(default)s, as in FIRST)")
+    binning.add_argument(
+        "--strategy",
+        choices=("width", "mass", "quantile"),
+        default="width",
+        help="equal width (default), equal mass, quantile",
+    )
+    binning.add_argument("--norm", choices=("l1", "l2", "max"), default="l1", help="l1 (ECE, default), l2 or max")
+    binning.add_argument(
+        "--bin-edges", choices=("right", "left"), default="right", help="closed side of a bin (default: %(default)s)"
+    )
+    binning.add_argument("--resamples", type=int, default=1000, help="for interval and null band; 0 leaves both out")
+    reading = parser.add_argument_group("how to read the files")
+    reading.add_argument(
+        "--reading", help="acc, acc_norm, acc_bytes or acc_mutual_info of a harness log (default: all that were logged); "
+        "full_vocab or options of our own predictions"
+    )  # fmt: skip
+    reading.add_argument("--filter", help="filter of a harness log (default: all)")
+    reading.add_argument("--target-delimiter", default=" ", help="of the harness task (default: one space)")
+    reading.add_argument("--confidence-column", default="confidence", help="of a table (default: %(default)s)")
+    reading.add_argument("--correct-column", default="correct", help="of a table (default: %(default)s)")
+    reading.add_argument("--correct-value", help="value of that column that means right (default: 1 or true)")
+
+
+def main(args: argparse.Namespace) -> int:
+    """
+    Print the reports, and write `report.json` and `reliability.png`.
+
+    Args:
+        args (`argparse.Namespace`):
+            Options of [`add_arguments`].
+
+    Returns:
+        `int`: 0.
+
+    Raises:
+        `ValueError`: for a file that cannot be read, naming the row.
+    """
+    options: dict[str, Any] = {
+        "n_bins": args.bins,
+        "strategy": args.strategy,
+        "norm": args.norm,
+        "bin_edges": args.bin_edges,
+    }
+    if args.resamples:
+        options |= {"confidence_interval": 0.95, "null_test": True, "n_resamples": args.resamples}
+    if len({Path(path).resolve() for path in args.files}) < len(args.files):
+        raise ValueError(f"A file was given twice: {' '.join(args.files)}.")
+    reports: dict[str, dict[str, Any]] = {}
+    for path in args.files:
+        found = read_confidences(
+            path,
+            reading=args.reading,
+            filter=args.filter,
+            target_delimiter=args.target_delimiter,
+            confidence_column=args.confidence_column,
+            correct_column=args.correct_column,
+            correct_value=args.correct_value,
+        )
+        for confidences in found:
+            name = confidences.name
+            if name in reports:
+                # The harness writes the logs of one task under the same name, in a folder per model.
+                name = f"{Path(path).resolve().parent.name}/{name}"
+            if name in reports:
+                name = f"{Path(path).resolve()}: {confidences.name}"
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", CalibrationWarning)
+                report = confidences.report(**options)
+            cautions = [str(w.message) for w in caught if issubclass(w.category, CalibrationWarning)]
+            reports[name] = {"file": str(path), **report, "cautions": cautions}
+    print(format_reports(reports))
+    folder = Path(args.output_dir)
+    write_json(folder / "report.json", reports)
+    figure = reliability_diagram(reports)
+    figure.savefig(folder / "reliability.png", dpi=150)
+    print(f"\nWrote {folder / 'report.json'} and {folder / 'reliability.png'}.")
+    return 0
+
+
+def format_reports(reports: dict[str, dict[str, Any]]) -> str:
+    """The reports as a text table, with how the numbers were made and what to beware of."""
+    columns = ("", "n", "accuracy", "confidence", "ECE", "95 % interval", "calibrated by chance", "NLL", "Brier")
+    lines: list[tuple[str, ...]] = [columns]
+    for name, r in reports.items():
+        extras = r["extras"]
+        interval = f"{r['ci_low']:.4f} - {r['ci_high']:.4f}" if r.get("ci_low") is not None else ""
+        null = f"< {r['null_high']:.4f} (p = {r['p_value']:.3f})" if r.get("p_value") is not None else ""
+        scores = [f"{extras[key]:.4f}" if key in extras else "" for key in ("nll", "brier")]
+        lines.append(
+            (
+                name,
+                str(r["n"]),
+                f"{r['accuracy']:.4f}",
+                f"{r['mean_confidence']:.4f}",
+                f"{r['ece']:.6f}",
+                interval,
+                null,
+                *scores,
+            )
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    config = next(iter(reports.values()))["config"]
+    text.append("")
+    text.append(
+        f"ECE: {config['n_bins']} bins, strategy {config['strategy']}, norm {config['norm']}, {config['bin_edges']} edges "
+        "closed. 'calibrated by chance': 95 % of perfectly calibrated models with these confidences score below."
+    )
+    for name, r in reports.items():
+        text.append(f"{name}: confidence = {DEFINITIONS.get(r['definition'], r['definition'])}")
+        text += [f"  {count} rows left out: {reason}" for reason, count in r["dropped"].items()]
+        text += [f"  caution: {caution}" for caution in r["cautions"]]
+    return "\n".join(text)

@@ -1,0 +1,128 @@
+"""Predictions of a multiple-choice evaluation and the report made from them; needs neither model nor torch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..calibration import calibration_report
+
+
+@dataclass(frozen=True)
+class MultipleChoiceResult:
+    """
+    Predictions of [`evaluate_multiple_choice`], one entry per row in the order of the dataset, and their report.
+
+    Attributes:
+        predictions (`dict[str, np.ndarray]`):
+            `id` (`str`), `gold` (index of the right choice, -1 = hidden), `n_choices`, `choice_tokens` and
+            `choice_logprobs` `[N, C]` (full-vocabulary log-probability of each choice; rows with fewer choices are filled
+            with -1 and `-inf`), `option_mass` (probability of all choices together), `answer` (index of the most likely
+            choice), `top_token` and `top_prob` (most likely token of the whole vocabulary), `top_is_gold` (`bool`),
+            `gold_logprob` (NaN where hidden), `sum_squares` (sum of p² over the vocabulary, for the Brier score) and
+            `truncated` (`bool`).
+        report (`dict`): see [`multiple_choice_report`].
+    """
+
+    predictions: dict[str, np.ndarray]
+    report: dict[str, Any]
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """Predictions as one plain dictionary per row, ready for JSON lines; the filling of short rows is left out."""
+        rows = []
+        for i in range(len(self.predictions["id"])):
+            row = {name: values[i].tolist() for name, values in self.predictions.items() if name != "id"}
+            for name in ("choice_tokens", "choice_logprobs"):
+                row[name] = row[name][: row["n_choices"]]
+            row["gold_logprob"] = None if row["gold"] < 0 else row["gold_logprob"]
+            rows.append({"id": str(self.predictions["id"][i]), **row})
+        return rows
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Mapping[str, Any]], *, n_bins: int = 10) -> "MultipleChoiceResult":
+        """Inverse of [`~MultipleChoiceResult.to_rows`]; the report is made again from the predictions."""
+        if not rows:
+            raise ValueError("There are no predictions.")
+        predictions = {name: [row[name] for row in rows] for name in rows[0]}
+        arrays = {name: np.array(values) for name, values in predictions.items() if not name.startswith("choice_")}
+        arrays["gold_logprob"] = np.array(predictions["gold_logprob"], dtype=np.float64)
+        arrays["choice_tokens"] = fill_rows(predictions["choice_tokens"], -1, np.int64)
+        arrays["choice_logprobs"] = fill_rows(predictions["choice_logprobs"], -np.inf, np.float64)
+        return cls(arrays, multiple_choice_report(arrays, n_bins=n_bins))
+
+
+def multiple_choice_report(predictions: Mapping[str, np.ndarray], *, n_bins: int = 10) -> dict[str, Any]:
+    """
+    Scores of stored predictions, over the rows whose answer is known.
+
+    Args:
+        predictions (`Mapping[str, np.ndarray]`):
+            As in [`MultipleChoiceResult`].
+        n_bins (`int`, *optional*, defaults to `10`):
+            Equal-width bins of the ECE.
+
+    Returns:
+        `dict`: `n` (rows scored), `n_rows`, `n_unlabelled`, `n_truncated`, `option_mass` (mean), and for each of
+        `full_vocab` and `options`: `accuracy`, `mean_confidence`, `ece` (top label), `trust` (accuracy - ECE), `nll` (nats,
+        of the gold answer), `brier` (summed over the vocabulary, or the options) and `calibration`, the
+        [`calibration_report`] of the confidences with its bins and options. Plain Python values.
+
+    Raises:
+        `ValueError`: when no row has an answer.
+    """
+    gold = np.asarray(predictions["gold"])
+    labelled = gold >= 0
+    if not labelled.any():
+        raise ValueError("No row has a gold answer (all are -1): there is nothing to score. Use a labelled split.")
+    p = {name: np.asarray(values)[labelled] for name, values in predictions.items()}
+    gold = p["gold"]
+    every = np.arange(len(gold))
+    log_mass = np.logaddexp.reduce(p["choice_logprobs"], axis=1)
+    options = np.exp(p["choice_logprobs"] - log_mass[:, None])
+    answer = options.argmax(axis=1)
+    return {
+        "n": len(gold),
+        "n_rows": len(labelled),
+        "n_unlabelled": int((~labelled).sum()),
+        "n_truncated": int(np.asarray(predictions["truncated"]).sum()),
+        "option_mass": float(p["option_mass"].mean()),
+        "full_vocab": _scores(
+            p["top_prob"],
+            p["top_is_gold"],
+            -p["gold_logprob"],
+            p["sum_squares"] - 2.0 * np.exp(p["gold_logprob"]) + 1.0,
+            n_bins,
+        ),
+        "options": _scores(
+            options[every, answer],
+            answer == gold,
+            log_mass - p["gold_logprob"],
+            np.square(options).sum(axis=1) - 2.0 * options[every, gold] + 1.0,
+            n_bins,
+        ),
+    }
+
+
+def _scores(
+    confidence: np.ndarray, correct: np.ndarray, nll: np.ndarray, brier: np.ndarray, n_bins: int
+) -> dict[str, Any]:
+    calibration = calibration_report(confidence, correct.astype(np.int64), n_bins=n_bins)
+    accuracy = float(correct.mean())
+    return {
+        "accuracy": accuracy,
+        "mean_confidence": float(confidence.mean()),
+        "ece": calibration["ece"],
+        "trust": accuracy - calibration["ece"],
+        "nll": float(nll.mean()),
+        "brier": float(brier.mean()),
+        "calibration": calibration,
+    }
+
+
+def fill_rows(rows: Sequence[Sequence[Any]], value: float, dtype: Any) -> np.ndarray:
+    """Rows of different lengths as one array, short ones filled with `value`."""
+    filled = np.full((len(rows), max(len(row) for row in rows)), value, dtype=dtype)
+    for i, row in enumerate(rows):
+        filled[i, : len(row)] = row
+    return filled
