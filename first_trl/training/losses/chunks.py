@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
+from .products import HeadProducts
+
 
 # Bytes of one chunk of logits. On a CPU, measured at V = 151,936 on two cores: 256 float32 rows are enough to keep the
 # matrix products at full speed, and larger chunks only move more memory. A GPU wants more rows per product.
@@ -33,7 +35,7 @@ def default_chunk_size(vocab_size: int, device: str = "cpu") -> int:
     Returns:
         `int`: a multiple of 32 in [32, 4096].
     """
-    tokens = _CHUNK_BYTES.get(device, _CHUNK_BYTES["cuda"]) // (vocab_size * 4)
+    tokens = _CHUNK_BYTES["cpu" if device == "cpu" else "cuda"] // (vocab_size * 4)
     return min(max(tokens // 32 * 32, 32), _MAX_CHUNK_SIZE)
 
 
@@ -113,48 +115,48 @@ def project_chunks(
 ) -> Visited:
     """Per-token statistics and gradients, through the whole vocabulary."""
     num_tokens, vocab_size = hidden.shape[0], weight.shape[0]
-    device, compute_dtype = hidden.device, options.compute_dtype
-    chunk_size = options.chunk_size or default_chunk_size(vocab_size, device.type)
-    chunk_size = max(min(chunk_size, num_tokens), 1)
-    block_bytes = _BLOCK_BYTES.get(device.type, _BLOCK_BYTES["cuda"])
+    device = hidden.device
+    chunk_size = max(min(options.chunk_size or default_chunk_size(vocab_size, device.type), num_tokens), 1)
+    block_bytes = _BLOCK_BYTES["cpu" if device.type == "cpu" else "cuda"]
     block_size = max(min(block_bytes // (vocab_size * dtype.itemsize), chunk_size), 1)
-    scale = _FLOAT16_GRADIENT_SCALE if compute_dtype == torch.float16 else 1.0
+    products = HeadProducts(weight, options.compute_dtype, dtype)
 
-    head = weight.to(compute_dtype)
-    head_bias = None if bias is None else bias.to(dtype)
-    logits = torch.empty((chunk_size, vocab_size), dtype=compute_dtype, device=device)
+    logits = torch.empty((chunk_size, vocab_size), dtype=dtype, device=device)
+    # The gradient replaces the logits where the products read their type, and is rounded into a copy elsewhere.
+    gradients = torch.empty_like(logits, dtype=products.operand_dtype) if products.operand_dtype != dtype else logits
+    scale = _FLOAT16_GRADIENT_SCALE if products.operand_dtype == torch.float16 else 1.0
     exponentials = torch.empty((block_size, vocab_size), dtype=dtype, device=device)
-    widened = None if compute_dtype == dtype else torch.empty_like(exponentials)
-    # float16 results carry the scale until the backward pass: keep them where it cannot overflow.
-    hidden_dtype = dtype if compute_dtype == torch.float16 else compute_dtype
+    head_bias = None if bias is None else bias.to(dtype)
     make = torch.zeros if num_tokens == 0 else torch.empty
-    grad_hidden = make(hidden.shape, dtype=hidden_dtype, device=device) if wanted[0] else None
+    grad_hidden = make(hidden.shape, dtype=dtype, device=device) if wanted[0] else None
     grad_weight = make(weight.shape, dtype=dtype, device=device) if wanted[1] else None
     grad_bias = torch.zeros((vocab_size,), dtype=dtype, device=device) if wanted[2] else None
 
     columns: dict[str, torch.Tensor] = {}
     for start in range(0, num_tokens, chunk_size):
         end = min(start + chunk_size, num_tokens)
-        chunk = hidden[start:end].to(compute_dtype)
-        tile = logits[: end - start]
-        torch.mm(chunk, head.t(), out=tile)
+        chunk = hidden[start:end].to(options.compute_dtype).to(products.operand_dtype)
+        tile, gradient = logits[: end - start], gradients[: end - start]
+        products.project(chunk, tile)
         for top in range(0, end - start, block_size):
-            rows = tile[top : top + block_size]
-            wide = rows if widened is None else widened[: rows.shape[0]].copy_(rows)
-            here = slice(start + top, start + top + rows.shape[0])
-            work, gradient = exponentials[: rows.shape[0]], rows if any(wanted) else None
-            _store(
-                columns,
-                here,
-                _visit_block(wide, work, gradient, head_bias, targets.rows(here), options, scale),
-                targets,
+            block = slice(top, min(top + block_size, end - start))
+            rows = slice(start + block.start, start + block.stop)
+            values = _visit_block(
+                tile[block],
+                exponentials[: block.stop - block.start],
+                gradient[block] if any(wanted) else None,
+                head_bias,
+                targets.rows(rows),
+                options,
+                scale,
             )
+            _store(columns, rows, values, targets)
         if grad_hidden is not None:
-            _matmul(tile, head, grad_hidden[start:end], accumulate=False)
+            products.back_to_hidden(gradient, grad_hidden[start:end])
         if grad_weight is not None:
-            _matmul(tile.t(), chunk, grad_weight, accumulate=start > 0)
+            products.back_to_weight(gradient, chunk, grad_weight, accumulate=start > 0)
         if grad_bias is not None:
-            grad_bias += tile.sum(0, dtype=dtype)
+            grad_bias += gradient.sum(0, dtype=dtype)
     return columns, [grad_hidden, grad_weight, grad_bias], scale
 
 
@@ -299,14 +301,3 @@ def gather_chunks(
         if grad_bias is not None:
             grad_bias.index_add_(0, flat_ids, gradient.reshape(-1))
     return columns, [grad_hidden, grad_weight, grad_bias], 1.0
-
-
-def _matmul(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, *, accumulate: bool) -> None:
-    """`out = left @ right`, or `+=`, without rounding the product to a half type before it is added."""
-    beta = 1.0 if accumulate else 0.0
-    if out.dtype == left.dtype:
-        torch.addmm(out, left, right, beta=beta, out=out)
-    elif out.device.type == "cuda":
-        torch.addmm(out if accumulate else out.zero_(), left, right, out_dtype=out.dtype, out=out)
-    else:
-        torch.addmm(out, left.to(out.dtype), right.to(out.dtype), beta=beta, out=out)
