@@ -68,6 +68,9 @@ def prepare(predictions: Any, references: Any, config: CalibrationConfig, sample
         `ValueError`: naming the first bad row and its value.
     """
     pred, source = as_numbers(predictions, "predictions")
+    if config.edge_dtype != "auto":
+        # A stated precision tells what the storage hides, for example bfloat16 rows that came through Arrow.
+        source = max(source, config.edge_dtype, key=EPSILON.__getitem__)
     refs, _ = as_numbers(references, "references")
     weight = None if sample_weight is None else as_numbers(sample_weight, "sample_weight")[0].astype(np.float64)
     _check_shapes(pred, refs, weight)

@@ -198,8 +198,8 @@ def calibration_report(
         if config.mode == "top-label"
         else tabulate(examples.confidence, examples.correct, config, examples.edge_dtype, examples.weight)
     )
-    ece, reason = _headline(tables, config)
-    debiased, debiased_reason = _debiased(tables)
+    ece, _ = _headline(tables, config)
+    debiased, reason = _debiased(tables)
     report: dict[str, Any] = {
         "ece": ece,
         "mce": _mean_error(tables, "max", config.weighting),
@@ -219,13 +219,14 @@ def calibration_report(
         ]
     elif return_bins:
         report["bins"] = tables[0].to_dict()
-    report["warnings"] = _cautions(examples, tables, report, debiased_reason if debiased is None else reason)
+    cautions = _cautions(examples, report)
+    report["warnings"] = cautions if debiased is not None else [*cautions, f"ece_debiased is None: {reason}."]
     report["config"] = config.to_dict() | {
         "edge_dtype": examples.edge_dtype,
         "n_classes": None if examples.probabilities is None else int(examples.probabilities.shape[1]),
         "weighted": examples.weight is not None,
     }
-    for message in report["warnings"]:
+    for message in cautions:
         warnings.warn(message, CalibrationWarning, stacklevel=2)
     return report
 
@@ -308,15 +309,13 @@ def _sampling_error(examples: Examples, ece: float, config: CalibrationConfig) -
     return found
 
 
-def _cautions(examples: Examples, tables: list[BinTable], report: dict[str, Any], reason: str | None) -> list[str]:
+def _cautions(examples: Examples, report: dict[str, Any]) -> list[str]:
     cautions = []
     if len(examples) < SMALL_SAMPLE:
         cautions.append(
             f"{len(examples)} examples: below {SMALL_SAMPLE} a binned calibration error is mostly sampling noise; "
             "look at null_test=True and confidence_interval=0.95."
         )
-    if reason is not None:
-        cautions.append(f"ece_debiased is None: {reason}.")
     if report["p_value"] is not None and report["p_value"] > 0.05:
         cautions.append(
             f"ece {report['ece']:.4f} is within what a perfectly calibrated model would score by chance "
