@@ -43,7 +43,16 @@ def load_manifest(folder: str | os.PathLike[str], split: str = "train") -> Manif
             + ". Capture it with `add_teacher_topk(..., output_dir=...)` or `first-trl precompute`; an interrupted "
             "capture is finished by running the same command again."
         )
-    return Manifest.from_json(path.read_text(encoding="utf-8"))
+    return _read_manifest_file(path)
+
+
+def _read_manifest_file(path: Path) -> Manifest:
+    try:
+        return Manifest.from_json(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged: {error}. Restore the original manifest.") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def store_recalibration(folder: str | os.PathLike[str], split: str, method: str, fit: dict[str, Any]) -> None:
@@ -161,4 +170,4 @@ def _hub_manifest(repo_id: str, split: str, revision: str | None, token: str | N
             f"{repo_id} at {commit} holds no manifest for split {split!r}: it is no teacher cache, or was pushed "
             "without `first-trl cache push`."
         ) from error
-    return Manifest.from_json(Path(file).read_text(encoding="utf-8")), commit
+    return _read_manifest_file(Path(file)), commit
