@@ -1,0 +1,305 @@
+"""Multiple choice by the log-probability of whole answers: choices of any length, with the question read once."""
+
+import inspect
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+from ..tasks.tokenize import encode_pairs, encode_prompts
+from .confidence import Confidences, answers_to_confidences, choice_scores
+from .next_token import context_length, cut_to_length, evaluation_mode
+
+
+UNITS = ("characters", "bytes", "tokens")
+
+
+@dataclass(frozen=True)
+class ChoiceScores:
+    """
+    Log-probabilities of the choices of each question, from [`score_choices`].
+
+    Attributes:
+        ids (`list[str]`): one per question.
+        gold (`np.ndarray` of shape `[N]`): index of the right choice, -1 = hidden.
+        logprobs (`list[np.ndarray]`): summed log-probability of each choice behind its question, in nats.
+        lengths (`dict[str, list[np.ndarray]]`): `characters`, `bytes` (both without a leading space) and `tokens`.
+        unconditional (`list[np.ndarray]` or `None`): log-probabilities without the question.
+        n_truncated (`int`): questions that lost their beginning.
+    """
+
+    ids: list[str]
+    gold: np.ndarray
+    logprobs: list[np.ndarray]
+    lengths: dict[str, list[np.ndarray]]
+    unconditional: list[np.ndarray] | None
+    n_truncated: int
+
+    def confidences(
+        self, definition: str = "renormalized", *, unit: str = "characters", name: str = "choices"
+    ) -> Confidences:
+        """
+        Confidences of the rows with an answer, under one definition.
+
+        Args:
+            definition (`str`, *optional*, defaults to `"renormalized"`):
+                `"renormalized"`, `"length_normalized"`, `"unconditional"` or `"full_vocab"`, see
+                [`~first_trl.evaluation.confidence.choice_scores`].
+            unit (`str`, *optional*, defaults to `"characters"`):
+                Of the length: `"characters"`, `"bytes"` or `"tokens"`.
+            name (`str`, *optional*, defaults to `"choices"`):
+                Name of the result.
+        """
+        if unit not in UNITS:
+            raise ValueError(f"`unit` must be one of {list(UNITS)}, got {unit!r}.")
+        labelled = np.flatnonzero(self.gold >= 0)
+        scores = [
+            choice_scores(
+                self.logprobs[i],
+                definition=definition,
+                lengths=self.lengths[unit][i],
+                unconditional=None if self.unconditional is None else self.unconditional[i],
+            )
+            for i in labelled
+        ]
+        hidden = len(self.gold) - len(labelled)
+        dropped = {"without a gold answer": hidden} if hidden else {}
+        gold = [int(g) for g in self.gold[labelled]]
+        return answers_to_confidences(name, scores, gold, definition=definition, dropped=dropped)
+
+
+def score_choices(
+    model: Any,
+    processing_class: Any,
+    dataset: Dataset,
+    *,
+    unconditional_prompt: str | None = None,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    prefix_cache: bool = True,
+    disable_tqdm: bool = False,
+) -> ChoiceScores:
+    """
+    Log-probability of every choice of every question, as whole strings.
+
+    The question is read once for all its choices: its keys and values are kept and repeated. Questions of equal length go
+    together, so that nothing is padded before the choices, which makes the result independent of batching.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            A causal language model, used where it is; the softmax is in float32.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        dataset ([`~datasets.Dataset`]):
+            Rows with `prompt`, `choices` (as appended to the prompt) and `gold` (-1 = hidden), and `id` where there is one.
+        unconditional_prompt (`str`, *optional*):
+            Also score each choice behind this text, for the definition `"unconditional"`: `""` (the begin-of-sequence token
+            alone, as lm-evaluation-harness does) or for example `"Answer:"`.
+        batch_size (`int`, *optional*, defaults to `32`):
+            Choices per forward.
+        max_length (`int`, *optional*):
+            Questions that would not fit with their choices lose tokens at the front; they are counted and reported in a
+            warning. Defaults to the context length of the model.
+        prefix_cache (`bool`, *optional*, defaults to `True`):
+            `False` reads the question anew for each choice, for models whose cache cannot be repeated.
+        disable_tqdm (`bool`, *optional*, defaults to `False`):
+            No progress bar.
+
+    Returns:
+        [`ChoiceScores`]
+
+    Raises:
+        `ValueError`: for missing columns, an empty dataset, a gold index outside the choices, a choice that merges with the
+            end of its prompt, or logits that are not finite.
+    """
+    missing = [name for name in ("prompt", "choices", "gold") if name not in dataset.column_names]
+    if missing:
+        raise ValueError(f"The dataset lacks the columns {missing}; it has {dataset.column_names}.")
+    if len(dataset) == 0:
+        raise ValueError("The dataset is empty: there is no row to score. Check the split and its filters.")
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    prompts, choices = list(dataset["prompt"]), [list(row) for row in dataset["choices"]]
+    gold = np.array(dataset["gold"], dtype=np.int64)
+    ids = [str(name) for name in (dataset["id"] if "id" in dataset.column_names else range(len(dataset)))]
+    for name, row, answer in zip(ids, choices, gold, strict=True):
+        if not row or not -1 <= answer < len(row):
+            raise ValueError(f"Row {name} has gold = {answer} but {len(row)} choices; -1 marks a hidden answer.")
+    prompt_ids, choice_ids = _encode(processing_class, prompts, choices, ids)
+    limit = context_length(model) if max_length is None else max_length
+    contexts, truncated = [], 0
+    for name, context, row in zip(ids, prompt_ids, choice_ids, strict=True):
+        room = None if limit is None else limit - max(len(tokens) for tokens in row)
+        if room is not None and room < 2:
+            raise ValueError(f"Row {name}: a choice leaves no room for the question within {limit} tokens.")
+        (cut,), (was_cut,) = cut_to_length([context], room, processing_class.all_special_ids)
+        contexts.append(cut)
+        truncated += was_cut
+    if truncated:
+        warnings.warn(
+            f"{truncated} of {len(contexts)} prompts do not fit into {limit} tokens with their choices and lose their "
+            "beginning. Use a model with a longer context or shorter prompts.",
+            UserWarning,
+            stacklevel=2,
+        )
+    with evaluation_mode(model):
+        logprobs = _score(model, contexts, choice_ids, ids, batch_size, prefix_cache, disable_tqdm)
+        unconditional = None
+        if unconditional_prompt is not None:
+            bare = _bare_context(processing_class, unconditional_prompt)
+            unconditional = _score(
+                model, [bare] * len(contexts), choice_ids, ids, batch_size, prefix_cache, disable_tqdm
+            )
+    bare_text = [[choice.removeprefix(" ") for choice in row] for row in choices]
+    lengths = {
+        "characters": [np.array([len(text) for text in row]) for row in bare_text],
+        "bytes": [np.array([len(text.encode()) for text in row]) for row in bare_text],
+        "tokens": [np.array([len(tokens) for tokens in row]) for row in choice_ids],
+    }
+    return ChoiceScores(ids, gold, logprobs, lengths, unconditional, truncated)
+
+
+def _encode(
+    processing_class: Any, prompts: list[str], choices: list[list[str]], ids: list[str]
+) -> tuple[list[list[int]], list[list[list[int]]]]:
+    flat_prompts = [prompt for prompt, row in zip(prompts, choices, strict=True) for _ in row]
+    flat_choices = [choice for row in choices for choice in row]
+    flat_prompt_ids, flat_choice_ids = encode_pairs(processing_class, flat_prompts, flat_choices)
+    prompt_ids, choice_ids, start = [], [], 0
+    for name, row in zip(ids, choices, strict=True):
+        tokens = flat_choice_ids[start : start + len(row)]
+        kept = [t for t in tokens if t]
+        if len(kept) < len(row):
+            text = next(choice for choice, t in zip(row, tokens, strict=True) if not t)
+            raise ValueError(
+                f"Row {name}: the choice {text!r} merges with the last token of the prompt. Move the space: into the choice "
+                "(' answer' behind 'Answer:'), or to the end of the prompt."
+            )
+        prompt_ids.append(flat_prompt_ids[start])
+        choice_ids.append(kept)
+        start += len(row)
+    return prompt_ids, choice_ids
+
+
+def _bare_context(processing_class: Any, prompt: str) -> list[int]:
+    if prompt:
+        return encode_prompts(processing_class, [prompt])[0]
+    token = processing_class.bos_token_id
+    token = processing_class.eos_token_id if token is None else token
+    if token is None:
+        raise ValueError(
+            "unconditional_prompt='' needs a begin- or end-of-sequence token; give a text, such as 'Answer:'."
+        )
+    return [token]
+
+
+def _batches(contexts: list[list[int]], choices: list[list[list[int]]], size: int) -> Iterator[list[int]]:
+    """Rows whose contexts are equally long, with at most `size` choices together (a row is never split)."""
+    order = sorted(range(len(contexts)), key=lambda i: -len(contexts[i]))
+    batch: list[int] = []
+    count = 0
+    for i in order:
+        if batch and (len(contexts[i]) != len(contexts[batch[0]]) or count + len(choices[i]) > size):
+            yield batch
+            batch, count = [], 0
+        batch.append(i)
+        count += len(choices[i])
+    if batch:
+        yield batch
+
+
+def _score(
+    model: Any,
+    contexts: list[list[int]],
+    choices: list[list[list[int]]],
+    ids: list[str],
+    batch_size: int,
+    prefix_cache: bool,
+    disable_tqdm: bool,
+) -> list[np.ndarray]:
+    scores: list[np.ndarray] = [np.empty(0)] * len(contexts)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
+    with tqdm(total=len(contexts), desc="Scoring choices", disable=disable_tqdm) as progress, torch.no_grad():
+        for batch in _batches(contexts, choices, batch_size):
+            prefix = [contexts[i] for i in batch]
+            parents = np.repeat(np.arange(len(batch)), [len(choices[i]) for i in batch])
+            flat = [tokens for i in batch for tokens in choices[i]]
+            if prefix_cache:
+                totals = _score_behind_cache(model, prefix, parents, flat, keeps_logits)
+            else:
+                totals = _score_whole(model, [prefix[p] for p in parents], flat, keeps_logits)
+            values = totals.double().cpu().numpy()
+            for row, i in enumerate(batch):
+                scores[i] = values[parents == row]
+                if np.isnan(scores[i]).any():
+                    raise ValueError(
+                        f"The model's logits for row {ids[i]} are NaN or infinite. Load it in bfloat16 or float32, and check "
+                        "its weights."
+                    )
+            progress.update(len(batch))
+    return scores
+
+
+def _padded(rows: list[list[int]], device: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.zeros(len(rows), max(len(row) for row in rows), dtype=torch.long)
+    mask = torch.zeros_like(tokens)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+    return tokens.to(device), mask.to(device)
+
+
+def _summed(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Sum over positions of the log-probability of the targets; float32 softmax."""
+    logits = logits.float()
+    logprobs = logits.gather(-1, targets[..., None])[..., 0] - logits.logsumexp(-1)
+    return logprobs.where(mask.bool(), 0.0).sum(-1)
+
+
+def _score_behind_cache(
+    model: Any, prefix: list[list[int]], parents: np.ndarray, choices: list[list[int]], keeps_logits: bool
+) -> torch.Tensor:
+    device = model.get_input_embeddings().weight.device
+    context = torch.tensor(prefix, dtype=torch.long, device=device)
+    parent = torch.from_numpy(parents).to(device)
+    tokens, mask = _padded(choices, device)
+    first = model(
+        input_ids=context,
+        attention_mask=torch.ones_like(context),
+        use_cache=True,
+        **({"logits_to_keep": 1} if keeps_logits else {}),
+    )
+    last = first.logits[:, -1:][parent.to(first.logits.device)]
+    total = _summed(last, tokens[:, :1].to(last.device), mask[:, :1].to(last.device))
+    if tokens.shape[1] == 1:
+        return total
+    cache = first.past_key_values
+    if not hasattr(cache, "batch_select_indices"):
+        raise ValueError(f"The cache of {type(model).__name__} cannot be repeated; pass `prefix_cache=False`.")
+    cache.batch_select_indices(parent)
+    logits = model(
+        input_ids=tokens[:, :-1],
+        attention_mask=torch.cat([torch.ones_like(context)[parent], mask[:, :-1]], dim=1),
+        past_key_values=cache,
+        use_cache=True,
+    ).logits
+    return total + _summed(logits, tokens[:, 1:].to(logits.device), mask[:, 1:].to(logits.device))
+
+
+def _score_whole(model: Any, prefix: list[list[int]], choices: list[list[int]], keeps_logits: bool) -> torch.Tensor:
+    device = model.get_input_embeddings().weight.device
+    rows = [context + tokens for context, tokens in zip(prefix, choices, strict=True)]
+    tokens, mask = _padded(rows, device)
+    # All contexts of a batch are equally long.
+    start = len(prefix[0])
+    width = tokens.shape[1] - start + 1
+    logits = model(
+        input_ids=tokens, attention_mask=mask, use_cache=False, **({"logits_to_keep": width} if keeps_logits else {})
+    ).logits[:, -width:-1]
+    return _summed(logits, tokens[:, start:].to(logits.device), mask[:, start:].to(logits.device))
