@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import parse_ratelimit_headers
 
 from . import __version__
 
@@ -152,7 +153,8 @@ class HubSession:
             )
             time.sleep(wait)
         raise RuntimeError(
-            f"{doing} failed for {self.name}: gave up after {attempt} tries in {time.monotonic() - started:.0f} s. "
+            f"{doing} failed for {self.name}: gave up at try {attempt} of {policy.max_attempts} after "
+            f"{time.monotonic() - started:.0f} s. "
             f"Last error: {self.scrub(_summary(failure))}. Run the same command again later: what was already sent is "
             "not sent again, and nothing was committed halfway."
         )
@@ -242,9 +244,14 @@ def is_transient(error: Exception, conflicts: bool = False) -> bool:
 
 
 def retry_after_seconds(error: Exception) -> float | None:
-    """The wait that the Hub asked for by `Retry-After`, given in seconds or as a date."""
+    """The wait that the Hub asked for: by `Retry-After`, in seconds or as a date, or by its rate-limit headers."""
     cause = _hub_error(error)
-    value = cause.response.headers.get("Retry-After", "").strip() if cause else ""
+    if cause is None:
+        return None
+    limit = parse_ratelimit_headers(cause.response.headers)
+    if cause.response.status_code == 429 and limit is not None and limit.remaining == 0:
+        return float(limit.reset_in_seconds)
+    value = cause.response.headers.get("Retry-After", "").strip()
     if value.isdigit():
         return float(value)
     try:

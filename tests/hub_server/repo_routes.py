@@ -201,7 +201,7 @@ def create_branch(call: Call) -> Reply:
             raise HttpError(409, f"Reference already exists: refs/heads/{name}")
         repo.branches[name] = repo.resolve(call.json().get("startingPoint") or "main")
         repo.save()
-    return Reply()
+    return Reply(body=b"OK")
 
 
 def create_tag(call: Call) -> Reply:
@@ -211,7 +211,7 @@ def create_tag(call: Call) -> Reply:
             raise HttpError(409, f"Tag already exists: {name}")
         repo.tags[name] = repo.resolve(call.params["ref"])
         repo.save()
-    return Reply()
+    return Reply(body=b"OK")
 
 
 def delete_ref(call: Call) -> Reply:
@@ -221,7 +221,7 @@ def delete_ref(call: Call) -> Reply:
         if names.pop(call.params["ref"], None) is None or "main" not in repo.branches:
             raise HttpError(404, f"No such {call.params['kind']}", "RevisionNotFound")
         repo.save()
-    return Reply()
+    return Reply(body=b"OK")
 
 
 REPO = r"/api/(?P<type>models|datasets|spaces)/{namespace}/{name}"

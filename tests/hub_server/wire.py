@@ -208,7 +208,8 @@ def make_handler(hub: "HubServer", port: str, routes: list[Route]) -> type[BaseH
             if kind in ("reset", "lost", "stall"):
                 self._reset()
             self._send(reply, truncate=kind == "truncate")
-            if kind == "truncate":
+            # Nothing is missing of an empty body, so the connection stays: closing it would be another, later fault.
+            if kind == "truncate" and reply.body and self.command != "HEAD":
                 self.close_connection = True
 
         do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_CONNECT = _serve

@@ -1,5 +1,7 @@
 """Pushing and pulling: what ends up in the repository, concurrent writers, interruptions."""
 
+import itertools
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,15 +53,18 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
 
 
 @pytest.fixture(scope="module")
-def client(hub: HubServer) -> Iterator[Client]:
-    with start_session(PRELUDE, hub) as session:
+def client(hub: HubServer, mode: str) -> Iterator[Client]:
+    with start_session(PRELUDE, hub, env=MODES[mode]) as session:
         yield session
+
+
+_numbers = itertools.count()
 
 
 @pytest.fixture
 def repo(hub: HubServer) -> str:
     hub.faults.clear()
-    return f"alice/repo-{len(hub.repos.repos)}"
+    return f"alice/repo-{next(_numbers)}"
 
 
 def card(hub: HubServer, repo: str) -> dict:
@@ -189,10 +194,10 @@ def test_private_data_do_not_go_to_a_public_repository(hub: HubServer, client: C
     assert [request.method for request in hub.requests[before:]] == ["GET"]
 
 
-def test_conflicting_commit_is_merged(hub: HubServer, client: Client, repo: str) -> None:
+def test_conflicting_commit_is_merged(hub: HubServer, client: Client, mode: str, repo: str) -> None:
     """Another client's whole push of another config happens while our commit is on its way."""
     client.result(f"push(rows(3), {repo!r}, config_name='zero')")
-    with start_session(PRELUDE, hub) as other:
+    with start_session(PRELUDE, hub, env=MODES[mode]) as other:
         hub.before(
             rf"POST /api/datasets/{repo}/commit/",
             lambda: other.result(f"push(rows(5, seed=1), {repo!r}, config_name='theirs')"),
@@ -210,23 +215,24 @@ def test_conflicting_commit_is_merged(hub: HubServer, client: Client, repo: str)
         assert client.result(f"same({rows}, {repo!r}, {name!r}, split='train')")
 
 
-def test_same_config_is_not_mixed_with_a_concurrent_writer(hub: HubServer, client: Client, repo: str) -> None:
+def test_same_config_is_not_mixed_with_a_concurrent_writer(
+    hub: HubServer, client: Client, mode: str, repo: str
+) -> None:
     """The head has our very shards while we upload, somebody else's when we commit: ours must be committed again."""
     push = f"push(rows(900), {repo!r}, max_shard_size=10_000)"
     client.result(push)
-    with start_session(PRELUDE, hub) as other:
+    with start_session(PRELUDE, hub, env=MODES[mode]) as other:
         hub.before(
             rf"GET /api/datasets/{repo}/tree/",
             lambda: other.result(f"push(rows(900, seed=1), {repo!r}, max_shard_size=10_000)"),
         )
-        hub.before(rf"POST /api/datasets/{repo}/commit/", lambda: None)
         client.result(f"push(rows(900), {repo!r}, max_shard_size=10_000, extra_files={{'m.json': b'1'}})")
     assert client.result(f"same(rows(900), {repo!r}, split='train')")
 
 
-def test_three_concurrent_writers_all_land(hub: HubServer, repo: str) -> None:
+def test_three_concurrent_writers_all_land(hub: HubServer, mode: str, repo: str) -> None:
     names = ("a", "b", "c")
-    sessions = [start_session(PRELUDE, hub) for _ in names]
+    sessions = [start_session(PRELUDE, hub, env=MODES[mode]) for _ in names]
     try:
         for session in sessions:
             session.result("1")
@@ -244,6 +250,15 @@ def test_three_concurrent_writers_all_land(hub: HubServer, repo: str) -> None:
             session.kill()
 
 
+def test_offline_pull_returns_the_cached_copy(hub: HubServer, client: Client, mode: str, repo: str) -> None:
+    commit = client.result(f"push(rows(5), {repo!r})")
+    pulled = client.result(f"pull_folder({repo!r})")
+    before = len(hub.requests)
+    with start_session(PRELUDE, hub, env={"HF_HUB_OFFLINE": "1"}, home=client.home) as offline:
+        assert offline.result(f"pull_folder({repo!r}, revision={commit!r})") == pulled
+    assert len(hub.requests) == before
+
+
 PUSH_SIX = "push(rows(900), {repo!r}, max_shard_size=5_000, tag='v1')"
 # Where a push of several shards is killed: in the middle of the data, before the commit is handled, after it.
 KILL_POINTS = {
@@ -252,7 +267,9 @@ KILL_POINTS = {
 }
 
 
-@pytest.mark.parametrize("point", ["data", "commit", "tag"])
+@pytest.mark.parametrize(
+    "point", ["data", pytest.param("commit", marks=pytest.mark.slow), pytest.param("tag", marks=pytest.mark.slow)]
+)
 def test_killed_push_goes_on(mode: str, point: str, tmp_path: Path) -> None:
     with HubServer(tmp_path) as hub:
         route, skip = KILL_POINTS[mode][point]
@@ -275,3 +292,26 @@ def test_killed_push_goes_on(mode: str, point: str, tmp_path: Path) -> None:
         assert len(hub.repo("alice/d").history("main")) == 2
         assert hub.repo("alice/d").tags == {"v1": commit}
         assert hub.internal_errors == []
+
+
+@pytest.mark.slow
+def test_killed_at_any_request(mode: str, tmp_path: Path) -> None:
+    """An uninterrupted push is counted, then pushes are killed at a sample of its requests and run again."""
+    with HubServer(tmp_path / "whole") as hub, start_session(PRELUDE, hub, env=MODES[mode]) as session:
+        session.result(PUSH_SIX.format(repo="alice/d"))
+        total = len(hub.requests)
+        expected = hub.files("alice/d")
+    for skip in random.Random(0).sample(range(total), 10):
+        with HubServer(tmp_path / str(skip)) as hub:
+            hub.fail(r".*", "stall", skip=skip)
+            session = start_session(PRELUDE, hub, env=MODES[mode])
+            session.send("result = " + PUSH_SIX.format(repo="alice/d"))
+            assert hub.faults.stalled.wait(60)
+            session.kill()
+            with start_session(PRELUDE, hub, env=MODES[mode], home=session.home) as again:
+                commit = again.result(PUSH_SIX.format(repo="alice/d"))
+            assert hub.files("alice/d", revision=commit) == expected
+            assert len(hub.repo("alice/d").history("main")) == 2
+            sent = [request.path for request in hub.matching(r"PUT /objects/") if request.status == 200]
+            assert len(sent) == len(set(sent))
+            assert hub.internal_errors == []

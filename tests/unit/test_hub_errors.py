@@ -5,114 +5,121 @@ from pathlib import Path
 
 import pytest
 
-from tests.hub_server import HubServer, run_client
+from tests.hub_server import Client, HubServer, run_client, start_session
 
 
-PUSH = """
+# The session's answer to a failure is the traceback as Python would print it; its log goes to stderr.txt.
+PRELUDE = """
 import logging, os
 logging.basicConfig(level=logging.DEBUG)
-from datasets import Dataset
-from first_trl.hub import push_dataset
-push_dataset(Dataset.from_dict({"a": [1, 2]}), os.environ["REPO"], token=os.environ.get("EXPLICIT_TOKEN"))
-"""
-PULL = """
-import logging, os
-logging.basicConfig(level=logging.DEBUG)
-from first_trl.hub import pull_folder
-pull_folder(os.environ["REPO"], revision=os.environ.get("REVISION"))
+from datasets import Dataset, load_dataset
+from first_trl.hub import pull_folder, push_dataset
+
+rows = Dataset.from_dict({"a": [1, 2]})
 """
 
 
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[HubServer]:
-    with HubServer(tmp_path) as server:
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
+    with HubServer(tmp_path_factory.mktemp("hub")) as server:
         yield server
         assert server.internal_errors == []
         assert server.foreign_requests == []
 
 
-def files_with(text: str, folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
+@pytest.fixture(scope="module")
+def client(hub: HubServer) -> Iterator[Client]:
+    with start_session(PRELUDE, hub, env={"HF_DEBUG": "1"}) as session:
+        yield session
 
 
-def fail(hub: HubServer, code: str, **env: str) -> str:
-    """Run a client that must fail with an error of ours; returns the error. No token may be left anywhere."""
-    result = run_client(code, hub, env={"HF_DEBUG": "1", **env}, check=False)
-    assert result.returncode == 1
-    tokens = [*hub.accounts.tokens, *(value.strip() for name, value in env.items() if name.endswith("TOKEN"))]
-    for token in filter(None, tokens):
-        assert token not in result.output
-        assert files_with(token, hub.objects.root.parent) == []
-    assert result.contacted_hosts <= {"127.0.0.1"}
-    # No chain of errors: the client's own ones name neither the cause nor the mend, and quote requests.
-    assert "During handling of the above" not in result.stderr and "direct cause" not in result.stderr
-    errors = [line for line in result.stderr.splitlines() if line.startswith("ValueError: ")]
-    assert len(errors) == 1, result.stderr
-    return errors[0]
+def assert_nowhere(hub: HubServer, tokens: list[str], text: str) -> None:
+    """No token in the text, nor in any file of the client (log, caches, home) or of the server."""
+    for token in tokens:
+        assert token not in text
+        for path in hub.objects.root.parent.rglob("*"):
+            assert not path.is_file() or token.encode() not in path.read_bytes(), path
 
 
-def test_wrong_token(hub: HubServer) -> None:
-    error = fail(hub, PUSH, REPO="alice/d", HF_TOKEN="hf_thisTokenWasRevokedLongAgo")
+def fail(hub: HubServer, client: Client, call: str, token: str | None = None) -> str:
+    """Make a call that must fail with one error of ours, under the token that is set in the environment."""
+    used = hub.token if token is None else token
+    setting = "os.environ['HF_TOKEN'] = "
+    code = f"{setting}{used!r}\ntry:\n    {call}\nfinally:\n    {setting}{hub.token!r}"
+    traceback = client.ask(code)["error"]
+    assert_nowhere(hub, [*hub.accounts.tokens, *([token] if token else [])], traceback)
+    # No chain of errors: the client's own ones do not name the mend, and quote requests.
+    assert traceback.count("Traceback (most recent call last)") == 1, traceback
+    error = traceback.strip().splitlines()[-1]
+    assert error.startswith("ValueError: "), traceback
+    return error
+
+
+def test_wrong_token(hub: HubServer, client: Client) -> None:
+    error = fail(hub, client, "push_dataset(rows, 'alice/new')", "hf_thisTokenWasRevokedLongAgo")
     assert "does not know the token" in error and "hf auth login" in error
 
 
-def test_no_token(hub: HubServer) -> None:
-    error = fail(hub, PUSH, REPO="alice/d", HF_TOKEN="")
+def test_no_token(hub: HubServer, client: Client) -> None:
+    before = len(hub.requests)
+    error = fail(hub, client, "push_dataset(rows, 'alice/new')", "")
     assert "needs a Hub token and there is none" in error and "hf auth login" in error
-    assert hub.requests == []
+    assert len(hub.requests) == before
 
 
-def test_read_only_token_on_a_new_repository(hub: HubServer) -> None:
-    error = fail(hub, PUSH, REPO="alice/d", HF_TOKEN=hub.read_token)
+def test_read_only_token_on_a_new_repository(hub: HubServer, client: Client) -> None:
+    error = fail(hub, client, "push_dataset(rows, 'alice/new')", hub.read_token)
     assert "the token is read-only" in error and "'write'" in error
 
 
-def test_read_only_token_on_an_existing_repository(hub: HubServer) -> None:
-    run_client("from huggingface_hub import create_repo; create_repo('alice/d', repo_type='dataset')", hub)
-    error = fail(hub, PUSH, REPO="alice/d", HF_TOKEN=hub.read_token)
+def test_read_only_token_on_an_existing_repository(hub: HubServer, client: Client) -> None:
+    client.result("push_dataset(rows, 'alice/old')")
+    error = fail(hub, client, "push_dataset(rows.select([0]), 'alice/old')", hub.read_token)
     assert "the token is read-only" in error
 
 
 @pytest.mark.parametrize("private", [True, False])
-def test_foreign_namespace(hub: HubServer, private: bool) -> None:
-    code = f"from huggingface_hub import create_repo; create_repo('bob/d', repo_type='dataset', private={private})"
-    run_client(code, hub, env={"HF_TOKEN": hub.other_token})
-    error = fail(hub, PUSH, REPO="bob/d")
-    assert "'alice' may not write to the namespace 'bob'" in error and "alice, team" in error and "'alice/d'" in error
+def test_foreign_namespace(hub: HubServer, client: Client, private: bool) -> None:
+    client.result(f"push_dataset(rows, 'bob/d{private}', private={private}, token={hub.other_token!r})")
+    error = fail(hub, client, f"push_dataset(rows.select([0]), 'bob/d{private}')")
+    assert "'alice' may not write to the namespace 'bob'" in error and "alice, team" in error
+    assert f"'alice/d{private}'" in error
 
 
-def test_missing_repository(hub: HubServer) -> None:
-    error = fail(hub, PULL, REPO="alice/nothing")
+def test_missing_repository(hub: HubServer, client: Client) -> None:
+    error = fail(hub, client, "pull_folder('alice/nothing')")
     assert "does not exist, or is private and the account 'alice' may not see it" in error
 
 
-def test_missing_or_private_repository_without_token(hub: HubServer) -> None:
-    error = fail(hub, PULL, REPO="alice/nothing", HF_TOKEN="")
+def test_missing_or_private_repository_without_token(hub: HubServer, client: Client) -> None:
+    error = fail(hub, client, "pull_folder('alice/nothing')", "")
     assert "does not exist, or is private and there is no token" in error
 
 
-def test_missing_revision_names_those_that_exist(hub: HubServer) -> None:
-    run_client(PUSH, hub, env={"REPO": "team/d"})
-    error = fail(hub, PULL, REPO="team/d", REVISION="v9")
-    assert "no such revision" in error and "branches and tags: main" in error
+def test_missing_revision_names_those_that_exist(hub: HubServer, client: Client) -> None:
+    client.result("push_dataset(rows, 'team/d', tag='v1')")
+    error = fail(hub, client, "pull_folder('team/d', revision='v9')")
+    assert "no such revision" in error and "branches and tags: main, v1" in error
 
 
 @pytest.mark.parametrize("token", ["hf_withLineBreak\n ", "hf_with space", "hf_mit_ü"])
-def test_malformed_token_is_not_quoted(hub: HubServer, token: str) -> None:
-    # The client strips what it reads from the environment; an argument goes straight into the header.
-    error = fail(hub, PUSH, REPO="alice/d", EXPLICIT_TOKEN=token)
-    assert "spaces, line breaks or non-ASCII" in error
-    assert hub.requests == []
+def test_malformed_token_is_not_quoted(hub: HubServer, client: Client, token: str) -> None:
+    before = len(hub.requests)
+    error = fail(hub, client, f"push_dataset(rows, 'alice/new', token=''.join({list(token)!r}))")
+    assert "spaces, line breaks or non-ASCII" in error and token.strip() not in error
+    assert len(hub.requests) == before
 
 
-def test_successful_push_leaves_no_token_and_contacts_no_other_host(hub: HubServer) -> None:
-    load = "\nfrom datasets import load_dataset\nprint(load_dataset(os.environ['REPO'])['train'][:])"
-    for kind in ("503", "reset", "lost"):
-        hub.fail(r"POST .*/commit/", kind)
-    result = run_client(PUSH + load, hub, env={"REPO": "alice/d", "HF_DEBUG": "1"})
-    assert "{'a': [1, 2]}" in result.stdout
-    assert "Try 3 of 8 failed" in result.stderr, "the retries are logged, so the log was worth searching"
-    assert hub.token not in result.output
-    assert files_with(hub.token, hub.objects.root.parent) == []
-    assert result.contacted_hosts <= {"127.0.0.1", "datasets-server.127.0.0.1"}
-    assert not [request for request in hub.requests if request.port == "store" and request.authorization == "hub"]
+def test_successful_push_leaves_no_token_and_contacts_no_other_host(tmp_path: Path) -> None:
+    code = PRELUDE + "push_dataset(rows, 'alice/d')\nprint(load_dataset('alice/d')['train'][:])"
+    with HubServer(tmp_path) as hub:
+        for kind in ("503", "reset", "lost"):
+            hub.fail(r"POST .*/commit/", kind)
+        result = run_client(code, hub, env={"HF_DEBUG": "1"})
+        assert "{'a': [1, 2]}" in result.stdout
+        assert "Try 3 of 8 failed" in result.stderr, "the retries are logged, so the log was worth searching"
+        assert_nowhere(hub, [hub.token], result.output)
+        # `datasets` derives the viewer's host from the endpoint's; the guard refuses the look-up.
+        assert result.contacted_hosts <= {"127.0.0.1", "datasets-server.127.0.0.1"}
+        assert hub.foreign_requests == []
+        assert not [request for request in hub.requests if request.port == "store" and request.authorization == "hub"]

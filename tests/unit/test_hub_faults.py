@@ -169,6 +169,23 @@ def test_pull_survives(driven: Driven, mode: str, step: int, kind: str) -> None:
     assert driven.loads_equal(repo, commit)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+def test_reading_the_card_that_is_there_survives(driven: Driven, method: str, kind: str) -> None:
+    """The second push merges its metadata into the card of the first."""
+    repo = driven.fresh_repo()
+    driven.push(repo)
+    driven.hub.fail(rf"{method} /datasets/.*/resolve/.*/README.md", kind, retry_after="1" if kind == "429" else None)
+    push = f"push_dataset(data({driven.seed})['train'], {repo!r}, config_name='second', revision='captures', retry_policy=policy)"
+    driven.client.result(push)
+    assert driven.hub.faults.pending == 0
+    titles = [found.title for found in driven.hub.repo(repo).history("captures")]
+    assert titles == ["Upload second", "Upload default", "initial commit"]
+    card = driven.hub.files(repo, revision="captures")["README.md"].decode()
+    assert "config_name: default" in card and "config_name: second" in card and "# A cache" in card
+
+
 @pytest.mark.parametrize("kind", ["503", "lost"])
 def test_folder_commit_survives(driven: Driven, kind: str) -> None:
     repo = driven.fresh_repo()
@@ -198,11 +215,11 @@ def test_gives_up_within_bounds(driven: Driven) -> None:
     driven.hub.fail(r"POST /api/repos/create", "503", times=100)
     error = driven.client.ask(f"push({repo!r}, 0)")["error"]
     assert "RuntimeError: Creating the repository failed" in error
-    assert "gave up after 8 tries" in error and "503" in error
+    assert "gave up at try 8 of 8" in error and "503" in error
 
 
 def test_does_not_wait_for_an_hour(driven: Driven) -> None:
     repo = driven.fresh_repo()
     driven.hub.fail(r"POST /api/repos/create", "429", retry_after="3600")
     error = driven.client.ask(f"push({repo!r}, 0)")["error"]
-    assert "gave up after 1 tries" in error and "429" in error
+    assert "gave up at try 1 of 8" in error and "429" in error

@@ -88,6 +88,7 @@ except RepositoryNotFoundError:
         assert hub.count(r"PUT /objects/.*/parts/3", status=200) == 1 and hub.count(r"POST /v1/") == 0
 
 
+@pytest.mark.slow
 def test_each_mode_reads_what_the_other_wrote(hub: HubServer, mode: str) -> None:
     code = """
 import sys, numpy as np
@@ -206,6 +207,7 @@ def equal(one, other):
 """
 
 
+@pytest.mark.slow
 def test_transformers_and_peft(hub: HubServer, mode: str) -> None:
     code = (
         TINY_MODEL
@@ -241,6 +243,7 @@ class HalfRight(evaluate.Metric):
 """
 
 
+@pytest.mark.slow
 def test_evaluate_metric_in_a_space(hub: HubServer, mode: str) -> None:
     code = f"""
 from pathlib import Path

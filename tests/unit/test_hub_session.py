@@ -59,12 +59,14 @@ def test_errors_without_an_answer(error: Exception, expected: bool) -> None:
     assert is_transient(error) is expected
 
 
-def test_retry_after_in_seconds_and_as_a_date() -> None:
+def test_waits_that_the_hub_asks_for() -> None:
     assert retry_after_seconds(answer(429, Retry_After="7")) == 7.0
     assert retry_after_seconds(answer(429, Retry_After=formatdate(time.time() + 30, usegmt=True))) == pytest.approx(
         30, abs=2
     )
     assert retry_after_seconds(answer(503, Retry_After=formatdate(time.time() - 30, usegmt=True))) == 0.0
+    assert retry_after_seconds(answer(429, RateLimit='"api";r=0;t=55')) == 55.0
+    assert retry_after_seconds(answer(429, RateLimit='"api";r=3;t=55', Retry_After="7")) == 7.0
     assert retry_after_seconds(answer(429)) is None
     assert retry_after_seconds(answer(429, Retry_After="soon")) is None
     assert retry_after_seconds(ValueError("no answer at all")) is None
@@ -98,7 +100,7 @@ def test_succeeds_after_trouble_and_stops_at_the_bound() -> None:
     work = Flaky(answer(503), httpx2.ReadError("reset"), answer(429))
     assert session().call("Working", work) == "done" and work.calls == 4
     work = Flaky(*(answer(503) for _ in range(10)))
-    with pytest.raises(RuntimeError, match=r"Working failed for dataset repository alice/d: gave up after 3 tries"):
+    with pytest.raises(RuntimeError, match=r"Working failed for dataset repository alice/d: gave up at try 3 of 3"):
         session(max_attempts=3).call("Working", work)
     assert work.calls == 3
 
