@@ -198,6 +198,8 @@ class Recipe:
         tokenizer (`str`, *optional*): Name or folder; default is the task's own, or the teacher's.
         seed (`int`): Seed of generated data, models and training.
         output_dir (`str`, *optional*): Default `outputs/<name>/seed-<seed>`.
+        num_threads (`int`, *optional*): CPU threads of torch. Tiny models run best on one: more threads spend their time
+            waiting for each other, above all on a busy machine.
         report_to (`str`): Where training logs go, as in `TrainingArguments`.
         description (`str`): What the experiment is about.
     """
@@ -215,6 +217,7 @@ class Recipe:
     tokenizer: str | None = None
     seed: int = 0
     output_dir: str | None = None
+    num_threads: int | None = None
     report_to: str = "none"
     description: str = ""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import datasets
+import torch
 import yaml
 from datasets import Dataset, load_from_disk
 from transformers import AutoTokenizer
@@ -68,6 +69,8 @@ class _Run:
         if workspace.state.is_main_process:
             recipe.folder.mkdir(parents=True, exist_ok=True)
             (recipe.folder / "recipe.yaml").write_text(yaml.safe_dump(asdict(recipe), sort_keys=False))
+        if recipe.num_threads is not None:
+            torch.set_num_threads(recipe.num_threads)
         bars = datasets.is_progress_bar_enabled()
         # One line a unit and the bars of the long loops; a bar for every small map would bury them
         datasets.disable_progress_bars()
