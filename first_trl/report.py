@@ -132,6 +132,7 @@ def _markdown(
             "Trust = accuracy − ECE. NLL (nats) and Brier score over the whole vocabulary."
             + (f" Picking an option at random is right {100 * chance:.1f} % of the time." if chance else ""),
             "",
+            *_left_out(sample),
             f"![Reliability on {role}](reliability_{role}.png)",
             "",
             f"Renormalised over the answer options (`{role}`):",
@@ -180,6 +181,16 @@ def _markdown(
     seconds = sum(entry["seconds"] for entry in timings)
     lines += ["", f"Time of all units, kept ones included: {seconds:.0f} s.", ""]
     return "\n".join(lines)
+
+
+def _left_out(sample: dict[str, Any]) -> list[str]:
+    """What a reader must know about the rows behind a table."""
+    lines = []
+    if sample["n_truncated"]:
+        lines.append(f"{sample['n_truncated']} of {sample['n_rows']} prompts were cut on the left to `max_length`.")
+    if sample["n_unlabelled"]:
+        lines.append(f"{sample['n_unlabelled']} of {sample['n_rows']} rows have no answer and are not scored.")
+    return [*lines, ""] if lines else []
 
 
 def _table(

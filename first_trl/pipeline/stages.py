@@ -345,12 +345,15 @@ class _Run:
             self._store(true_posterior(self.rows(role), self.tokenizer()), folder, role)
 
     def _store(self, result: MultipleChoiceResult, folder: Path, role: str) -> None:
-        write_json(folder / f"{role}.json", result.report)
+        rows = result.predictions["gold"] >= 0
+        chance = float((1 / result.predictions["n_choices"][rows]).mean())
+        write_json(folder / f"{role}.json", {**result.report, "chance_accuracy": chance})
         Dataset.from_list(result.to_rows()).to_parquet(folder / f"{role}.parquet")
         scores = result.report["full_vocab"]
         self.workspace.say(
             f"    {role}: accuracy {100 * scores['accuracy']:.1f}, ECE {100 * scores['ece']:.1f}, "
             f"n {result.report['n']}"
+            + (f", {result.report['n_truncated']} prompts cut" if result.report["n_truncated"] else "")
         )
 
     def _report(self) -> None:
