@@ -1,0 +1,122 @@
+"""Intervals and the test against a calibrated model: do they hold their level?"""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from first_trl.calibration import calibration_report
+
+
+pytestmark = pytest.mark.filterwarnings("ignore::first_trl.calibration.CalibrationWarning")
+
+
+def sigmoid(z: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-z))
+
+
+def logit(p: np.ndarray) -> np.ndarray:
+    return np.log(p / (1 - p))
+
+
+# Probability of being right at a given confidence.
+SCENARIOS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "temperature 2": lambda c: sigmoid(logit(c) / 2),
+    "slightly over-confident": lambda c: np.clip(c - 0.05, 0, 1),
+    "over and under": lambda c: np.clip(c + 0.15 * np.sin(6 * c), 0, 1),
+}
+
+
+def draw(rng: np.random.Generator, n: int, curve: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    confidence = rng.beta(5, 1.5, n)
+    return confidence, rng.random(n) < curve(confidence)
+
+
+def true_error(curve: Callable[[np.ndarray], np.ndarray]) -> float:
+    """Binned error of the population: 10 equal-width bins, two million confidences, exact conditional accuracy."""
+    confidence = np.random.default_rng(99).beta(5, 1.5, 2_000_000)
+    index = np.minimum((confidence * 10).astype(int), 9)
+    return float(np.abs(np.bincount(index, confidence - curve(confidence))).sum() / len(confidence))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [500, 5000])
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_interval_covers_the_true_error(name: str, n: int) -> None:
+    rng, truth = np.random.default_rng(len(name) * n), true_error(SCENARIOS[name])
+    covered = 0
+    for run in range(500):
+        confidence, correct = draw(rng, n, SCENARIOS[name])
+        report = calibration_report(
+            confidence, correct, confidence_interval=0.95, n_resamples=500, seed=run, return_bins=False
+        )
+        covered += report["ci_low"] <= truth <= report["ci_high"]
+    assert 0.92 <= covered / 500 <= 0.98, covered
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [500, 5000])
+def test_a_calibrated_model_is_flagged_at_the_nominal_rate(n: int) -> None:
+    rng = np.random.default_rng(n)
+    flagged = 0
+    for run in range(500):
+        confidence, correct = draw(rng, n, lambda c: c)
+        report = calibration_report(confidence, correct, null_test=True, n_resamples=500, seed=run, return_bins=False)
+        flagged += report["p_value"] <= 0.05
+    assert 0.03 <= flagged / 500 <= 0.07, flagged
+
+
+def test_noise_floor_of_a_calibrated_model() -> None:
+    # About .031 at n = 1000 with 15 bins.
+    rng = np.random.default_rng(0)
+    reports = [calibration_report(*draw(rng, 1000, lambda c: c), n_bins=15, null_test=True) for _ in range(100)]
+    assert np.mean([r["ece"] for r in reports]) == pytest.approx(0.031, abs=0.002)
+    assert np.mean([r["null_mean"] for r in reports]) == pytest.approx(0.031, abs=0.002)
+    assert all(r["null_mean"] < r["null_high"] < 0.06 for r in reports)
+
+
+@pytest.mark.parametrize("method", ["inversion", "basic", "bca"])
+@pytest.mark.parametrize("norm", ["l1", "l2", "max"])
+def test_every_method_and_norm(method: str, norm: str) -> None:
+    confidence, correct = draw(np.random.default_rng(3), 2000, SCENARIOS["temperature 2"])
+    options = {"norm": norm, "interval_method": method, "null_test": True}
+    report = calibration_report(confidence, correct, confidence_interval=0.95, **options)
+    assert 0 <= report["ci_low"] < report["ci_high"] <= 1
+    if method == "inversion":
+        assert report["ci_low"] <= report["ece"] <= report["ci_high"]
+    narrow = calibration_report(confidence, correct, confidence_interval=0.5, **options)
+    assert narrow["ci_high"] - narrow["ci_low"] < report["ci_high"] - report["ci_low"]
+    again = calibration_report(confidence, correct, confidence_interval=0.95, **options)
+    assert (again["ci_low"], again["p_value"]) == (report["ci_low"], report["p_value"])
+    other = calibration_report(confidence, correct, confidence_interval=0.95, seed=1, **options)
+    assert (other["ci_low"], other["ci_high"]) != (report["ci_low"], report["ci_high"])
+
+
+@pytest.mark.parametrize("mode", ["top-label", "classwise", "full"])
+@pytest.mark.parametrize("strategy", ["width", "mass", "quantile"])
+def test_class_rows(mode: str, strategy: str) -> None:
+    rng = np.random.default_rng(4)
+    rows = rng.dirichlet([0.7] * 4, 1500)
+    drawn = (rng.random((1500, 1)) > rows.cumsum(1)).sum(1)
+    options = {"mode": mode, "strategy": strategy, "null_test": True, "confidence_interval": 0.95, "n_resamples": 200}
+    calibrated = calibration_report(rows, np.minimum(drawn, 3), **options)
+    assert calibrated["p_value"] > 0.05
+    assert calibrated["ci_low"] == pytest.approx(0, abs=0.005)
+    random_labels = calibration_report(rows, rng.integers(0, 4, 1500), **options)
+    assert random_labels["p_value"] < 0.01
+    assert random_labels["ci_low"] > calibrated["null_high"]
+
+
+def test_the_null_of_certain_predictions_is_exact() -> None:
+    report = calibration_report([1.0, 1.0, 0.0], [1, 1, 0], null_test=True, confidence_interval=0.95)
+    assert (report["ece"], report["null_mean"], report["p_value"]) == (0.0, 0.0, 1.0)
+    assert (report["ci_low"], report["ci_high"]) == (0.0, 0.0)
+    report = calibration_report([1.0, 1.0, 0.0], [1, 0, 0], null_test=True)
+    assert report["p_value"] == pytest.approx(1 / 1001)
+
+
+def test_an_error_inside_the_null_band_is_called_noise() -> None:
+    confidence, correct = draw(np.random.default_rng(5), 400, lambda c: c)
+    with pytest.warns(UserWarning, match="perfectly calibrated model would score by chance"):
+        report = calibration_report(confidence, correct, null_test=True)
+    assert report["p_value"] > 0.05
