@@ -6,9 +6,11 @@ import warnings
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
 from first_trl import Recalibration, fit_recalibration
 from first_trl.recalibration import ESTIMATORS, METHODS, RecalibrationFit
+from tests.benchmarks.recalibration_recovery import recover
 
 
 VALUES = {"none": None, "probability_temperature": 0.28, "logit_temperature": 1.7, "label_smoothing": 0.1}
@@ -382,3 +384,67 @@ def test_bad_options_are_refused(kwargs, match):
         del cache["tail_logprob"]
     with pytest.raises(ValueError, match=match):
         fit_recalibration(cache, **kwargs)
+
+
+def cache_dataset(arrays, lengths):
+    """Rows of a cache: a prompt of two tokens, then `lengths[i]` supervised ones."""
+    rows, start = [], 0
+    for length in lengths:
+        part = slice(start, start + length)
+        labels = arrays["labels"][part].tolist()
+        rows.append(
+            {
+                "input_ids": [1, 2, *labels],
+                "labels": [-100, -100, *labels],
+                "teacher_topk_ids": arrays["ids"][part].tolist(),
+                "teacher_topk_logprobs": arrays["logprobs"][part].tolist(),
+                "teacher_tail_logprob": arrays["tail_logprob"][part].tolist(),
+                "teacher_cache": "test",
+                # Checked by `verify_teacher_cache`, not by the fit.
+                "teacher_row_digest": 0,
+            }
+        )
+        start += length
+    return Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize("estimator", ["topk", "bucket"])
+def test_a_cache_dataset_gives_the_same_fit_as_its_arrays(estimator):
+    arrays = simulate(1200, temperature=2.0)
+    lengths = [1, 2, 3] * 200
+    dataset = cache_dataset(arrays, lengths)
+    first = np.zeros(1200, dtype=bool)
+    first[np.cumsum([0, *lengths[:-1]])] = True
+    options = {"method": "logit_temperature", "estimator": estimator, "n_bootstrap": 30}
+    fit = fit_recalibration(dataset, **options)
+    assert fit == fit_recalibration({**arrays, "first": first}, **options)
+    assert fit.n == 1200 and fit.n_rows == 600
+    with pytest.warns(UserWarning, match="Only 600 positions"):
+        assert fit_recalibration(dataset, positions="first", **options).n == 600
+
+
+def test_an_empty_validation_split_is_refused():
+    dataset = cache_dataset(simulate(10), [10])
+    with pytest.raises(ValueError, match="nothing to fit"):
+        fit_recalibration(dataset.select([]))
+    masked = dataset.map(
+        lambda row: {
+            "labels": [-100] * 12,
+            "teacher_topk_ids": [],
+            "teacher_topk_logprobs": [],
+            "teacher_tail_logprob": [],
+        }
+    )
+    with pytest.raises(ValueError, match="nothing to fit"):
+        fit_recalibration(masked)
+    with pytest.raises(ValueError, match="teacher_topk_ids"):
+        fit_recalibration(dataset.remove_columns("teacher_topk_ids"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["ece", "nll"])
+@pytest.mark.parametrize(("method", "value"), [("probability_temperature", 0.36), ("logit_temperature", 1.5)])
+def test_known_values_lie_inside_the_bootstrap_interval(method, value, objective):
+    result = recover(method, value, objective, n=2000, runs=40, n_bootstrap=200, seed=1000)
+    assert result["coverage"] >= 0.9
+    assert result["mean"] == pytest.approx(value, rel=0.05)
