@@ -2,12 +2,13 @@
 
 import argparse
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from ..calibration import CalibrationWarning, reliability_diagram
 from ..files import write_json
-from .confidence import DEFINITIONS
+from .confidence import DEFINITIONS, Confidences
 from .readers import read_confidences
 
 
@@ -74,9 +75,10 @@ def main(args: argparse.Namespace) -> int:
         options |= {"confidence_interval": 0.95, "null_test": True, "n_resamples": args.resamples}
     if len({Path(path).resolve() for path in args.files}) < len(args.files):
         raise ValueError(f"A file was given twice: {' '.join(args.files)}.")
-    reports: dict[str, dict[str, Any]] = {}
-    for path in args.files:
-        found = read_confidences(
+    found = [
+        (Path(path), confidences)
+        for path in args.files
+        for confidences in read_confidences(
             path,
             reading=args.reading,
             filter=args.filter,
@@ -85,18 +87,14 @@ def main(args: argparse.Namespace) -> int:
             correct_column=args.correct_column,
             correct_value=args.correct_value,
         )
-        for confidences in found:
-            name = confidences.name
-            if name in reports:
-                # The harness writes the logs of one task under the same name, in a folder per model.
-                name = f"{Path(path).resolve().parent.name}/{name}"
-            if name in reports:
-                name = f"{Path(path).resolve()}: {confidences.name}"
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always", CalibrationWarning)
-                report = confidences.report(**options)
-            cautions = [str(w.message) for w in caught if issubclass(w.category, CalibrationWarning)]
-            reports[name] = {"file": str(path), **report, "cautions": cautions}
+    ]
+    reports: dict[str, dict[str, Any]] = {}
+    for name, (path, confidences) in zip(_names(found), found, strict=True):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", CalibrationWarning)
+            report = confidences.report(**options)
+        cautions = [str(w.message) for w in caught if issubclass(w.category, CalibrationWarning)]
+        reports[name] = {"file": str(path), **report, "cautions": cautions}
     print(format_reports(reports))
     folder = Path(args.output_dir)
     write_json(folder / "report.json", reports)
@@ -104,6 +102,18 @@ def main(args: argparse.Namespace) -> int:
     figure.savefig(folder / "reliability.png", dpi=150)
     print(f"\nWrote {folder / 'report.json'} and {folder / 'reliability.png'}.")
     return 0
+
+
+def _names(found: list[tuple[Path, Confidences]]) -> list[str]:
+    """Names of the results; where files share one (a log per model), as much of the path in front as tells them apart."""
+    names = [confidences.name for _, confidences in found]
+    for prefix in (lambda path: path.resolve().parent.name, lambda path: str(path.resolve().parent)):
+        counts = Counter(names)
+        names = [
+            f"{prefix(path)}/{confidences.name}" if counts[name] > 1 else name
+            for name, (path, confidences) in zip(names, found, strict=True)
+        ]
+    return names
 
 
 def format_reports(reports: dict[str, dict[str, Any]]) -> str:

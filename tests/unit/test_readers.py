@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from first_trl import expected_calibration_error
 from first_trl.evaluation import calibrate
 from first_trl.evaluation.confidence import Confidences, choice_scores, sequence_confidence
+from first_trl.evaluation.predictions import MultipleChoiceResult, multiple_choice_report
 from first_trl.evaluation.readers import (
     add_ece_to_harness_task,
     generated_token_logprobs,
@@ -394,6 +395,47 @@ def test_published_language_model_confidences(model):
     assert report["accuracy"] == pytest.approx(expected[1], abs=5e-5)
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_own_predictions(tmp_path, ending):
+    rng = np.random.default_rng(0)
+    logprobs = np.log(rng.dirichlet(np.ones(6), size=50))[:, :4]
+    gold = np.where(np.arange(50) < 45, rng.integers(4, size=50), -1)
+    tokens = np.tile([3, 4, 5, 6], (50, 1))
+    predictions = {
+        "id": np.array([f"q{i}" for i in range(50)]),
+        "gold": gold,
+        "n_choices": np.full(50, 4),
+        "choice_tokens": tokens,
+        "choice_logprobs": logprobs,
+        "option_mass": np.exp(logprobs).sum(1),
+        "answer": logprobs.argmax(1),
+        "top_token": 3 + logprobs.argmax(1),
+        "top_prob": np.exp(logprobs.max(1)),
+        "top_is_gold": logprobs.argmax(1) == gold,
+        "gold_logprob": np.where(gold >= 0, logprobs[np.arange(50), gold], np.nan),
+        "sum_squares": np.square(np.exp(logprobs)).sum(1),
+        "truncated": np.zeros(50, dtype=bool),
+    }
+    result = MultipleChoiceResult(predictions, multiple_choice_report(predictions))
+    path = tmp_path / f"test.{ending}"
+    if ending == "parquet":
+        pq.write_table(pa.Table.from_pylist(result.to_rows()), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in result.to_rows()))
+    full, options = read_confidences(path)
+    assert (full.name, options.name) == ("test full_vocab", "test options")
+    for view, read in (("full_vocab", full), ("options", options)):
+        report = read.report()
+        for key in ("accuracy", "ece"):
+            assert report[key] == pytest.approx(result.report[view][key], abs=1e-12)
+        assert report["extras"]["nll"] == pytest.approx(result.report[view]["nll"], abs=1e-12)
+        assert report["extras"]["option_mass"] == pytest.approx(result.report["option_mass"], abs=1e-12)
+        assert report["dropped"] == {"without a gold answer": 5}
+    assert [c.name for c in read_confidences(path, reading="options")] == ["test options"]
+    with pytest.raises(ValueError, match="has the readings"):
+        read_confidences(path, reading="acc")
+
+
 # --- generation --------------------------------------------------------------------------------------------------------
 
 
@@ -536,7 +578,8 @@ def test_calibrate_command_options(tmp_path, capsys):
     (tmp_path / "other").mkdir()
     second = write_log(tmp_path / "other", [sample(i, doc, scale=2.0) for i, doc in enumerate(DOCS)])
     run_calibrate(log, second, *options)
-    assert list(json.loads((tmp_path / "out" / "report.json").read_text()))[1] == "other/my_task acc_norm"
+    names = [f"{folder}/my_task acc_norm" for folder in (tmp_path.name, "other")]
+    assert list(json.loads((tmp_path / "out" / "report.json").read_text())) == names
     capsys.readouterr()
 
 

@@ -26,7 +26,7 @@ def read_confidences(
     | file | what comes out |
     | --- | --- |
     | `samples_*.jsonl` of lm-evaluation-harness | one result per filter and metric (`acc`, `acc_norm`, ...) |
-    | predictions of [`evaluate_multiple_choice`] (JSON lines) | over the full vocabulary, and renormalised over the choices |
+    | predictions of [`evaluate_multiple_choice`] (its rows as `.jsonl` or `.parquet`) | over the full vocabulary, and renormalised over the choices |
     | a table (`.csv`, `.jsonl`, `.parquet`) | one result, see [`read_table`] |
 
     Args:
@@ -58,7 +58,7 @@ def read_confidences(
             readings = samples.readings if reading is None else [reading]
             found += [samples.confidences(name, target_delimiter=target_delimiter) for name in readings]
         return found
-    if kind == "jsonl" and {"choice_logprobs", "gold", "top_prob"} <= set(first):
+    if kind in ("jsonl", "parquet") and {"choice_logprobs", "gold", "top_prob"} <= set(first):
         found = _own_predictions(path)
         if reading is not None:
             found = [c for c in found if c.definition == {"options": "renormalized"}.get(reading, reading)]
@@ -77,7 +77,7 @@ def _own_predictions(path: Path) -> list[Confidences]:
     dropped = {"without a gold answer": int((~labelled).sum())} if not labelled.all() else {}
     logprobs = p["choice_logprobs"][labelled]
     options = np.exp(logprobs - np.logaddexp.reduce(logprobs, axis=1)[:, None])
-    name = path.name.removesuffix(".gz").removesuffix(".jsonl")
+    name = path.name.removesuffix(".gz").rsplit(".", 1)[0]
     found = []
     for view, definition, confidence, correct in (
         ("full_vocab", "full_vocab", p["top_prob"][labelled], p["top_is_gold"][labelled].astype(bool)),
