@@ -1,6 +1,8 @@
 """Models, tokenizers and caches of a few kilobytes, built in code, for tests of the trainer."""
 
 import copy
+import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -181,3 +183,14 @@ def run(
     )
     trainer.train()
     return trainer, recorder
+
+
+class StopAt(TrainerCallback):
+    """Kills the process at the end of a step, as a lost machine would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -15,7 +15,7 @@ from trl.trainer.utils import global_then_local_main_first
 
 from ..recalibration import Recalibration
 from ..teacher.manifest import read_manifest
-from ..teacher.schema import DRAW_COLUMNS, TEACHER_COLUMNS
+from ..teacher.schema import DRAW_COLUMNS, IGNORE_INDEX, TEACHER_COLUMNS
 from ..teacher.verify import verify_teacher_cache
 from .alignment import DRAW_LENGTHS, align, count_cuts, entry_columns
 from .collator import DataCollatorForDistillation
@@ -240,6 +240,14 @@ class FirstDistillTrainer(SFTTrainer):
         wanted = (*entry_columns(self.args.estimator), DRAW_LENGTHS)
         columns.extend(name for name in wanted if name not in columns)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        # An evaluation before training marks the model as prepared, and DDP would then never be wrapped around it:
+        # every rank would train on its own rows only
+        model: Any = self.model
+        if self.model_wrapped is model:
+            model._is_accelerate_prepared = False
+        return super().train(*args, **kwargs)
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -251,6 +259,9 @@ class FirstDistillTrainer(SFTTrainer):
             check_distill_head(model, inputs["input_ids"][:1, :8], tolerance=3e-2 if rounds else 1e-3)
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
+        mode = self._mode
+        if mode == "eval":
+            self._mask_repeated_rows(inputs)
         outputs = model(**inputs)
         sums = outputs.sums.detach()
         num_tokens = sums[SUMS.index("num_tokens")] if num_items_in_batch is None else num_items_in_batch
@@ -258,7 +269,6 @@ class FirstDistillTrainer(SFTTrainer):
         # `num_items_in_batch` counts the tokens of every rank, and DDP averages the gradients across ranks
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        mode = self._mode
         if self.aux_loss_enabled:
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
@@ -278,6 +288,20 @@ class FirstDistillTrainer(SFTTrainer):
         plain.pop("labels")
         with torch.no_grad():
             return loss, model(**plain, use_cache=False)
+
+    def _mask_repeated_rows(self, inputs: dict[str, Any]) -> None:
+        """The last batch of an evaluation is filled up with rows from its start, to give every rank as many: rows that
+        count once are scored once. Rows of a flattened batch cannot be told apart any more and stay."""
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0 or self.padding_free:
+            return
+        rows = len(inputs["input_ids"])
+        valid = min(max(state.remainder - self.accelerator.process_index * rows, 0), rows)
+        inputs["labels"][valid:] = IGNORE_INDEX
+        kept = int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
+        for name in ("teacher_ids", "teacher_log_target", "teacher_tail_log_target"):
+            if name in inputs:
+                inputs[name] = inputs[name][:kept]
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         # What an interrupted evaluation or a `predict`, which logs nothing, left behind
