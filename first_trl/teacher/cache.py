@@ -27,7 +27,7 @@ def shard_paths(folder: str | os.PathLike[str], split: str) -> list[Path]:
 def write_atomically(path: Path, text: str) -> None:
     """A reader sees the whole file or none of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name.lstrip('.')}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 

@@ -4,6 +4,7 @@ import os
 import platform
 import time
 import warnings
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -16,8 +17,10 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..processes import process_state
 from .backends import Scores, TeacherBackend, TransformersBackend
 from .cache import load_teacher_cache, shard_path
+from .journal import ShardJournal
 from .manifest import Manifest, chat_template_hash, tokenizer_fingerprint
 from .prepare import prepare_rows
 from .progress import close_capture, default_folder, is_finished, open_capture
@@ -74,7 +77,7 @@ def add_teacher_topk(
         to `64`):
             Size of a forward, padding included. Rows are batched by length within a shard.
         shard_size (`int`, *optional*, defaults to `1000`):
-            Rows a shard: the unit of resuming and of sharing work among processes.
+            Rows a shard: the unit of sharing work among processes. An interruption costs the batches under way.
         logprob_dtype (`str`, *optional*, defaults to `"float16"`):
             `"float16"` or `"float32"`.
         num_draws (`int`, *optional*, defaults to `0`):
@@ -109,7 +112,7 @@ def add_teacher_topk(
     >>> cache = add_teacher_topk(dataset, "my-org/teacher-7b-sft", tokenizer, k=5, output_dir="teacher-cache")
     ```
     """
-    state = PartialState()
+    state = process_state()
     _check_options(k, logprob_dtype, num_draws, processing_class, shard_size, max_tokens_per_batch, max_rows_per_batch)
     tokenized = prepare_rows(
         dataset,
@@ -253,9 +256,8 @@ def _score_shards(
         index: (index * shard_size, min(len(rows), (index + 1) * shard_size)) for index in missing[replica::replicas]
     }
     tokens = 0
-    pending: Future[None] | None = None
-    # One writer thread: compression of a finished shard runs beside the next shard's forwards, and a slow disk holds
-    # at most one shard in memory.
+    pending: deque[Future[None]] = deque()
+    # One writer thread: journal and compression of a finished shard run beside the next forwards
     with (
         ThreadPoolExecutor(1) as writer,
         tqdm(
@@ -268,32 +270,45 @@ def _score_shards(
         started = time.perf_counter()
         for index, (start, stop) in spans.items():
             shard = ShardRows.read(rows, start, stop)
+            path = shard_path(folder, manifest.split, index, count)
+            journal = ShardJournal(path, manifest.cache_id)
+            recorded = journal.read()
             scores: list[Scores | None] = [None] * len(shard)
             for batch in batches_by_length(shard.input_ids, max_tokens, max_rows):
-                scored = teacher.score(
-                    [shard.input_ids[i] for i in batch],
-                    [shard.positions[i] for i in batch],
-                    manifest.k,
-                    num_tokens,
-                    [_uniforms(manifest, start + i, len(shard.positions[i])) for i in batch]
-                    if manifest.num_draws
-                    else None,
-                )
+                scored = recorded.get(tuple(batch))
+                if scored is None:
+                    uniforms = [_uniforms(manifest, start + i, len(shard.positions[i])) for i in batch]
+                    scored = teacher.score(
+                        [shard.input_ids[i] for i in batch],
+                        [shard.positions[i] for i in batch],
+                        manifest.k,
+                        num_tokens,
+                        uniforms if manifest.num_draws else None,
+                    )
+                    tokens += sum(len(shard.input_ids[i]) for i in batch)
+                    if rank_in_teacher == 0 and len(batch) < len(shard):
+                        pending.append(writer.submit(journal.append, batch, scored))
                 for i, score in zip(batch, scored, strict=True):
                     scores[i] = score
-                tokens += sum(len(shard.input_ids[i]) for i in batch)
                 progress.update(len(batch))
                 progress.set_postfix_str(f"{tokens / (time.perf_counter() - started):,.0f} tokens/s", refresh=False)
-            if rank_in_teacher > 0:
-                continue  # holds a part of a teacher whose first process writes
-            if pending is not None:
-                pending.result()
-            pending = writer.submit(
-                write_shard, shard, scores, manifest, shard_path(folder, manifest.split, index, count)
-            )
-        if pending is not None:
-            pending.result()
+                while pending and pending[0].done():
+                    pending.popleft().result()
+            # A slow disk holds at most one finished shard in memory
+            while pending:
+                pending.popleft().result()
+            if rank_in_teacher == 0:  # the other processes hold parts of the same teacher
+                pending.append(writer.submit(_finish_shard, shard, scores, manifest, path, journal))
+        while pending:
+            pending.popleft().result()
     return tokens if rank_in_teacher == 0 else 0
+
+
+def _finish_shard(
+    shard: ShardRows, scores: list[Scores | None], manifest: Manifest, path: Path, journal: ShardJournal
+) -> None:
+    write_shard(shard, scores, manifest, path)
+    journal.remove()
 
 
 def _uniforms(manifest: Manifest, row: int, positions: int) -> np.ndarray:

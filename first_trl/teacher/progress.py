@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from .backends import TeacherBackend
 from .cache import complete_shards, load_manifest, manifest_path, shard_path, shard_paths, write_atomically
+from .journal import journal_path
 from .manifest import Manifest
 from .shards import shard_batch, whole_shard
 from .verify import check_rows
@@ -102,11 +103,12 @@ def open_capture(
         capture = OpenCapture(begun["shard_size"], [], -(-manifest.counts["rows"] // begun["shard_size"]))
         _remove_damaged(folder, manifest, capture, state)
         state.wait_for_everyone()
-        capture.missing = [
-            index
-            for index in range(capture.total)
-            if not shard_path(folder, manifest.split, index, capture.total).is_file()
-        ]
+        paths = [shard_path(folder, manifest.split, index, capture.total) for index in range(capture.total)]
+        capture.missing = [index for index, path in enumerate(paths) if not path.is_file()]
+        if state.is_main_process:
+            for path in paths:
+                if path.is_file():  # killed between the shard's rename and the end of its journal
+                    journal_path(path).unlink(missing_ok=True)
         state.wait_for_everyone()  # nobody writes a shard while another still looks which are there
         yield capture
     finally:

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ...processes import process_state
 from .base import Scores
 from .topk import draw_ids, top_k_and_tail
 
@@ -44,7 +44,7 @@ class TransformersBackend:
             placed = "device_map" in model_init_kwargs or "tp_plan" in model_init_kwargs
             model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **model_init_kwargs)
             if not placed:
-                model.to(PartialState().device)
+                model.to(process_state().device)
         elif model_init_kwargs:
             raise ValueError(
                 f"{sorted(model_init_kwargs)} only apply when the teacher is a name; this one is already loaded."
