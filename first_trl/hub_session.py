@@ -42,6 +42,9 @@ _CONFLICT_STATUSES = {409, 412}
 class RetryPolicy:
     """How long to insist. Waits grow twofold from `base_seconds`, with jitter, up to `max_wait_seconds` each.
 
+    The clients insist on their own while they transfer data (a dead server: 23 s over LFS, minutes over Xet). That is one
+    try here, and it is not cut short.
+
     Args:
         max_attempts (`int`, defaults to `8`): Tries of one step, the first included.
         base_seconds (`float`, defaults to `1.0`): Upper bound of the first wait.
@@ -168,9 +171,10 @@ class HubSession:
         cause = _hub_error(error)
         if cause is None:
             # Errors that are not about the Hub (a full disk, a bad argument) stay as they are, unless they tell a secret.
-            if not any(self._token and self._token in str(cause) for cause in _causes(error)):
+            secret = any(self._token and self._token in str(cause) for cause in _causes(error))
+            if not secret and _status(error) is None:
                 return error
-            return RuntimeError(f"{doing} failed: {self.scrub(_summary(error))}")
+            return RuntimeError(f"{doing} failed for {self.name}: {self.scrub(_summary(error))}")
         status = cause.response.status_code
         where = f"{self.name} at {self.api.endpoint}"
         if isinstance(cause, GatedRepoError):

@@ -36,7 +36,8 @@ def same(data, repo, *arguments, **options):
 """
 
 
-@pytest.fixture(scope="module", params=list(MODES))
+# Xet is what users run; the LFS leg of everything is for CI.
+@pytest.fixture(scope="module", params=["xet", pytest.param("lfs", marks=pytest.mark.slow)])
 def mode(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

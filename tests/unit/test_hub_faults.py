@@ -107,7 +107,8 @@ class Driven:
         return bool(self.client.result(f"load({repo!r}, {self.seed}, {commit!r})"))
 
 
-@pytest.fixture(scope="module", params=list(MODES))
+# Xet is what users run; the LFS leg of everything is for CI.
+@pytest.fixture(scope="module", params=["xet", pytest.param("lfs", marks=pytest.mark.slow)])
 def mode(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -119,6 +119,12 @@ def test_other_errors_keep_their_type_and_are_raised_at_once() -> None:
     assert work.calls == 1
 
 
+def test_refusals_of_the_data_store_name_the_repository() -> None:
+    refusal = ConnectionError("Network error: HTTP status client error (400 Bad Request), domain: http://x/v1/shards")
+    with pytest.raises(RuntimeError, match=r"Working failed for dataset repository alice/d: .*400 Bad Request"):
+        session().call("Working", Flaky(refusal))
+
+
 def test_no_error_tells_the_token(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(RuntimeError) as caught:
         session().call("Working", Flaky(httpx2.ReadError("hf_secret"), ValueError("Bearer hf_secret")))
