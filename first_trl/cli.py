@@ -1,72 +1,61 @@
 """The `first-trl` command."""
 
 import argparse
+import importlib
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from . import __version__
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="first-trl", description="Trustworthy distillation: cache a teacher once, calibrate it, distil it."
-    )
-    parser.add_argument("--version", action="version", version=f"first_trl {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    run = commands.add_parser(
-        "run",
-        help="run a recipe",
-        description="Run a recipe from teacher to report. Finished work is kept, interrupted work continued. "
-        "The same as `accelerate launch -m first_trl run ...` on one process.",
-    )
-    run.add_argument("recipe", help="YAML file, or the name of a recipe that travels with the package")
-    run.add_argument(
-        "overrides", nargs="*", metavar="key.sub=value", help="change recipe keys, values in YAML notation"
-    )
-    run.add_argument("--stage", help="run only this stage; the ones before it must be finished")
-    run.add_argument("--seed", type=int, help="seed of generated data, models and training")
-    run.add_argument("--output-dir", help="folder of the run (default: outputs/<recipe>/seed-<seed>)")
-
-    recipes = commands.add_parser("recipes", help="list or check recipes")
-    recipes.add_argument("action", choices=("list", "check"))
-    recipes.add_argument("files", nargs="*", help="recipes to check (default: all that travel with the package)")
-    return parser
+# Name -> (module with `add_arguments(parser)` and `main(args) -> int`, help). Only the module of the command that is
+# asked for is imported: `first-trl --help` and a mistyped recipe are answered without loading torch.
+_COMMANDS = {
+    "run": ("first_trl.pipeline.commands", "run a recipe: teacher, cache, recalibration, students, report"),
+    "recipes": ("first_trl.recipe_commands", "list the recipes that travel with the package, or check recipe files"),
+    "precompute": ("first_trl.teacher.commands", "run a teacher once over a dataset and store its top-k"),
+    "cache": ("first_trl.teacher.cache_commands", "verify, describe, push or pull a teacher cache"),
+    "calibrate": ("first_trl.evaluation.calibrate", "calibration report of files you already have"),
+    "metric": ("first_trl.metrics.commands", "publish the calibration metric as a Space"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `first-trl`; returns the exit status."""
-    args = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] not in _COMMANDS:
+        _overview().parse_args(words)
+        return 2
+    path, text = _COMMANDS[words[0]]
+    module = importlib.import_module(path)
+    parser = argparse.ArgumentParser(prog=f"first-trl {words[0]}", description=text[0].upper() + text[1:] + ".")
+    module.add_arguments(parser)
+    # Intermixed, so that overrides may stand before and after options
+    args = parser.parse_intermixed_args(words[1:])
     try:
-        if args.command == "run":
-            return _run(args)
-        return _recipes(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return module.main(args)
     except ValueError as error:
         print(f"first-trl: {error}", file=sys.stderr)
         return 2
 
 
-def _run(args: argparse.Namespace) -> int:
-    from .recipe import load_recipe
+def _overview() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="first-trl", description="Trustworthy distillation: cache a teacher once, calibrate it, distil it."
+    )
+    parser.add_argument("--version", action="version", version=f"first_trl {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (_, text) in _COMMANDS.items():
+        commands.add_parser(name, help=text)
+    return parser
 
-    # Read and checked before torch is imported: a typo is answered at once
-    recipe = load_recipe(args.recipe, args.overrides, seed=args.seed, output_dir=args.output_dir)
-    from .pipeline import run_recipe
 
-    run_recipe(recipe, args.stage)
-    return 0
-
-
-def _recipes(args: argparse.Namespace) -> int:
-    from .recipe import load_recipe
-    from .resources import recipe_names
-
-    if args.action == "list":
-        for name in recipe_names():
-            recipe = load_recipe(name)
-            print(f"{name:28s} {' '.join(recipe.description.split())[:90]}")
-        return 0
-    for name in args.files or recipe_names():
-        load_recipe(str(name))
-        print(f"{name}: valid")
-    return 0
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    # The place in the source, which Python prints by default, says nothing to a user of the command. Deprecations of
+    # other libraries are for developers.
+    if not issubclass(category, DeprecationWarning | FutureWarning | PendingDeprecationWarning):
+        print(f"warning: {message}", file=sys.stderr)

@@ -303,11 +303,12 @@ def build(cls: Any, data: Any, where: str) -> Any:
     return cls(**{key: _convert(value, hints[key], f"{where}: {key}") for key, value in data.items()})
 
 
-def nearest(name: str, known: typing.Iterable[str]) -> str:
+def nearest(name: str, known: typing.Iterable[str], *, list_known: bool = True) -> str:
     """Hint for an unknown name."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    return (f" Did you mean {close[0]!r}?" if close else "") + f" Known: {', '.join(known)}."
+    by_lower = {item.lower(): item for item in sorted(known)}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.4)
+    hint = f" Did you mean {by_lower[close[0]]!r}?" if close else ""
+    return hint + (f" Known: {', '.join(by_lower.values())}." if list_known else "")
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
@@ -378,9 +379,6 @@ def _check(recipe: Recipe, where: str) -> None:
     for place, training in trainings.items():
         for key in training:
             if key not in fields:
-                raise ValueError(f"{where}: {place}: unknown training argument {key!r}.{_close(key, fields)}")
-
-
-def _close(name: str, known: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.4)
-    return f" Did you mean {close[0]!r}?" if close else ""
+                raise ValueError(
+                    f"{where}: {place}: unknown training argument {key!r}.{nearest(key, fields, list_known=False)}"
+                )
