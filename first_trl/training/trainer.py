@@ -243,9 +243,8 @@ class FirstDistillTrainer(SFTTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         # An evaluation before training marks the model as prepared, and DDP would then never be wrapped around it:
         # every rank would train on its own rows only
-        model: Any = self.model
-        if self.model_wrapped is model:
-            model._is_accelerate_prepared = False
+        if self.model_wrapped is self.model:
+            vars(self.model).pop("_is_accelerate_prepared", None)
         return super().train(*args, **kwargs)
 
     def compute_loss(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 
 from first_trl import FirstDistillTrainer
 from tests.distributed_steps import DDP_ESTIMATORS, SHAPES, SHARDED, step
@@ -16,12 +17,13 @@ from tests.tiny import StopAt, tiny_cache, tiny_config, tiny_llama, tiny_rows, t
 
 
 ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "recipes" / "accelerate"
 torch.set_num_threads(1)
 
 
 def launch(*command, check=True):
     environment = {
-        **os.environ, "HF_HUB_DISABLE_TELEMETRY": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
+        **os.environ, "HF_HUB_DISABLE_TELEMETRY": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500
@@ -37,8 +39,8 @@ def two_processes(tmp_path_factory):
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
     launch(
-        "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1",
-        "--master_port", str(port), "-m", "tests.distributed_steps", str(output),
+        "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "ddp.yaml"),
+        "--main_process_port", str(port), "-m", "tests.distributed_steps", str(output),
     )  # fmt: skip
     return torch.load(output, weights_only=True)
 
@@ -99,3 +101,21 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
     resumed, whole = train(folder, resume=True), train(tmp_path / "whole")
     for name, tensor in whole.items():
         assert torch.equal(tensor, resumed[name]), name
+
+
+KINDS = {"cpu": "NO", "single_gpu": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}
+
+
+def test_every_accelerate_config_is_known():
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(KINDS)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_accelerate_configs_are_what_their_names_say(name):
+    config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
+    assert config.distributed_type == KINDS[name]
+    assert config.use_cpu == (name == "cpu")
+    if name == "fsdp2":
+        assert config.fsdp_config["fsdp_version"] == 2
+    if name == "zero3":
+        assert config.deepspeed_config["zero_stage"] == 3
