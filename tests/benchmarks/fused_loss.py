@@ -24,6 +24,7 @@ import multiprocessing
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from first_trl.training.losses import default_chunk_size, fused_sparse_kl
 ESTIMATORS = ("topk", "bucket", "sampled", "renormalized")
 BASELINES = ("trl", "full_log_softmax", "full_logsumexp")
 PRODUCT_ROWS = 256
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 class Problem:
@@ -131,15 +133,17 @@ class Problem:
         (self.log_target.exp() * (self.log_target - log_p)).sum().backward()
 
 
-def time_variants(problem: Problem, variants: list[str], repeats: int, device: str) -> dict[str, list[float]]:
+def time_variants(
+    problem: Problem, variants: list[str], repeats: int, device: str, clock: Callable[[], float]
+) -> dict[str, list[float]]:
     def timed(variant: str) -> float:
         if device == "cuda":
             torch.cuda.synchronize()
-        start = time.perf_counter()
+        start = clock()
         problem.run(variant)
         if device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return clock() - start
 
     for variant in variants:
         timed(variant)
@@ -194,7 +198,8 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=151_936)
     parser.add_argument("--k", type=int, default=5)
     parser.add_argument("--chunk-size", type=int, default=None)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="0 leaves the timing out")
+    parser.add_argument("--clock", default="wall", choices=list(CLOCKS), help="cpu: processor time, on a busy machine")
     parser.add_argument("--variants", nargs="+", default=[*ESTIMATORS, *BASELINES], choices=[*ESTIMATORS, *BASELINES])
     parser.add_argument("--head", nargs="+", default=["trainable", "frozen"], choices=["trainable", "frozen"])
     parser.add_argument("--memory-tokens", type=int, nargs="*", default=[], help="token counts to measure memory at")
@@ -205,17 +210,18 @@ def main() -> None:
     device_name = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or "cpu"
     settings = {name: value for name, value in vars(args).items() if name != "json"}
     settings |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "device_name": device_name}
+    if args.clock == "cpu" and args.device != "cpu":
+        parser.error("--clock cpu times CPU runs only")
     settings["chunk_size"] = args.chunk_size or default_chunk_size(args.vocab, args.device)
     results: dict[str, Any] = {"settings": settings, "time": [], "memory": []}
     print(
         f"{args.tokens} tokens, hidden {args.hidden}, vocabulary {args.vocab}, k {args.k}, {args.dtype}, "
-        f"{settings['chunk_size']} tokens a chunk, {device_name}, {settings['threads']} threads, torch {torch.__version__}"
+        f"{settings['chunk_size']} tokens a chunk, {device_name}, {settings['threads']} threads, {args.clock} clock, torch {torch.__version__}"
     )
     print(f"\n| head | variant | median s | min s | max s | x products | x trl | x topk |\n|{' --- |' * 8}")
-    for head in args.head:
-        seconds = time_variants(
-            Problem(args, args.tokens, head == "trainable"), ["products", *args.variants], args.repeats, args.device
-        )
+    for head in args.head if args.repeats else []:
+        problem = Problem(args, args.tokens, head == "trainable")
+        seconds = time_variants(problem, ["products", *args.variants], args.repeats, args.device, CLOCKS[args.clock])
         medians = {variant: statistics.median(values) for variant, values in seconds.items()}
         for variant, values in seconds.items():
             row: dict[str, Any] = {"head": head, "variant": variant, "median": medians[variant]}
@@ -228,7 +234,8 @@ def main() -> None:
             print(
                 f"| {head} | {variant} | {row['median']:.3f} | {row['min']:.3f} | {row['max']:.3f} | "
                 + " | ".join(cells)
-                + " |"
+                + " |",
+                flush=True,
             )
     if args.memory_tokens:
         print(f"\n| head | variant | tokens | extra peak MB, result gradients aside |\n|{' --- |' * 4}")
@@ -237,7 +244,10 @@ def main() -> None:
                 for tokens in args.memory_tokens:
                     extra = measure_memory(args, tokens, head == "trainable", variant)
                     results["memory"].append({"head": head, "variant": variant, "tokens": tokens, "extra_mb": extra})
-                    print(f"| {head} | {variant} | {tokens} | {'' if extra is None else format(extra, '.0f')} |")
+                    print(
+                        f"| {head} | {variant} | {tokens} | {'' if extra is None else format(extra, '.0f')} |",
+                        flush=True,
+                    )
     if args.json is not None:
         args.json.write_text(json.dumps(results, indent=2) + "\n")
 
