@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     reading = parser.add_argument_group("how to read the files")
     reading.add_argument(
         "--reading", help="acc, acc_norm, acc_bytes or acc_mutual_info of a harness log (default: all that were logged); "
-        "full_vocab or options of our own predictions"
+        "full_vocab, choice, renormalized or topk of our own predictions (default: full_vocab and renormalized)"
     )  # fmt: skip
     reading.add_argument("--filter", help="filter of a harness log (default: all)")
     reading.add_argument("--target-delimiter", default=" ", help="of the harness task (default: one space)")

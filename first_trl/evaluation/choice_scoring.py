@@ -48,7 +48,7 @@ class ChoiceScores:
 
         Args:
             definition (`str`, *optional*, defaults to `"renormalized"`):
-                `"renormalized"`, `"length_normalized"`, `"unconditional"` or `"full_vocab"`, see
+                `"renormalized"`, `"length_normalized"`, `"unconditional"` or `"choice"`, see
                 [`~first_trl.evaluation.confidence.choice_scores`].
             unit (`str`, *optional*, defaults to `"characters"`):
                 Of the length: `"characters"`, `"bytes"` or `"tokens"`.

@@ -17,7 +17,8 @@ from ..calibration import calibration_report
 
 
 DEFINITIONS = {
-    "full_vocab": "probability of the answer itself, not renormalised: one-token answers over the full vocabulary",
+    "full_vocab": "probability of the most likely of all tokens; right when it is the answer's",
+    "choice": "probability of the most likely choice itself, not renormalised",
     "renormalized": "softmax over the (summed) log-probabilities of the choices",
     "length_normalized": "softmax over log-probabilities divided by the length of the choice",
     "unconditional": "softmax over log-probabilities minus those without the question",
@@ -38,7 +39,7 @@ def choice_scores(
 
     | definition | elsewhere |
     | --- | --- |
-    | `"full_vocab"` | p(letter): the probability of the letter among all tokens |
+    | `"choice"` | p(letter): the probability of the letter among all tokens |
     | `"renormalized"` | over letters: Kadavath et al. 2022; over answer strings: `prob_norm` and `acc` of lm-evaluation-harness |
     | `"length_normalized"` | `acc_norm` (characters), `acc_bytes` (bytes), HELM (tokens) |
     | `"unconditional"` | `acc_mutual_info`, HELM's calibrated form |
@@ -55,7 +56,7 @@ def choice_scores(
             Log-probability of each choice without the question; for `"unconditional"`.
 
     Returns:
-        `np.ndarray` of shape `[C]`: confidences. They sum to 1, except for `"full_vocab"`.
+        `np.ndarray` of shape `[C]`: confidences. They sum to 1, except for `"choice"`.
 
     Raises:
         `ValueError`: for an unknown definition, a missing argument, or log-probabilities that are none.
@@ -71,10 +72,11 @@ def choice_scores(
 
     ```
     """
-    if definition not in DEFINITIONS:
-        raise ValueError(f"Unknown confidence definition {definition!r}, choose one of {list(DEFINITIONS)}.")
+    known = [name for name in DEFINITIONS if name != "full_vocab"]
+    if definition not in known:
+        raise ValueError(f"Unknown confidence definition {definition!r} of a choice, choose one of {known}.")
     lp = _logprobs(logprobs, "logprobs")
-    if definition == "full_vocab":
+    if definition == "choice":
         return np.exp(lp)
     if definition == "length_normalized":
         if lengths is None:
@@ -202,7 +204,7 @@ def answers_to_confidences(
     right = [{g} if isinstance(g, int | np.integer) else set(g) for g in gold]
     correct = np.array([int(i) in g for i, g in zip(answer, right, strict=True)], dtype=bool)
     extras: dict[str, float] = {}
-    if definition != "full_vocab" and scores and all(len(g) == 1 for g in right):
+    if definition != "choice" and scores and all(len(g) == 1 for g in right):
         targets = [next(iter(g)) for g in right]
         p_gold = np.array([row[g] for row, g in zip(scores, targets, strict=True)])
         squares = np.array([float(np.square(row).sum()) for row in scores])

@@ -30,6 +30,7 @@ def evaluate_multiple_choice(
     temperature: float = 1.0,
     max_length: int | None = None,
     n_bins: int = 10,
+    top_k: int = 5,
     variants: Callable[[str], Sequence[str]] | None = None,
     disable_tqdm: bool = False,
 ) -> MultipleChoiceResult:
@@ -58,6 +59,8 @@ def evaluate_multiple_choice(
             reported in a warning.
         n_bins (`int`, *optional*, defaults to `10`):
             Equal-width bins of the ECE.
+        top_k (`int`, *optional*, defaults to `5`):
+            The predictions hold the mass of this many most likely tokens, for confidences relative to a captured top-k.
         variants (`Callable[[str], Sequence[str]]`, *optional*):
             Other spellings of a choice, for example [`spelling_variants`], whose tokens are merged with it. Spellings that
             are not one token are left out. By default every token stands for itself.
@@ -80,12 +83,14 @@ def evaluate_multiple_choice(
     ```
     """
     _check_temperature(temperature)
+    if top_k < 1:
+        raise ValueError(f"`top_k` must be at least 1, got {top_k}.")
     rows = read_multiple_choice_rows(model, processing_class, dataset, max_length=max_length)
     groups = _token_groups(processing_class, dataset["choices"], rows.choice_tokens, variants)
     n = len(rows.prompt_ids)
     choice_tokens = fill_rows(rows.choice_tokens, -1, np.int64)
     choice_logprobs = np.full(choice_tokens.shape, -np.inf)
-    top_token, top_logprob, sum_squares = np.empty(n, np.int64), np.empty(n), np.empty(n)
+    top_token, top_logprob, topk_mass, sum_squares = np.empty(n, np.int64), np.empty(n), np.empty(n), np.empty(n)
     batches = next_token_logits(
         model, rows.prompt_ids, batch_size=batch_size, disable_tqdm=disable_tqdm, desc="Evaluating"
     )
@@ -100,9 +105,10 @@ def evaluate_multiple_choice(
         tokens = choice_tokens[index]
         gathered = lp.gather(-1, torch.from_numpy(np.maximum(tokens, 0)).to(lp.device)).double().cpu().numpy()
         choice_logprobs[index] = np.where(tokens >= 0, gathered, -np.inf)
-        best = lp.max(dim=-1)
-        top_token[index] = best.indices.cpu().numpy()
-        top_logprob[index] = best.values.double().cpu().numpy()
+        best = lp.topk(min(top_k, lp.shape[-1]), dim=-1)
+        top_token[index] = best.indices[:, 0].cpu().numpy()
+        top_logprob[index] = best.values[:, 0].double().cpu().numpy()
+        topk_mass[index] = best.values.exp().sum(dim=-1).double().cpu().numpy()
         sum_squares[index] = (2.0 * lp).exp().sum(dim=-1).double().cpu().numpy()
 
     labelled = rows.gold >= 0
@@ -118,6 +124,7 @@ def evaluate_multiple_choice(
         "answer": choice_logprobs.argmax(axis=1),
         "top_token": top_token,
         "top_prob": np.exp(top_logprob),
+        "topk_mass": topk_mass,
         "top_is_gold": labelled & (top_token == choice_tokens[every, gold_column]),
         "gold_logprob": np.where(labelled, choice_logprobs[every, gold_column], np.nan),
         "sum_squares": sum_squares,

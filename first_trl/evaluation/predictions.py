@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..calibration import calibration_report
+from .confidence import Confidences
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class MultipleChoiceResult:
             `id` (`str`), `gold` (index of the right choice, -1 = hidden), `n_choices`, `choice_tokens` and
             `choice_logprobs` `[N, C]` (full-vocabulary log-probability of each choice; rows with fewer choices are filled
             with -1 and `-inf`), `option_mass` (probability of all choices together), `answer` (index of the most likely
-            choice), `top_token` and `top_prob` (most likely token of the whole vocabulary), `top_is_gold` (`bool`),
+            choice), `top_token` and `top_prob` (most likely token of the whole vocabulary), `topk_mass` (probability of the k
+            most likely tokens), `top_is_gold` (`bool`),
             `gold_logprob` (NaN where hidden), `sum_squares` (sum of p² over the vocabulary, for the Brier score) and
             `truncated` (`bool`).
         report (`dict`): see [`multiple_choice_report`].
@@ -38,6 +40,55 @@ class MultipleChoiceResult:
             row["gold_logprob"] = None if row["gold"] < 0 else row["gold_logprob"]
             rows.append({"id": str(self.predictions["id"][i]), **row})
         return rows
+
+    def confidences(self, definition: str = "full_vocab", *, name: str = "multiple choice") -> Confidences:
+        """
+        Confidences of the rows with an answer, under one definition.
+
+        | definition | answer | confidence |
+        | --- | --- | --- |
+        | `"full_vocab"` | most likely of all tokens | its probability (FIRST as its authors evaluate) |
+        | `"choice"` | most likely choice | its probability among all tokens |
+        | `"renormalized"` | most likely choice | its share of the choices' probability |
+        | `"topk"` | most likely of all tokens | its share of the k most likely tokens' probability |
+
+        Definitions that need whole strings or the choices without the question are in
+        [`~first_trl.evaluation.choice_scoring.score_choices`].
+
+        Args:
+            definition (`str`, *optional*, defaults to `"full_vocab"`):
+                One of the above.
+            name (`str`, *optional*, defaults to `"multiple choice"`):
+                Name of the result.
+        """
+        labelled = self.predictions["gold"] >= 0
+        p = {key: values[labelled] for key, values in self.predictions.items()}
+        extras = {"option_mass": float(p["option_mass"].mean())}
+        if definition in ("choice", "renormalized"):
+            logprobs = p["choice_logprobs"]
+            answer = logprobs.argmax(axis=1)
+            confidence, correct = np.exp(logprobs.max(axis=1)), answer == p["gold"]
+            if definition == "renormalized":
+                confidence = np.exp(logprobs.max(axis=1) - np.logaddexp.reduce(logprobs, axis=1))
+                extras |= {key: self.report["options"][key] for key in ("nll", "brier")}
+        elif definition in ("full_vocab", "topk"):
+            confidence, correct = p["top_prob"], p["top_is_gold"].astype(bool)
+            if definition == "full_vocab":
+                extras |= {key: self.report["full_vocab"][key] for key in ("nll", "brier")}
+            elif "topk_mass" in p:
+                confidence = np.minimum(confidence / p["topk_mass"], 1.0)
+            else:
+                raise ValueError(
+                    "These predictions hold no 'topk_mass'; evaluate again with `evaluate_multiple_choice`."
+                )
+        else:
+            raise ValueError(
+                f"Unknown definition {definition!r} of a one-token answer: choose 'full_vocab', 'choice', 'renormalized' or "
+                "'topk'."
+            )
+        hidden = int((~labelled).sum())
+        dropped = {"without a gold answer": hidden} if hidden else {}
+        return Confidences(name, confidence, correct, definition, extras, dropped)
 
     @classmethod
     def from_rows(cls, rows: Sequence[Mapping[str, Any]], *, n_bins: int = 10) -> "MultipleChoiceResult":

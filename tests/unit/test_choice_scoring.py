@@ -117,7 +117,7 @@ def test_definitions(tokenizer):
         ("length_normalized", "tokens"): [softmax(scores.logprobs[i] / scores.lengths["tokens"][i]) for i in known],
         ("length_normalized", "bytes"): [softmax(scores.logprobs[i] / scores.lengths["bytes"][i]) for i in known],
         ("unconditional", "characters"): [softmax(scores.logprobs[i] - scores.unconditional[i]) for i in known],
-        ("full_vocab", "characters"): [np.exp(scores.logprobs[i]) for i in known],
+        ("choice", "characters"): [np.exp(scores.logprobs[i]) for i in known],
     }
     for (definition, unit), values in expected.items():
         result = scores.confidences(definition, unit=unit)

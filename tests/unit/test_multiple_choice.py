@@ -94,6 +94,7 @@ def test_predictions_and_report_agree_with_single_forwards(model, tokenizer, tem
     np.testing.assert_array_equal(predictions["top_token"], lp.argmax(1))
     np.testing.assert_allclose(predictions["top_prob"], p.max(1), atol=1e-5)
     np.testing.assert_allclose(predictions["sum_squares"], np.square(p).sum(1), atol=1e-5)
+    np.testing.assert_allclose(predictions["topk_mass"], np.sort(p, axis=1)[:, -5:].sum(1), atol=1e-5)
     for i in range(len(dataset)):
         np.testing.assert_allclose(
             predictions["choice_logprobs"][i, : n_choices[i]], lp[i, letters[: n_choices[i]]], atol=1e-4
@@ -260,6 +261,33 @@ def test_rows_round_trip(model, tokenizer):
     assert again.report == result.report == multiple_choice_report(result.predictions)
 
 
+def test_definitions_of_confidence(model, tokenizer):
+    dataset = make_dataset()
+    result = evaluate_multiple_choice(model, tokenizer, dataset, top_k=3, disable_tqdm=True)
+    p = np.exp(log_softmax(reference_logits(model, tokenizer, dataset["prompt"])))
+    letters = tokenizer.convert_tokens_to_ids(["A", "B", "C", "D"])
+    known = np.flatnonzero(np.array(dataset["gold"]) >= 0)
+    gold = np.array(dataset["gold"])[known]
+    options = [p[i, letters[: len(dataset[int(i)]["choices"])]] for i in known]
+    top_is_gold = p[known].argmax(1) == np.array(letters)[gold]
+    best_is_gold = np.array([q.argmax() for q in options]) == gold
+    expected = {
+        "full_vocab": (p[known].max(1), top_is_gold),
+        "choice": ([q.max() for q in options], best_is_gold),
+        "renormalized": ([q.max() / q.sum() for q in options], best_is_gold),
+        "topk": (p[known].max(1) / np.sort(p[known], axis=1)[:, -3:].sum(1), top_is_gold),
+    }
+    for definition, (confidence, correct) in expected.items():
+        read = result.confidences(definition)
+        np.testing.assert_allclose(read.confidence, confidence, atol=1e-5)
+        np.testing.assert_array_equal(read.correct, correct)
+        assert read.definition == definition and read.dropped == {"without a gold answer": 6}
+    assert result.confidences("full_vocab").report()["ece"] == result.report["full_vocab"]["ece"]
+    assert result.confidences("renormalized").report()["ece"] == pytest.approx(
+        result.report["options"]["ece"], abs=1e-12
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -281,6 +309,7 @@ def test_bad_datasets_are_refused(model, tokenizer, change, match):
         ({"temperature": 0.0}, "`temperature`"),
         ({"temperature": math.nan}, "`temperature`"),
         ({"batch_size": 0}, "`batch_size`"),
+        ({"top_k": 0}, "`top_k`"),
         ({"max_length": 1}, "`max_length`"),
     ],
 )

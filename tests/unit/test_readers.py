@@ -41,7 +41,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::first_trl.calibration.Calibrati
 
 def test_letters_that_hold_half_the_vocabulary():
     lp = np.log([0.30, 0.10, 0.06, 0.04])
-    np.testing.assert_allclose(choice_scores(lp, definition="full_vocab"), [0.30, 0.10, 0.06, 0.04], rtol=1e-12)
+    np.testing.assert_allclose(choice_scores(lp, definition="choice"), [0.30, 0.10, 0.06, 0.04], rtol=1e-12)
     np.testing.assert_allclose(choice_scores(lp), [0.60, 0.20, 0.12, 0.08], rtol=1e-12)
     np.testing.assert_allclose(choice_scores(lp, definition="topk"), [0.60, 0.20, 0.12, 0.08], rtol=1e-12)
 
@@ -179,7 +179,7 @@ def test_log_with_strings_ragged_choices_and_all_readings(tmp_path):
         assert result.report()["ece"] == pytest.approx(
             expected_calibration_error([row.max() for row in rows], np.array(correct).astype(int)), abs=1e-15
         )
-    raw = samples.confidences("acc", definition="full_vocab")
+    raw = samples.confidences("acc", definition="choice")
     np.testing.assert_allclose(raw.confidence, [math.exp(max(lls)) for lls, _, _, _ in DOCS], rtol=1e-12)
     assert "brier" not in raw.extras
 
@@ -423,7 +423,7 @@ def test_own_predictions(tmp_path, ending):
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in result.to_rows()))
     full, options = read_confidences(path)
-    assert (full.name, options.name) == ("test full_vocab", "test options")
+    assert (full.name, options.name) == ("test full_vocab", "test renormalized")
     for view, read in (("full_vocab", full), ("options", options)):
         report = read.report()
         for key in ("accuracy", "ece"):
@@ -431,9 +431,13 @@ def test_own_predictions(tmp_path, ending):
         assert report["extras"]["nll"] == pytest.approx(result.report[view]["nll"], abs=1e-12)
         assert report["extras"]["option_mass"] == pytest.approx(result.report["option_mass"], abs=1e-12)
         assert report["dropped"] == {"without a gold answer": 5}
-    assert [c.name for c in read_confidences(path, reading="options")] == ["test options"]
-    with pytest.raises(ValueError, match="has the readings"):
+    (choice,) = read_confidences(path, reading="choice")
+    np.testing.assert_allclose(choice.confidence, np.exp(logprobs.max(1))[:45])
+    assert choice.correct.tolist() == (logprobs.argmax(1) == gold)[:45].tolist()
+    with pytest.raises(ValueError, match="Unknown definition 'acc'"):
         read_confidences(path, reading="acc")
+    with pytest.raises(ValueError, match="no 'topk_mass'"):
+        read_confidences(path, reading="topk")
 
 
 # --- generation --------------------------------------------------------------------------------------------------------

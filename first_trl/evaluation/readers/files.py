@@ -4,8 +4,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..confidence import Confidences
 from ..predictions import MultipleChoiceResult
 from .harness import read_harness_log
@@ -33,7 +31,8 @@ def read_confidences(
         path (`str` or `os.PathLike`):
             The file.
         reading (`str`, *optional*):
-            Only this one: a metric of the harness, or `"full_vocab"` / `"options"` of our own predictions.
+            Only this one: a metric of the harness, or a definition of
+            [`~first_trl.evaluation.predictions.MultipleChoiceResult.confidences`] for our own predictions.
         filter (`str`, *optional*):
             Only this filter of a harness log.
         target_delimiter (`str`, *optional*, defaults to `" "`):
@@ -59,31 +58,10 @@ def read_confidences(
             found += [samples.confidences(name, target_delimiter=target_delimiter) for name in readings]
         return found
     if kind in ("jsonl", "parquet") and {"choice_logprobs", "gold", "top_prob"} <= set(first):
-        found = _own_predictions(path)
-        if reading is not None:
-            found = [c for c in found if c.definition == {"options": "renormalized"}.get(reading, reading)]
-            if not found:
-                raise ValueError(f"{path} has the readings 'full_vocab' and 'options', not {reading!r}.")
-        return found
+        result = MultipleChoiceResult.from_rows(list(table_rows(path)))
+        name = path.name.removesuffix(".gz").rsplit(".", 1)[0]
+        definitions = ["full_vocab", "renormalized"] if reading is None else [reading]
+        return [result.confidences(definition, name=f"{name} {definition}") for definition in definitions]
     if reading is not None or filter is not None:
         raise ValueError(f"{path} is a table: it has neither readings nor filters to choose from.")
     return [read_table(path, **table_options)]
-
-
-def _own_predictions(path: Path) -> list[Confidences]:
-    result = MultipleChoiceResult.from_rows(list(table_rows(path)))
-    p = result.predictions
-    labelled = p["gold"] >= 0
-    dropped = {"without a gold answer": int((~labelled).sum())} if not labelled.all() else {}
-    logprobs = p["choice_logprobs"][labelled]
-    options = np.exp(logprobs - np.logaddexp.reduce(logprobs, axis=1)[:, None])
-    name = path.name.removesuffix(".gz").rsplit(".", 1)[0]
-    found = []
-    for view, definition, confidence, correct in (
-        ("full_vocab", "full_vocab", p["top_prob"][labelled], p["top_is_gold"][labelled].astype(bool)),
-        ("options", "renormalized", options.max(axis=1), options.argmax(axis=1) == p["gold"][labelled]),
-    ):
-        scores = {key: result.report[view][key] for key in ("nll", "brier")}
-        scores["option_mass"] = result.report["option_mass"]
-        found.append(Confidences(f"{name} {view}", confidence, correct, definition, scores, dropped))
-    return found

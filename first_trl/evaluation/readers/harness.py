@@ -70,7 +70,7 @@ class HarnessSamples:
                 `"acc"`, `"acc_norm"` (log-likelihood per character), `"acc_bytes"` or `"acc_mutual_info"`: the answer is the
                 one that this metric scores.
             definition (`str`, *optional*):
-                `"full_vocab"` with `reading="acc"` gives the probability of the answer itself, without renormalising over
+                `"choice"` with `reading="acc"` gives the probability of the answer itself, without renormalising over
                 the choices. That of the reading by default.
             target_delimiter (`str`, *optional*, defaults to `" "`):
                 What the task puts between question and choice; not counted in lengths.
@@ -81,7 +81,7 @@ class HarnessSamples:
         if reading not in READINGS:
             raise ValueError(f"Unknown reading {reading!r}, choose one of {list(READINGS)}.")
         definition = READINGS[reading] if definition is None else definition
-        if definition != READINGS[reading] and (reading, definition) != ("acc", "full_vocab"):
+        if definition != READINGS[reading] and (reading, definition) != ("acc", "choice"):
             raise ValueError(
                 f"The answers of {reading!r} are those of the definition {READINGS[reading]!r}, not {definition!r}."
             )
