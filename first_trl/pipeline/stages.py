@@ -12,6 +12,7 @@ import torch
 import yaml
 from datasets import Dataset, load_from_disk
 from transformers import AutoTokenizer
+from transformers.utils import logging as hf_logging
 
 from ..evaluation.multiple_choice import MultipleChoiceResult, evaluate_multiple_choice
 from ..evaluation.posthoc import fit_posthoc_temperature
@@ -74,6 +75,7 @@ class _Run:
         bars = datasets.is_progress_bar_enabled()
         # One line a unit and the bars of the long loops; a bar for every small map would bury them
         datasets.disable_progress_bars()
+        hf_logging.disable_progress_bar()
         try:
             for name, work in stages.items():
                 workspace.say(f"[{name}]")
@@ -83,6 +85,7 @@ class _Run:
         finally:
             if bars:
                 datasets.enable_progress_bars()
+                hf_logging.enable_progress_bar()
         return recipe.folder
 
     # data
