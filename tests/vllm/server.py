@@ -1,5 +1,6 @@
 """A vLLM server of the environment that install.sh made, for the length of a test."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -53,7 +54,7 @@ class VLLMServer:
             start_new_session=True,
         )  # fmt: skip
 
-    def wait(self, seconds: float = 240) -> None:
+    def wait(self, seconds: float = 600) -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if self.process.poll() is not None:
@@ -67,9 +68,7 @@ class VLLMServer:
 
     def kill(self) -> None:
         """SIGKILL to the server and its engine processes."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, 9)
-        except ProcessLookupError:
-            pass
         self.process.wait()
         self.output.close()
