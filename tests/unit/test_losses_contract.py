@@ -215,3 +215,28 @@ def test_default_chunk_size_follows_the_vocabulary() -> None:
     assert default_chunk_size(32_000) > 1000
     assert default_chunk_size(11) == 4096
     assert default_chunk_size(10**9) == 32
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_nan_hidden_states_give_a_nan_loss(estimator: str) -> None:
+    problem = make_problem(0, 3, 4, 11, 3, estimator)
+    with torch.no_grad():
+        problem.hidden[1, 2] = NAN
+    output = problem.fused()
+    output.loss.backward()
+    assert output.loss.isnan() and problem.hidden.grad[1].isnan().any() and problem.hidden.grad[0].isfinite().all()
+
+
+def test_a_compiled_caller_gets_the_same_result() -> None:
+    problem = make_problem(0, 5, 8, 50, 3)
+    expected, (expected_gradient, _) = problem.reference()
+
+    @torch.compile(backend="eager")
+    def model(hidden: torch.Tensor) -> torch.Tensor:
+        return 2 * fused_sparse_kl(hidden / 2 * 2, problem.weight, problem.ids, problem.log_target).loss
+
+    hidden = problem.hidden.detach().clone().requires_grad_()
+    loss = model(hidden)
+    loss.backward()
+    torch.testing.assert_close(loss.double(), 2 * expected.loss, rtol=1e-5, atol=0)
+    assert (hidden.grad / 2 - expected_gradient).norm() < 1e-5 * expected_gradient.norm()

@@ -13,6 +13,8 @@ from .chunks import FusedOptions, SparseTargets, gather_chunks, project_chunks
 from .inputs import SparseKLOutput, check_options, check_targets
 
 
+# The gradients are made by hand and tensors are reused in place: nothing here for a compiler to trace.
+@torch.compiler.disable
 def fused_sparse_kl(
     hidden: torch.Tensor,
     weight: torch.Tensor,
