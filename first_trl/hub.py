@@ -6,17 +6,18 @@ nothing else, and what was already sent is not sent again.
 
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict
 from datasets.features.features import require_decoding
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
 from .hub_commit import Tree, commit_once, find_commit, list_files, open_repo, tag_commit, upload_content
-from .hub_dataset_card import merge_dataset_card
+from .hub_dataset_card import estimate_bytes, merge_dataset_card
 from .hub_session import DEFAULT_RETRY_POLICY, HubSession, RepoType, RetryPolicy, is_offline
 
 
@@ -31,6 +32,8 @@ __all__ = [
 ]
 
 _CARD = "README.md"
+# Uncompressed. Readers hold whole row groups, streaming ones wait for the first.
+_ROW_GROUP_BYTES = 32_000_000
 
 
 class PulledFolder(NamedTuple):
@@ -87,7 +90,7 @@ def push_dataset(
         max_shard_size (`int`, defaults to `500_000_000`):
             Bytes of one shard, before compression.
         parquet_writer_kwargs (`dict`, *optional*):
-            Passed to [`datasets.Dataset.to_parquet`], e.g. `{"compression": "zstd"}`.
+            Passed to [`pyarrow.parquet.ParquetWriter`], e.g. `{"compression": "snappy"}`; the default is `"zstd"`.
         token (`str`, *optional*):
             Hub token; defaults to the one of `hf auth login` or `HF_TOKEN`.
         retry_policy ([`RetryPolicy`], *optional*):
@@ -103,64 +106,46 @@ def push_dataset(
     splits = _splits(dataset, split)
     if not re.fullmatch(r"[\w.-]+", config_name) or config_name == "data":
         raise ValueError(f"config_name is {config_name!r}; use letters, digits, '_', '-' and '.', and not 'data'.")
+    if max_shard_size < 1:
+        raise ValueError(f"max_shard_size is {max_shard_size}; give the bytes of one shard, at least 1.")
     data_dir = "data" if config_name == "default" else config_name
     extra = _contents(extra_files or {}, data_dir)
     session = HubSession(repo_id, "dataset", token, retry_policy, write=True)
     branch = open_repo(session, private, revision)
+    shards = [
+        shard
+        for name, part in splits.items()
+        for shard in _upload_shards(session, branch, part, f"{data_dir}/{name}", max_shard_size, parquet_writer_kwargs)
+    ]
+    paths = {shard.path_in_repo for shard in shards}
+    replaced = f"{data_dir}/" if isinstance(dataset, DatasetDict) else f"{data_dir}/{next(iter(splits))}-"
 
-    shards: dict[str, list[CommitOperationAdd]] = {}
-    with tempfile.TemporaryDirectory(prefix="first_trl-push-") as folder:
-        for name, part in splits.items():
-            count = 1 + int(part.data.nbytes * (len(part) / max(1, len(part.data))) / max_shard_size)
-            for index in range(count):
-                path = Path(folder) / f"{name}-{index:05d}-of-{count:05d}.parquet"
-                shard = part.shard(count, index, contiguous=True) if count > 1 else part
-                shard.to_parquet(path, **(parquet_writer_kwargs or {}))
-                # Each shard is finished on its own, so that an interrupted push goes on after the last finished one.
-                addition = CommitOperationAdd(f"{data_dir}/{path.name}", path)
-                upload_content(session, branch, [addition])
-                shards.setdefault(name, []).append(addition)
-                if addition.path_or_fileobj == b"":  # how the client says that it no longer needs the file
-                    path.unlink()
+    def card_and_deletions(head: str, tree: Tree) -> list[CommitOperationAdd | CommitOperationDelete]:
+        old = {path for path in tree if re.fullmatch(rf"{re.escape(data_dir)}/[^/]+\.parquet", path)} - paths
+        stale = {path for path in old if path.startswith(replaced)}
+        current = None
+        if _CARD in tree:
+            local = session.api.hf_hub_download(repo_id, _CARD, repo_type="dataset", revision=head)
+            current = Path(local).read_text(encoding="utf-8")
+        card = merge_dataset_card(
+            current,
+            extra[_CARD].decode("utf-8") if _CARD in extra else None,
+            config_name,
+            data_dir,
+            splits,
+            download_size=sum(tree[path].size for path in old - stale)
+            + sum(shard.upload_info.size for shard in shards),
+            replace_config=isinstance(dataset, DatasetDict),
+        )
+        files = {**extra, _CARD: card.encode("utf-8")}
+        return [
+            *(CommitOperationAdd(path, content) for path, content in files.items()),
+            *(CommitOperationDelete(path) for path in sorted(stale)),
+        ]
 
-        additions = [addition for parts in shards.values() for addition in parts]
-        uploaded_paths = {addition.path_in_repo for addition in additions}
-        replaced = "" if isinstance(dataset, DatasetDict) else f"{next(iter(splits))}-"
-
-        def other_operations(head: str, tree: Tree) -> list[CommitOperationAdd | CommitOperationDelete]:
-            inside = {path: file for path, file in tree.items() if path.startswith(f"{data_dir}/")}
-            stale = [
-                path
-                for path in inside
-                if path.startswith(f"{data_dir}/{replaced}")
-                and path.endswith(".parquet")
-                and path not in uploaded_paths
-            ]
-            kept_size = sum(
-                file.size
-                for path, file in inside.items()
-                if path.endswith(".parquet") and path not in stale and path not in uploaded_paths
-            )
-            current = None
-            if _CARD in tree:
-                local = session.api.hf_hub_download(repo_id, _CARD, repo_type="dataset", revision=head)
-                current = Path(local).read_text(encoding="utf-8")
-            card = merge_dataset_card(
-                current,
-                extra[_CARD].decode("utf-8") if _CARD in extra else None,
-                config_name,
-                data_dir,
-                splits,
-                download_size=kept_size + sum(addition.upload_info.size for addition in additions),
-                replace_config=isinstance(dataset, DatasetDict),
-            )
-            files = {**extra, _CARD: card.encode("utf-8")}
-            deletions = [CommitOperationDelete(path) for path in stale]
-            return [*(CommitOperationAdd(path, content) for path, content in files.items()), *deletions]
-
-        commit = commit_once(session, branch, commit_message or f"Upload {config_name}", additions, other_operations)
+    commit = commit_once(session, branch, commit_message or f"Upload {config_name}", shards, card_and_deletions)
     if tag:
-        tag_commit(session, tag, commit, uploaded_paths)
+        tag_commit(session, tag, commit, paths)
     return commit
 
 
@@ -289,6 +274,8 @@ def _splits(dataset: Dataset | DatasetDict, split: str | None) -> dict[str, Data
     for name, part in splits.items():
         if not re.fullmatch(r"\w+(\.\w+)*", name):
             raise ValueError(f"{name!r} is no name of a split; use letters, digits, '_' and '.', e.g. 'train'.")
+        if len(part) == 0:
+            raise ValueError(f"The split {name!r} has no rows: `load_dataset` could not load it. Leave it out.")
         if part.features != next(iter(splits.values())).features:
             raise ValueError(f"The splits of one config need the same features; those of {name!r} differ.")
         files = [
@@ -297,6 +284,42 @@ def _splits(dataset: Dataset | DatasetDict, split: str | None) -> dict[str, Data
         if files:
             raise ValueError(f"The columns {files} hold files (images, audio); push those with Dataset.push_to_hub.")
     return splits
+
+
+def _upload_shards(
+    session: HubSession,
+    branch: str,
+    dataset: Dataset,
+    prefix: str,
+    max_shard_size: int,
+    parquet_writer_kwargs: Mapping[str, Any] | None,
+) -> Iterator[CommitOperationAdd]:
+    """Write and send one shard after the other: an interrupted push goes on after the last finished one, and the disk
+    holds one shard at a time."""
+    count = min(len(dataset), 1 + estimate_bytes(dataset) // max_shard_size)
+    with tempfile.TemporaryDirectory(prefix="first_trl-push-") as folder:
+        for index in range(count):
+            path = Path(folder) / f"{index}.parquet"
+            shard = dataset.shard(count, index, contiguous=True) if count > 1 else dataset
+            _write_parquet(shard, path, parquet_writer_kwargs or {})
+            addition = CommitOperationAdd(f"{prefix}-{index:05d}-of-{count:05d}.parquet", path)
+            upload_content(session, branch, [addition])
+            if addition.path_or_fileobj != b"":  # how the client says that it no longer needs the file
+                addition.path_or_fileobj = path.read_bytes()
+            path.unlink()
+            yield addition
+
+
+def _write_parquet(dataset: Dataset, path: Path, options: Mapping[str, Any]) -> None:
+    """As [`datasets.Dataset.to_parquet`], which does not let compression and encodings be chosen: they decide how much a
+    large cache of numbers takes."""
+    rows = max(1, len(dataset) * _ROW_GROUP_BYTES // max(1, estimate_bytes(dataset)))
+    # Content-defined pages let Xet recognise what an edited dataset has in common with an earlier one.
+    defaults = {"compression": "zstd", "use_content_defined_chunking": True, "write_page_index": True}
+    tables = dataset.with_format("arrow")
+    with pq.ParquetWriter(path, dataset.features.arrow_schema, **{**defaults, **options}) as writer:
+        for start in range(0, len(dataset), rows):
+            writer.write_table(tables[start : start + rows], row_group_size=rows)
 
 
 def _contents(files: Mapping[str, bytes | str | Path], data_dir: str) -> dict[str, bytes]:

@@ -8,6 +8,11 @@ from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCard
 
 
+def estimate_bytes(dataset: Dataset) -> int:
+    """Bytes of the rows in memory; a selection of rows is taken to be as large as the average."""
+    return int(dataset.data.nbytes * (len(dataset) / max(1, len(dataset.data))))
+
+
 def merge_dataset_card(
     current: str | None,
     new: str | None,
@@ -59,8 +64,7 @@ def merge_dataset_card(
             if isinstance(entry, dict)
         }
     for name, part in splits.items():
-        num_bytes = int(part.data.nbytes * (len(part) / max(1, len(part.data))))
-        split_infos.add(SplitInfo(name=name, num_bytes=num_bytes, num_examples=len(part)))
+        split_infos.add(SplitInfo(name=name, num_bytes=estimate_bytes(part), num_examples=len(part)))
         data_files[name] = f"{data_dir}/{name}-*"
     dataset_size = sum(split.num_bytes for split in split_infos.values())
     DatasetInfosDict(

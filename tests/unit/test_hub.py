@@ -144,6 +144,31 @@ def test_loads_stay_at_the_returned_commit(client: Client, repo: str) -> None:
     assert client.result(f"pull_folder({repo!r}, revision={first!r}).commit") == first
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        "rows(50).shuffle(seed=1)",
+        "rows(50).select([7, 3, 3, 49])",
+        "rows(50).filter(lambda r: r['ids'][0] % 2)",
+    ],
+)
+def test_views_of_a_dataset_are_pushed_as_they_read(client: Client, repo: str, data: str) -> None:
+    client.result(f"push({data}, {repo!r}, max_shard_size=300, parquet_writer_kwargs={{'compression': 'snappy'}})")
+    assert client.result(f"same({data}, {repo!r}, split='train')")
+
+
+def test_only_shards_of_the_config_are_deleted(hub: HubServer, client: Client, repo: str) -> None:
+    client.result(f"push(rows(900), {repo!r}, max_shard_size=10_000, extra_files={{'m.json': b'1'}})")
+    client.result(
+        "Path('more/data/deeper').mkdir(parents=True, exist_ok=True) "
+        "or Path('more/data/deeper/x.parquet').write_bytes(b'x')"
+    )
+    client.result(f"push_folder('more', {repo!r}, repo_type='dataset')")
+    client.result(f"push(DatasetDict(train=rows(3)), {repo!r})")
+    expected = {".gitattributes", "README.md", "m.json", "data/deeper/x.parquet", "data/train-00000-of-00001.parquet"}
+    assert set(hub.files(repo)) == expected
+
+
 def test_pull_folder_returns_the_files(client: Client, hub: HubServer, repo: str) -> None:
     client.result(
         "Path('tree/deep').mkdir(parents=True, exist_ok=True) or Path('tree/deep/w.bin').write_bytes(bytes(70_000)) "
@@ -167,6 +192,8 @@ def test_pull_folder_returns_the_files(client: Client, hub: HubServer, repo: str
         ("push(DatasetDict(a=rows(1)), 'alice/x', split='a')", "split only goes with a Dataset"),
         ("push(DatasetDict(a=rows(1), b=Dataset.from_dict({'z': [1]})), 'alice/x')", "same features"),
         ("push([1], 'alice/x')", "Cannot push a list"),
+        ("push(DatasetDict(a=rows(1), b=rows(0)), 'alice/x')", "'b' has no rows"),
+        ("push(rows(1), 'alice/x', max_shard_size=0)", "max_shard_size is 0"),
         ("push(rows(1), 'x')", "'namespace/name'"),
         ("push(rows(1), 'alice/x', extra_files={'data/a.parquet': b''})", "taken for a shard"),
         ("push(rows(1), 'alice/x', revision='a' * 40)", "a push goes to a branch"),
