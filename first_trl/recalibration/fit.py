@@ -120,17 +120,16 @@ class _Scores:
         n_bins: int,
         unit: np.ndarray,
     ) -> None:
-        self.method, self.objective, self.estimator, self.top_k, self.n_bins = (
-            method,
-            objective,
-            estimator,
-            top_k,
-            n_bins,
-        )
-        self.arrays, self.unit, self.n_units = arrays, unit, int(unit.max()) + 1
-        hit = arrays.ids[:, :top_k] == arrays.labels[:, None]
-        self.covered = hit.any(axis=1)
-        self.hit = hit
+        self.method, self.objective, self.top_k, self.n_bins = method, objective, top_k, n_bins
+        self.unit, self.n_units = unit, int(unit.max()) + 1
+        self.hit = arrays.ids[:, :top_k] == arrays.labels[:, None]
+        self.covered = self.hit.any(axis=1)
+        # `apply` checks its arrays; once is enough for all values tried.
+        Recalibration().apply(arrays.logprobs, arrays.tail_logprob, estimator=estimator, top_k=top_k)
+        self.logprobs = np.minimum(np.asarray(arrays.logprobs, dtype=np.float64), 0.0)
+        self.tail = None
+        if estimator == "bucket":
+            self.tail = np.minimum(np.asarray(arrays.tail_logprob, dtype=np.float64), 0.0)
         self.points: dict[float | None, CurvePoint] = {}
         self.units: dict[float, tuple[np.ndarray, np.ndarray]] = {}
         self.raw_confidence = np.empty(0)
@@ -145,8 +144,8 @@ class _Scores:
 
     def _score(self, value: float | None) -> None:
         recalibration = Recalibration() if value is None else Recalibration(self.method, value)
-        a, n = self.arrays, len(self.arrays.labels)
-        head, tail = recalibration.apply(a.logprobs, a.tail_logprob, estimator=self.estimator, top_k=self.top_k)
+        n = len(self.hit)
+        head, tail = recalibration.target(self.logprobs, self.tail, self.top_k)
         target = np.exp(head)
         rows = np.arange(n)
         # The prediction is a token, so the bucket never is one, even where it holds the largest mass.

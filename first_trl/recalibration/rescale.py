@@ -21,8 +21,13 @@ _POSITIVE_TOLERANCE = 1e-6
 
 def _logsumexp(x: np.ndarray) -> np.ndarray:
     """Log of the sum of exponentials over the last axis; -inf for an empty or all -inf row."""
+    if x.shape[-1] == 0:
+        return np.full(x.shape[:-1], -np.inf)
+    largest = x.max(axis=-1)
+    # An all -inf row has no largest entry to subtract.
+    shift = np.where(largest == -np.inf, 0.0, largest)
     with np.errstate(divide="ignore"):
-        return np.logaddexp.reduce(x, axis=-1, initial=-np.inf)
+        return np.log(np.exp(x - shift[..., None]).sum(axis=-1)) + shift
 
 
 def _log1mexp(x: np.ndarray) -> np.ndarray:
@@ -31,7 +36,7 @@ def _log1mexp(x: np.ndarray) -> np.ndarray:
         return np.where(x > -math.log(2.0), np.log(-np.expm1(x)), np.log1p(-np.exp(x)))
 
 
-def _check_logprobs(logprobs: Any) -> np.ndarray:
+def check_logprobs(logprobs: Any) -> np.ndarray:
     lp = np.asarray(logprobs, dtype=np.float64)
     if lp.ndim != 2 or lp.shape[1] == 0:
         raise ValueError(f"`logprobs` must have the shape [positions, k] with k >= 1, got {lp.shape}.")
@@ -61,7 +66,7 @@ def _check_logprobs(logprobs: Any) -> np.ndarray:
     return lp
 
 
-def _check_tail(tail_logprob: Any, lp: np.ndarray) -> np.ndarray:
+def check_tail(tail_logprob: Any, lp: np.ndarray) -> np.ndarray:
     tail = np.asarray(tail_logprob, dtype=np.float64)
     if tail.shape != lp.shape[:1]:
         raise ValueError(
@@ -182,20 +187,26 @@ class Recalibration:
             raise ValueError(
                 f"Unknown estimator {estimator!r} for a recalibrated target, choose one of {list(ESTIMATORS)}."
             )
-        lp = _check_logprobs(logprobs)
+        lp = check_logprobs(logprobs)
+        kept_k = lp.shape[1] if top_k is None else check_top_k(top_k, lp.shape[1])
+        tail = None
+        if estimator == "bucket":
+            if tail_logprob is None:
+                raise ValueError(
+                    "The estimator 'bucket' needs `tail_logprob`, the log of the teacher's mass outside the k."
+                )
+            tail = check_tail(tail_logprob, lp)
+        return self.target(lp, tail, kept_k)
+
+    def target(self, lp: np.ndarray, tail: np.ndarray | None, kept_k: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """[`~Recalibration.apply`] on arrays that were checked before; with a `tail` the target has a bucket."""
         k = lp.shape[1]
-        kept_k = k if top_k is None else check_top_k(top_k, k)
         kept = lp[:, :kept_k]
         if self.method == "label_smoothing" and kept_k == 1 and self.value:
             raise ValueError("Label smoothing needs at least two kept tokens to share delta with, got k = 1.")
         head = self._rescale(kept)
-        if estimator != "bucket":
+        if tail is None:
             return head, None
-        if tail_logprob is None:
-            raise ValueError(
-                "The estimator 'bucket' needs `tail_logprob`, the log of the teacher's mass outside the k."
-            )
-        tail = _check_tail(tail_logprob, lp)
         # The tail is exact and the k values are rounded, so the k share what the tail leaves: rows sum to 1 exactly.
         share = _log1mexp(tail) - _logsumexp(lp)
         new_tail = np.logaddexp(tail, share + _logsumexp(lp[:, kept_k:])) if kept_k < k else tail
