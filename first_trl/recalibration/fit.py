@@ -1,6 +1,5 @@
 """Fit of a rescale on a validation split: the two-stage grid of FIRST, its curve and its spread."""
 
-import math
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -8,30 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from ..calibration.bins import assign, width_edges
 from .rescale import ESTIMATORS, METHODS, Recalibration, check_top_k
+from .scores import CurvePoint, TargetScores, flat_cache
 
 
 # Below this the choice is visibly noisy (sd of a fitted T above 0.1).
 _SMALL_N = 1000
 # Resampling more independent groups than this changes the spread less than 200 resamples can show.
 _MAX_RESAMPLING_UNITS = 4096
-
-
-@dataclass(frozen=True)
-class CurvePoint:
-    """
-    One value tried by `fit_recalibration` and what the rescaled target scores there.
-
-    `nll` is in nats, `None` where it is infinite (the target gives a label the probability 0).
-    """
-
-    stage: str
-    value: float | None
-    ece: float
-    nll: float | None
-    brier: float
-    mean_confidence: float
 
 
 @dataclass(frozen=True)
@@ -45,7 +28,7 @@ class RecalibrationFit:
         chosen (`CurvePoint`): the target at the chosen value.
         curve (`list[CurvePoint]`): every value tried, coarse stage first.
         bootstrap (`dict` or `None`): `n_resamples`, `mean`, `sd`, `low` and `high` (2.5 and 97.5 percent) of the chosen
-            value when whole rows are resampled.
+            value when whole rows are resampled. The fine step of the search (0.02, or 0.01 for delta) is their resolution.
         at_boundary (`bool`): the chosen value is the smallest or the largest one tried.
         n (`int`): positions used; `n_rows`: sequences they come from.
         accuracy (`float`): share of positions where the teacher's first rank is the label.
@@ -105,171 +88,6 @@ def _fine_values(method: str, center: float) -> list[float]:
     reach = round(coarse_step / step)
     values = (round(center + i * step, 10) for i in range(-reach, reach + 1))
     return [v for v in values if (0.0 <= v < 1.0 if method == "label_smoothing" else v > 0.0)]
-
-
-class _Scores:
-    """Scores of rescaled targets on one set of positions, each value computed once."""
-
-    def __init__(
-        self,
-        arrays: "_FlatCache",
-        method: str,
-        objective: str,
-        estimator: str,
-        top_k: int,
-        n_bins: int,
-        unit: np.ndarray,
-    ) -> None:
-        self.method, self.objective, self.top_k, self.n_bins = method, objective, top_k, n_bins
-        self.unit, self.n_units = unit, int(unit.max()) + 1
-        self.hit = arrays.ids[:, :top_k] == arrays.labels[:, None]
-        self.covered = self.hit.any(axis=1)
-        # `apply` checks its arrays; once is enough for all values tried.
-        Recalibration().apply(arrays.logprobs, arrays.tail_logprob, estimator=estimator, top_k=top_k)
-        self.logprobs = np.minimum(np.asarray(arrays.logprobs, dtype=np.float64), 0.0)
-        self.tail = None
-        if estimator == "bucket":
-            self.tail = np.minimum(np.asarray(arrays.tail_logprob, dtype=np.float64), 0.0)
-        self.points: dict[float | None, CurvePoint] = {}
-        self.units: dict[float, tuple[np.ndarray, np.ndarray]] = {}
-        self.raw_confidence = np.empty(0)
-        self.distance: dict[float, float] = {}
-        self._score(None)
-
-    def point(self, value: float, stage: str) -> CurvePoint:
-        if value not in self.points:
-            self._score(value)
-        scored = self.points[value]
-        return CurvePoint(stage, scored.value, scored.ece, scored.nll, scored.brier, scored.mean_confidence)
-
-    def _score(self, value: float | None) -> None:
-        recalibration = Recalibration() if value is None else Recalibration(self.method, value)
-        n = len(self.hit)
-        head, tail = recalibration.target(self.logprobs, self.tail, self.top_k)
-        target = np.exp(head)
-        rows = np.arange(n)
-        # The prediction is a token, so the bucket never is one, even where it holds the largest mass.
-        best = np.argmax(target, axis=1)
-        confidence = target[rows, best]
-        correct = self.hit[rows, best]
-        bins = assign(np.minimum(confidence, 1.0), width_edges(self.n_bins), "right", uniform=self.n_bins)
-        gap = confidence - correct
-        ece = float(np.abs(np.bincount(bins, weights=gap, minlength=self.n_bins)).sum() / n)
-        # A label outside the kept tokens is the bucket. Without a bucket its target is 0 at every value: such rows cannot
-        # move the choice, and leaving them out keeps the number finite.
-        gold_logprob = np.where(self.hit, head, 0.0).sum(axis=1, where=self.hit)
-        gold_target = np.where(self.covered, np.exp(gold_logprob), 0.0)
-        counted = self.covered
-        square = np.square(target).sum(axis=1)
-        if tail is not None:
-            gold_logprob = np.where(self.covered, gold_logprob, tail)
-            gold_target = np.exp(gold_logprob)
-            counted = np.ones(n, dtype=bool)
-            square = square + np.exp(2.0 * tail)
-        losses = np.where(counted, -gold_logprob, 0.0)
-        nll = float(losses.sum() / counted.sum()) if counted.any() else math.inf
-        brier = float(np.mean(square - 2.0 * gold_target + 1.0))
-        self.points[value] = CurvePoint(
-            "raw", value, ece, nll if math.isfinite(nll) else None, brier, float(confidence.mean())
-        )
-        if value is None:
-            self.raw_confidence = confidence
-            return
-        self.distance[value] = {
-            "logit_temperature": abs(value - 1.0),
-            "label_smoothing": value,
-        }.get(self.method, float(np.abs(confidence - self.raw_confidence).mean()))
-        if self.objective == "ece":
-            sums = np.bincount(self.unit * self.n_bins + bins, weights=gap, minlength=self.n_units * self.n_bins)
-            self.units[value] = (sums.reshape(self.n_units, self.n_bins), np.bincount(self.unit).astype(float))
-        else:
-            sums = np.bincount(self.unit, weights=losses, minlength=self.n_units)
-            self.units[value] = (sums[:, None], np.bincount(self.unit, weights=counted, minlength=self.n_units))
-
-    def choose(self, values: list[float]) -> float:
-        """The best value; between equals the one nearest to no rescale."""
-        for value in values:
-            self.point(value, "")
-        scores = {v: getattr(self.points[v], self.objective) for v in values}
-        usable = [v for v in values if scores[v] is not None]
-        if not usable:
-            raise ValueError(
-                f"The {self.objective.upper()} is not finite at any value tried: the label has probability 0 in the "
-                "target. Keep more tokens (a larger k), use the estimator 'bucket' or fit by objective='ece'."
-            )
-        return min(usable, key=lambda v: (round(scores[v], 12), self.distance[v]))
-
-    def choose_resampled(self, values: list[float], weights: np.ndarray) -> np.ndarray:
-        """`choose` for every row of resampling `weights`, float64 [resamples, units]."""
-        for value in values:
-            self.point(value, "")
-        ordered = sorted(values, key=lambda v: self.distance[v])
-        scores = []
-        for value in ordered:
-            sums, counts = self.units[value]
-            total = np.maximum(weights @ counts, 1.0)
-            with np.errstate(invalid="ignore"):
-                scores.append(np.round(np.abs(weights @ sums).sum(axis=1) / total, 12))
-        # A label of probability 0 has an infinite loss, and 0 * inf is not a number.
-        return np.asarray(ordered)[np.argmin(np.nan_to_num(np.stack(scores), nan=np.inf), axis=0)]
-
-
-@dataclass(frozen=True)
-class _FlatCache:
-    logprobs: np.ndarray
-    ids: np.ndarray
-    labels: np.ndarray
-    tail_logprob: np.ndarray | None
-    row: np.ndarray
-
-
-def _flat_cache(cache: Any, positions: str) -> _FlatCache:
-    """Arrays of the supervised positions of `cache`, checked against one another."""
-    if hasattr(cache, "column_names"):
-        from ..teacher.schema import flatten_cache
-
-        cache = flatten_cache(cache)
-    get = cache.get if isinstance(cache, Mapping) else lambda name: getattr(cache, name, None)
-    source = {name: get(name) for name in ("logprobs", "ids", "labels", "tail_logprob", "first")}
-    missing = [name for name in ("logprobs", "ids", "labels") if source[name] is None]
-    if missing:
-        raise ValueError(
-            f"`cache` ({type(cache).__name__}) lacks {missing}: give a dataset with the cache columns, or flat arrays "
-            "'logprobs' [N, k], 'ids' [N, k], 'labels' [N] and 'tail_logprob' [N]."
-        )
-    logprobs, ids, labels = (np.asarray(source[name]) for name in ("logprobs", "ids", "labels"))
-    if labels.size == 0:
-        raise ValueError(
-            "The validation split has no supervised position: nothing to fit on. Give rows whose labels are not all -100."
-        )
-    if logprobs.ndim != 2 or ids.shape != logprobs.shape or labels.shape != logprobs.shape[:1]:
-        raise ValueError(
-            "The shapes of the cache do not fit together: logprobs [N, k], ids [N, k] and labels [N] are needed, got "
-            f"{logprobs.shape}, {ids.shape} and {labels.shape}."
-        )
-    for name, array in (("ids", ids), ("labels", labels)):
-        if not np.issubdtype(array.dtype, np.integer):
-            raise ValueError(f"The {name} of the cache must be integer token ids, got {array.dtype}.")
-    if (labels < 0).any():
-        bad = int(np.flatnonzero(labels < 0)[0])
-        raise ValueError(
-            f"Label {bad} of the cache is {labels[bad]}: give supervised positions only, -100 marks the others."
-        )
-    tail, first = source["tail_logprob"], source["first"]
-    first_mask = np.ones(len(labels), dtype=bool) if first is None else np.asarray(first, dtype=bool)
-    if first_mask.shape != labels.shape or not first_mask[0]:
-        raise ValueError("`first` must mark, for every position, whether it is the first supervised one of its row.")
-    if positions == "first" and first is None:
-        raise ValueError("positions='first' needs to know where a row starts: give 'first' (bool [N]) or a dataset.")
-    row = np.cumsum(first_mask) - 1
-    keep = first_mask if positions == "first" else slice(None)
-    return _FlatCache(
-        logprobs[keep],
-        ids[keep],
-        labels[keep],
-        None if tail is None else np.asarray(tail)[keep],
-        row[keep],
-    )
 
 
 def _check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
@@ -340,7 +158,7 @@ def fit_recalibration(
     _check_choice("positions", positions, ("all", "first"))
     if n_bins < 1 or n_bootstrap < 0:
         raise ValueError(f"`n_bins` must be >= 1 and `n_bootstrap` >= 0, got {n_bins} and {n_bootstrap}.")
-    arrays = _flat_cache(cache, positions)
+    arrays = flat_cache(cache, positions)
     n, k = arrays.logprobs.shape
     kept_k = k if top_k is None else check_top_k(top_k, k)
     rng = np.random.default_rng(seed)
@@ -349,7 +167,7 @@ def fit_recalibration(
     unit = row
     if n_rows > _MAX_RESAMPLING_UNITS:
         unit = (rng.permutation(n_rows) % _MAX_RESAMPLING_UNITS)[row]
-    scores = _Scores(arrays, method, objective, estimator, kept_k, n_bins, unit)
+    scores = TargetScores(arrays, method, objective, estimator, kept_k, n_bins, unit)
     raw = scores.points[None]
 
     curve: list[CurvePoint] = []
@@ -416,7 +234,7 @@ def fit_recalibration(
 
 
 def _bootstrap(
-    scores: _Scores, method: str, coarse: list[float], n_resamples: int, rng: np.random.Generator
+    scores: TargetScores, method: str, coarse: list[float], n_resamples: int, rng: np.random.Generator
 ) -> np.ndarray:
     """The value the two-stage search picks on each resample, float64 [n_resamples]."""
     n_units = scores.n_units
