@@ -188,12 +188,12 @@ def _add_legend(figure: "Figure") -> None:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     order = [label for label in _LEGEND if label in handles]
-    narrow = figure.get_figwidth() < 8
+    width = figure.get_figwidth()
     figure.legend(
         [handles[label] for label in order],
         order,
         loc="outside lower center",
-        ncols=math.ceil(len(order) / 2) if narrow else len(order),
+        ncols=2 if width < 6 else 3 if width < 12 else len(order),
         fontsize=9,
         frameon=False,
     )

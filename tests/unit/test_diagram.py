@@ -1,0 +1,185 @@
+"""Reliability diagrams: what is drawn is what the report says."""
+
+import io
+import json
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+from first_trl.calibration import calibration_report, reliability_data, reliability_diagram
+
+
+matplotlib = pytest.importorskip("matplotlib", reason="needs matplotlib")
+pytestmark = pytest.mark.filterwarnings("ignore::first_trl.calibration.CalibrationWarning")
+
+
+def report(seed: int = 0, n: int = 500, power: float = 1.5, **options: Any) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    confidence = rng.uniform(0.3, 1, n)
+    return calibration_report(confidence, rng.random(n) < confidence**power, **options)
+
+
+def rectangles(axis: Any) -> list[tuple[float, float, float, float]]:
+    return [(*patch.get_xy(), patch.get_width(), patch.get_height()) for patch in axis.patches]
+
+
+def pixels(figure: Any) -> np.ndarray:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="rgba", dpi=50)
+    return np.frombuffer(buffer.getvalue(), np.uint8)
+
+
+def test_bars_are_the_bins_of_the_report() -> None:
+    given = report(n_bins=10)
+    figure = reliability_diagram(given, null_band=False)
+    axis, strip = figure.axes
+    bins = given["bins"]
+    used = [i for i, count in enumerate(bins["count"]) if count]
+    assert used == list(range(3, 10))  # the empty bins stay blank
+    bars = rectangles(axis)
+    assert len(bars) == 2 * len(used)
+    for position, i in enumerate(used):
+        low, high = sorted((bins["accuracy"][i], bins["confidence"][i]))
+        assert bars[2 * position] == pytest.approx((bins["lower"][i], 0, 0.1, low))
+        assert bars[2 * position + 1] == pytest.approx((bins["lower"][i], low, 0.1, high - low))
+    marks = [line.get_ydata()[0] for line in axis.lines if line.get_label() == "accuracy of the bin"]
+    assert marks == pytest.approx([bins["accuracy"][i] for i in used])
+    assert [height for *_, height in rectangles(strip)] == pytest.approx([c / 500 for c in bins["count"]])
+    lines = {line.get_label(): line.get_xdata()[0] for line in strip.lines}
+    assert lines == pytest.approx({"overall accuracy": given["accuracy"], "mean confidence": given["mean_confidence"]})
+
+
+def test_gaps_are_coloured_by_their_sign() -> None:
+    over = calibration_report([0.85] * 10, [1] * 5 + [0] * 5)
+    under = calibration_report([0.55] * 10, [1] * 9 + [0])
+    colours = []
+    for given in (over, under):
+        axis = reliability_diagram(given, null_band=False).axes[0]
+        labels = axis.get_legend_handles_labels()[1]
+        colours.append((axis.patches[1].get_facecolor(), "over-confident" in labels, "under-confident" in labels))
+    assert colours[0][0] != colours[1][0]
+    assert colours[0][1:] == (True, False) and colours[1][1:] == (False, True)
+
+
+def test_null_band_is_where_a_calibrated_model_lies() -> None:
+    given = report(n=2000, power=1.0)
+    bins = given["bins"]
+    for i, count in enumerate(bins["count"]):
+        if count:
+            mean, half = (
+                bins["confidence"][i],
+                1.96 * np.sqrt(bins["confidence"][i] * (1 - bins["confidence"][i]) / count),
+            )
+            assert bins["null_low"][i] == pytest.approx(max(mean - half, 0), abs=2e-3)
+            assert bins["null_high"][i] == pytest.approx(min(mean + half, 1), abs=2e-3)
+    with_band, without = reliability_diagram(given), reliability_diagram(given, null_band=False)
+    spans = [r for r in rectangles(with_band.axes[0]) if r[2] == pytest.approx(0.02)]
+    assert len(spans) == 7 and len(rectangles(without.axes[0])) == 14
+    assert spans[0][1] == pytest.approx(bins["null_low"][3])
+    # Over many calibrated samples the band holds 95 % of the accuracies.
+    inside = []
+    for seed in range(60):
+        b = report(seed, n=2000, power=1.0)["bins"]
+        inside += [b["null_low"][i] <= b["accuracy"][i] <= b["null_high"][i] for i in range(3, 10)]
+    assert 0.92 <= np.mean(inside) <= 0.98
+
+
+def test_no_text_overlaps_and_nothing_leaves_the_page() -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    reports = {f"model {i}": report(i, confidence_interval=0.95, n_resamples=100) for i in range(10)}
+    for given in (reports, {"model 0": reports["model 0"]}, dict(list(reports.items())[:3])):
+        figure = reliability_diagram(given, suptitle="Students")
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        renderer, page = canvas.get_renderer(), figure.bbox
+        texts = [figure.legends[0].get_window_extent(renderer), figure._suptitle.get_window_extent(renderer)]
+        for axis in figure.axes:
+            extra = [axis.title, *axis.texts, axis.xaxis.label, axis.yaxis.label]
+            texts += [text.get_window_extent(renderer) for text in extra if text.get_text()]
+        for i, first in enumerate(texts):
+            assert page.x0 <= first.x0 and first.x1 <= page.x1 and page.y0 <= first.y0 and first.y1 <= page.y1
+            assert not any(first.overlaps(second) for second in texts[i + 1 :])
+
+
+@pytest.mark.parametrize(("count", "shape"), [(1, (1, 1)), (3, (1, 3)), (6, (2, 3)), (7, (2, 4)), (10, (2, 5))])
+def test_grid(count: int, shape: tuple[int, int]) -> None:
+    figure = reliability_diagram({str(i): report(i, n=50) for i in range(count)}, counts=False)
+    assert len(figure.axes) == count
+    assert figure.axes[0].get_subplotspec().get_gridspec().get_geometry() == shape
+    assert [axis.get_title() for axis in figure.axes] == [str(i) for i in range(count)]
+
+
+def test_overlay() -> None:
+    reports = {"teacher": report(0, power=1.0), "student": report(1, power=3.0)}
+    figure = reliability_diagram(reports, layout="overlay")
+    axis = figure.axes[0]
+    labels = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert labels == [f"{name} (ECE {r['ece']:.3f})" for name, r in reports.items()]
+    drawn = [line for line in axis.lines if len(line.get_xdata()) > 2]
+    for line, given in zip(drawn, reports.values(), strict=True):
+        assert list(line.get_ydata()) == pytest.approx([a for a in given["bins"]["accuracy"] if a is not None])
+
+
+def test_given_axes_and_titles() -> None:
+    from matplotlib.figure import Figure
+
+    own = Figure()
+    pair = own.subplots(1, 2)
+    assert reliability_diagram({"a": report(), "b": report(1)}, axes=pair, titles=["A", "B"]) is own
+    assert [axis.get_title() for axis in pair] == ["A", "B"]
+    single = Figure().subplots()
+    assert reliability_diagram(report(), axes=single) is single.figure
+    assert (pixels(own) != 255).any()
+
+
+def test_classwise_reports_draw_one_panel_per_class() -> None:
+    rng = np.random.default_rng(0)
+    rows, labels = rng.dirichlet([1, 1, 1], 200), rng.integers(0, 3, 200)
+    given = calibration_report(rows, labels, mode="classwise")
+    with pytest.raises(ValueError, match='"classes"'):
+        reliability_diagram(given)
+    panels = {f"class {entry['label']}": entry for entry in given["classes"]}
+    assert len(reliability_diagram(panels, counts=False).axes) == 3
+
+
+def test_data_is_json_and_complete() -> None:
+    reports = {"a": report(confidence_interval=0.9, n_resamples=100), "b": report(1, strategy="mass")}
+    data = reliability_data(reports)
+    assert json.loads(json.dumps(data)) == data
+    assert [panel["title"] for panel in data["panels"]] == ["a", "b"]
+    assert data["panels"][0]["ci_low"] == reports["a"]["ci_low"]
+    assert data["panels"][0]["n"] == 500
+    assert data["panels"][1]["bins"] == reports["b"]["bins"]
+    assert data["panels"][0]["bins"]["accuracy"][0] is None
+    assert reliability_data(reports["a"])["panels"][0]["title"] == ""
+
+
+@pytest.mark.parametrize(
+    ("reports", "options", "message"),
+    [
+        ({}, {}, "non-empty"),
+        ([1, 2], {}, "must be a report"),
+        ({"a": 3}, {}, r"reports\['a'\] is a int"),
+        ({"a": {"ece": 0.1}}, {}, "return_bins=True"),
+        ("report", {"titles": ["a", "b"]}, "2 titles for 1"),
+        ("report", {"layout": "grid"}, "layout='grid'"),
+        ("report", {"columns": 0}, "columns=0"),
+        ("report", {"axes": []}, "0 axes for 1"),
+    ],
+)
+def test_errors(reports: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        reliability_diagram(report() if reports == "report" else reports, **options)
+
+
+def test_the_core_imports_neither_matplotlib_nor_torch() -> None:
+    script = (
+        "import sys, first_trl.calibration as c; c.calibration_report([0.5, 0.7], [1, 0]);"
+        "print([m for m in ('matplotlib', 'torch', 'transformers', 'datasets', 'evaluate', 'scipy') if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
