@@ -271,6 +271,7 @@ def broken(change):
         (broken(lambda r: r.update(target="9")), "neither an index nor one of the choices"),
         (broken(lambda r: r.update(target="None")), "neither an index"),
         (broken(lambda r: r.update(acc=0.0)), "disagree with the accuracy"),
+        (broken(lambda r: r.update(acc=0.37)), "acc = 0.37 is neither 0 nor 1"),
         ([sample(0, DOCS[0]), sample(0, DOCS[0])], "doc 0 was already read"),
         ([{"doc_id": 0}], "no sample of lm-evaluation-harness"),
     ],

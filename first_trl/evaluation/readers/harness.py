@@ -199,6 +199,12 @@ def _read_group(task: str, filter_name: str, rows: Iterable[tuple[Mapping[str, A
                 n_choices, unconditional, logprobs = half, logprobs[half:], logprobs[:half]
         continuations = [text for _, text in arguments[:n_choices]]
         logged = {name: sample[name] for name in sample.get("metrics", READINGS) if name in sample}
+        for name in READINGS:
+            if logged.get(name) is not None and float(logged[name]) not in (0.0, 1.0):
+                raise ValueError(
+                    f"{place}: {name} = {logged[name]} is neither 0 nor 1. The task scores its answers in its own way (as "
+                    "TruthfulQA mc2 does), so which choices are right is not logged."
+                )
         read.doc_ids.append(doc_id)
         read.logprobs.append(logprobs)
         read.unconditional.append(unconditional)
