@@ -284,7 +284,7 @@ def _answer_scores(examples: Examples, top: BinTable, ece: float | None) -> dict
         "mean_confidence": confidence,
         "signed_gap": confidence - accuracy,
         "trust": None if ece is None else accuracy - ece,
-        "brier": brier_score(examples),
+        "brier": top_brier if examples.probabilities is None else brier_score(examples),
         "nll": negative_log_likelihood(examples),
         "brier_decomposition": brier_decomposition(top, top_brier),
         "auroc": auroc,

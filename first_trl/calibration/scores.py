@@ -104,27 +104,36 @@ def rank_scores(
     """
     n = len(confidence)
     # Confidence and outcome in one integer: doubles in [0, 1] order like their bits, and sorting plain integers is
-    # several times faster than argsort.
-    bits = (confidence.astype(np.float64) + 0.0).view(np.uint64)
-    ordered = np.sort((bits << np.uint64(1)) | correct.astype(np.uint64))[::-1]
-    wrong = 1.0 - (ordered & np.uint64(1)).astype(np.float64)
-    values = ordered >> np.uint64(1)
-    starts = np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]]))
-    sizes = np.diff(np.append(starts, n))
-    wrong_in_run = np.add.reduceat(wrong, starts)
-    right_in_run = sizes - wrong_in_run
-    n_right, n_wrong = float(right_in_run.sum()), float(wrong_in_run.sum())
-    auroc = None
-    if n_right and n_wrong:
+    # several times faster than argsort. Inverted bits sort the most confident first.
+    keys = (confidence.astype(np.float64) + 0.0).view(np.uint64)
+    keys <<= np.uint64(1)
+    keys |= correct
+    np.invert(keys, out=keys)
+    keys.sort()
+    wrong = (keys & np.uint64(1)).astype(np.float64)
+    keys >>= np.uint64(1)
+    starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
+    errors = np.cumsum(wrong)
+    n_wrong = float(errors[-1])
+    n_right = n - n_wrong
+    if len(starts) < n:
+        # Within a run of equal confidences errors arrive evenly, the mean over all its orders.
+        sizes = np.diff(np.append(starts, n))
+        wrong_in_run = np.add.reduceat(wrong, starts)
         wrong_above = np.cumsum(wrong_in_run) - wrong_in_run
-        lost = float((right_in_run * (wrong_above + wrong_in_run / 2)).sum())
-        auroc = 1.0 - lost / (n_right * n_wrong)
-    errors = np.cumsum(np.repeat(wrong_in_run / sizes, sizes))
+        place = np.arange(1, n + 1) - np.repeat(starts, sizes)
+        errors = np.repeat(wrong_above, sizes) + place * np.repeat(wrong_in_run / sizes, sizes)
+        lost = float(((sizes - wrong_in_run) * (wrong_above + wrong_in_run / 2)).sum())
+    else:
+        lost = float(np.dot(errors, 1.0 - wrong))
+    auroc = 1.0 - lost / (n_right * n_wrong) if n_right and n_wrong else None
     aurc = float((errors / np.arange(1, n + 1)).mean())
     answered = [min(n, max(1, round(coverage * n))) for coverage in coverages]
     selective = {
         "coverage": [k / n for k in answered],
         "risk": [float(errors[k - 1] / k) for k in answered],
-        "threshold": [float(values[k - 1 : k].view(np.float64)[0]) for k in answered],
+        "threshold": [
+            float((~(keys[k - 1 : k] << np.uint64(1)) >> np.uint64(1)).view(np.float64)[0]) for k in answered
+        ],
     }
     return auroc, aurc, selective

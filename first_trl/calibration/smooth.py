@@ -7,6 +7,7 @@ from .arrays import FloatArray
 
 
 _MESH = 1 << 12
+_CHUNK = 1 << 15
 
 
 def smooth_calibration_error(
@@ -35,17 +36,18 @@ def smooth_calibration_error(
         `float` in [0, 1].
     """
     residual = np.zeros(_MESH)
-    for start in range(0, len(confidence), 1 << 16):
-        values = confidence[start : start + (1 << 16)].astype(np.float64)
-        gap = values - correct[start : start + (1 << 16)]
+    for start in range(0, len(confidence), _CHUNK):
+        values = confidence[start : start + _CHUNK].astype(np.float64)
+        gap = values - correct[start : start + _CHUNK]
         if weight is not None:
-            gap *= weight[start : start + (1 << 16)]
+            gap *= weight[start : start + _CHUNK]
         # Cell centres lie at (j + 1/2) / _MESH; the half cells at the ends reflect onto themselves.
         position = np.clip(values * _MESH - 0.5, 0, _MESH - 1)
         left = np.minimum(position.astype(np.intp), _MESH - 2)
         share = position - left
-        residual += np.bincount(left, weights=gap * (1 - share), minlength=_MESH)
-        residual += np.bincount(left + 1, weights=gap * share, minlength=_MESH)
+        onward = gap * share
+        residual += np.bincount(left, weights=gap - onward, minlength=_MESH)
+        residual[1:] += np.bincount(left, weights=onward, minlength=_MESH)[:-1]
     residual /= len(confidence) if weight is None else weight.sum()
 
     spectrum = np.fft.rfft(np.concatenate([residual, residual[::-1]]))
