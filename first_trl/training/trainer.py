@@ -1,10 +1,10 @@
 """[`FirstDistillTrainer`]: TRL's SFTTrainer with a cached, recalibrated teacher as the target."""
 
-import logging
 import warnings
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
@@ -24,7 +24,7 @@ from .fused_head import SUMS, add_distill_head, check_distill_head
 from .streaming import verify_stream
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class FirstDistillTrainer(SFTTrainer):
@@ -114,6 +114,12 @@ class FirstDistillTrainer(SFTTrainer):
             )
         if next(iter(train_dataset), None) is None:
             raise ValueError("The teacher cache is empty: no row to train on. Check the filter or slice that made it.")
+        columns = get_dataset_column_names(train_dataset)
+        if not any(name in columns for name in TEACHER_COLUMNS):
+            raise ValueError(
+                f"Missing teacher cache columns {list(TEACHER_COLUMNS)}; the train dataset has {columns}. Make them "
+                "with `add_teacher_topk(dataset, teacher, processing_class)`."
+            )
         prompt_learning = peft_config if peft_config is not None else getattr(model, "active_peft_config", None)
         if getattr(prompt_learning, "is_prompt_learning", False):
             raise ValueError(
@@ -195,15 +201,8 @@ class FirstDistillTrainer(SFTTrainer):
         if getattr(dataset, "_fingerprint", None) in self._prepared:
             return dataset  # `evaluate` was given a dataset of this trainer
         columns = get_dataset_column_names(dataset)
-        if not any(name in columns for name in TEACHER_COLUMNS):
-            if dataset_name != "train":
-                return super()._prepare_dataset(
-                    dataset, processing_class, args, packing, formatting_func, dataset_name
-                )
-            raise ValueError(
-                f"Missing teacher cache columns {list(TEACHER_COLUMNS)}; the train dataset has {columns}. Make them "
-                "with `add_teacher_topk(dataset, teacher, processing_class)`."
-            )
+        if not any(name in columns for name in TEACHER_COLUMNS):  # an evaluation set without a teacher
+            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         if args.estimator == "sampled" and not all(name in columns for name in DRAW_COLUMNS):
             raise ValueError(
                 f"`estimator='sampled'` needs draws from the teacher, and the {dataset_name} dataset has no "

@@ -31,6 +31,7 @@ HEADS = {
         "GPTJ",
         {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "rotary_dim": 4, "resid_pdrop": 0.0},
     ),
+    "padded rows": ("Llama", {**SIZES, "vocab_size": VOCAB + 8}),
     "tied": ("Qwen2", {**SIZES, "tie_word_embeddings": True}),
     "multiplier": (
         "FalconH1",

@@ -247,7 +247,7 @@ def test_evaluation_on_several_datasets_keeps_them_apart(teacher, tokenizer, cac
         copy.deepcopy(teacher),
         tiny_config(tmp_path),
         cache,
-        eval_dataset={"same": cache, "other": other, "plain": plain, "text": text},
+        eval_dataset={"same": cache, "other": other, "train": plain, "text": text},
         processing_class=tokenizer,
     )
     metrics = trainer.evaluate()
@@ -264,9 +264,9 @@ def test_evaluation_on_several_datasets_keeps_them_apart(teacher, tokenizer, cac
         train_dataset=plain,
         processing_class=tokenizer,
     )
-    assert metrics["eval_plain_loss"] == pytest.approx(sft.evaluate(plain)["eval_loss"], rel=1e-5)
+    assert metrics["eval_train_loss"] == pytest.approx(sft.evaluate(plain)["eval_loss"], rel=1e-5)
     assert metrics["eval_text_loss"] == pytest.approx(sft.evaluate(text)["eval_loss"], rel=1e-5)
-    assert "eval_plain_kl" not in metrics
+    assert "eval_train_kl" not in metrics
 
 
 def test_compute_metrics_sees_the_models_own_logits(teacher, tokenizer, cache, tmp_path):
