@@ -161,7 +161,8 @@ def calibration_report(
         - `ece`: the error chosen by `norm`, `weighting`, `mode`, `debias`. `mce`, `rmsce`: maximum and l2 error.
           `ece_debiased`: debiased l2 error, `None` where undefined. `smece`: smooth ECE of the top label.
         - `accuracy`, `mean_confidence`, `signed_gap` (confidence minus accuracy, positive when over-confident), `trust`
-          (accuracy minus `ece`), `auroc`, `aurc`, `selective_risk`: of the answers given.
+          (accuracy minus `ece`), `auroc`, `aurc`, `selective_risk`: of the answers given. The last three count every
+          example once, whatever its weight.
         - `brier`, `nll` (nats, full rows only), `brier_decomposition` (of the answers given).
         - `n`, `ties` (rows whose top probability is shared).
         - `ci_low`, `ci_high`: the interval around `ece`. `null_mean`, `null_high`, `p_value`: mean and 95 % point of

@@ -302,3 +302,12 @@ def test_small_samples_are_flagged() -> None:
     with pytest.warns(CalibrationWarning, match="below 300"):
         report = calibration_report([0.5, 0.7], [1, 0])
     assert any("below 300" in text for text in report["warnings"])
+
+
+def test_docstring_examples_run() -> None:
+    import doctest
+
+    from first_trl.calibration import accumulator, report
+
+    outcomes = [doctest.testmod(module) for module in (report, accumulator)]
+    assert sum(o.attempted for o in outcomes) >= 5 and not any(o.failed for o in outcomes)
