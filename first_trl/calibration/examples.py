@@ -197,7 +197,7 @@ def _multiclass(
             _check_logits(values, rows)
         values, label_logprob = _softmax(values.astype(np.float64), labels, config.temperature)
     elif config.temperature != 1.0:
-        _top_label(values, labels, rows, source)  # validates the rows as they were given
+        values = _top_label(values, labels, rows, source)[-1]  # checks the rows as they were given
         with np.errstate(divide="ignore"):
             values, label_logprob = _softmax(np.log(values.astype(np.float64)), labels, config.temperature)
     if label_logprob is not None:

@@ -125,6 +125,7 @@ def test_row_numbers_are_those_of_the_caller() -> None:
 def test_rounding_is_tolerated_and_clipped() -> None:
     assert expected_calibration_error([1 + 1e-7, -1e-7], [1, 0]) == 0.0
     assert calibration_report([[1 + 1e-7, -1e-7]], [0])["ece"] == 0.0
+    assert calibration_report([[1 + 1e-7, -1e-7]], [0], temperature=2.0)["ece"] == 0.0
     torch = pytest.importorskip("torch")
     generator = torch.Generator().manual_seed(0)
     rows = torch.softmax(torch.randn(500, 6, generator=generator), -1).bfloat16()
