@@ -1,5 +1,6 @@
 """One shard of a cache: its Arrow columns, its Parquet encoding, and whether a file found on disk is whole."""
 
+import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,9 @@ from .schema import (
     cache_features,
     row_digest,
 )
+
+
+_SPLIT_COLUMNS = (TOPK_IDS, TOPK_LOGPROBS, TAIL_LOGPROB, DRAW_IDS)
 
 
 @dataclass
@@ -110,15 +114,29 @@ def write_shard(rows: ShardRows, scores: list[Scores | None], manifest: Manifest
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     # A crash of the machine must not leave a renamed but empty file, hence the sync
     with open(temporary, "wb") as file:
-        pq.write_table(table, file, **parquet_options(schema.names))
+        pq.write_table(table, file, **parquet_options(schema))
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
 
 
-def parquet_options(columns: list[str]) -> dict[str, Any]:
-    """How shards are encoded, here and wherever a cache is written as Parquet again."""
-    return {"compression": "zstd"}
+def parquet_options(schema: pa.Schema) -> dict[str, Any]:
+    """
+    How a cache is encoded as Parquet (arguments of `pyarrow.parquet.write_table`), here and wherever it is written
+    again. The bytes of the teacher's numbers are stored as one stream per place: the high bytes of ids and exponents
+    repeat and compress away, the low bytes are noise that no dictionary would shorten.
+    """
+    empty = io.BytesIO()
+    pq.write_table(schema.empty_table(), empty)
+    parquet_schema = pq.ParquetFile(empty).schema
+    leaves = [parquet_schema.column(i).path for i in range(len(parquet_schema))]
+    split = [leaf for leaf in leaves if leaf.split(".")[0] in _SPLIT_COLUMNS]
+    return {
+        "compression": "zstd",
+        "compression_level": 9,
+        "use_dictionary": [leaf for leaf in leaves if leaf not in split],
+        "column_encoding": dict.fromkeys(split, "BYTE_STREAM_SPLIT"),
+    }
 
 
 def _lists(lengths: Any, values: Any) -> pa.ListArray:
