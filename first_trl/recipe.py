@@ -166,10 +166,12 @@ class EvaluationSpec:
     Args:
         splits (`list[str]`): Roles to evaluate on; the first is the in-domain one.
         batch_size (`int`): Prompts a forward.
+        n_bins (`int`): Equal-width bins of the ECE.
     """
 
     splits: list[str] = field(default_factory=lambda: ["test"])
     batch_size: int = 64
+    n_bins: int = 10
 
 
 @dataclass

@@ -79,7 +79,7 @@ def write_report(
         {
             "recipe": recipe.name,
             "seed": recipe.seed,
-            "n_bins": recipe.recalibration.n_bins,
+            "n_bins": recipe.evaluation.n_bins,
             "labels": labels,
             "results": results,
             "posthoc_temperatures": temperatures,

@@ -9,7 +9,7 @@ from ..evaluation.multiple_choice import MultipleChoiceResult, multiple_choice_r
 from ..tasks import answer_token_ids_of_rows
 
 
-def true_posterior(rows: Dataset, tokenizer: Any) -> MultipleChoiceResult:
+def true_posterior(rows: Dataset, tokenizer: Any, *, n_bins: int = 10) -> MultipleChoiceResult:
     """Predictions of a model that knows the `posterior` of every row."""
     probabilities = np.array(rows["posterior"])
     gold = np.array(rows["gold"])
@@ -33,4 +33,4 @@ def true_posterior(rows: Dataset, tokenizer: Any) -> MultipleChoiceResult:
         "sum_squares": (probabilities**2).sum(axis=1),
         "truncated": np.zeros(len(gold), bool),
     }
-    return MultipleChoiceResult(predictions, multiple_choice_report(predictions))
+    return MultipleChoiceResult(predictions, multiple_choice_report(predictions, n_bins=n_bins))

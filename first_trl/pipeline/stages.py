@@ -336,16 +336,22 @@ class _Run:
             write_json(folder / "temperature.json", {"temperature": temperature, "objective": "nll"})
         for role in self.recipe.evaluation.splits:
             result = evaluate_multiple_choice(
-                model, tokenizer, self.rows(role), temperature=temperature, max_length=self.recipe.task.max_length,
+                model,
+                tokenizer,
+                self.rows(role),
+                temperature=temperature,
+                max_length=self.recipe.task.max_length,
+                n_bins=self.recipe.evaluation.n_bins,
                 **options,
-            )  # fmt: skip
+            )
             self._store(result, folder, role)
 
     def _evaluate_bayes(self, folder: Path) -> None:
         if not self.workspace.state.is_main_process:
             return
         for role in self.recipe.evaluation.splits:
-            self._store(true_posterior(self.rows(role), self.tokenizer()), folder, role)
+            result = true_posterior(self.rows(role), self.tokenizer(), n_bins=self.recipe.evaluation.n_bins)
+            self._store(result, folder, role)
 
     def _store(self, result: MultipleChoiceResult, folder: Path, role: str) -> None:
         rows = result.predictions["gold"] >= 0

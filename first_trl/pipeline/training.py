@@ -13,7 +13,6 @@ from accelerate import PartialState
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from ..recipe import ArmSpec, ModelSpec, Recipe
@@ -114,8 +113,10 @@ def _lora(options: dict[str, Any] | None) -> LoraConfig | None:
 
 def _train_and_save(trainer: Any, folder: Path) -> None:
     checkpoints = folder / "checkpoints"
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    # The trainer's state is the last file of a checkpoint: one without it was cut off while it was written
+    whole = [path.parent for path in checkpoints.glob("checkpoint-*/trainer_state.json")]
+    last = max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
     trainer.save_model(str(folder / "model"))
     if trainer.is_world_process_zero():
         history = json.dumps(trainer.state.log_history, indent=2)

@@ -168,3 +168,39 @@ def test_two_processes_write_each_output_once(recipe, run, tmp_path):
             for folder in (run, tmp_path)
         ]
         assert steps[0] == steps[1]
+
+
+def test_a_killed_run_continues_from_its_checkpoint(recipe, run, tmp_path):
+    """Killed in the middle of a student; the same command ends with the weights of an undisturbed run."""
+    import signal
+    import time
+
+    from safetensors.torch import load_file
+
+    options = [
+        *TINY,
+        "arms.sft.training={save_strategy: steps, save_steps: 2, num_train_epochs: 4}",
+        "--stage",
+        "students",
+    ]
+    for stage in ("data", "pretrain", "teacher", "capture", "recalibrate"):
+        for name in ("whole", "killed"):
+            assert main(["run", recipe, *options[:-1], stage, "--output-dir", str(tmp_path / name)]) == 0
+    assert main(["run", recipe, *options, "--output-dir", str(tmp_path / "whole")]) == 0
+    command = [sys.executable, "-m", "first_trl", "run", recipe, *options, "--output-dir", str(tmp_path / "killed")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not list((tmp_path / "killed").glob("students/sft/checkpoints/*/trainer_state.json")):
+        assert process.poll() is None, "finished before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "students" / "sft" / "model").exists()
+    assert main(["run", recipe, *options, "--output-dir", str(tmp_path / "killed")]) == 0
+    for arm in ("sft", "first"):
+        weights = [
+            load_file(tmp_path / name / "students" / arm / "model" / "model.safetensors")
+            for name in ("whole", "killed")
+        ]
+        assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
