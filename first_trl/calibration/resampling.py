@@ -85,6 +85,9 @@ def bootstrap_interval(
       observed gaps along the path of a soft threshold proportional to each bin's sampling variance, the bootstrap
       supplies the noise around them, and the limits are the errors at which the observed value reaches the tails of
       that distribution. The lower limit is 0 when a calibrated model would do as badly by chance.
+      In simulations a 95 % interval of the l1 and l2 errors covers 92 to 98 % of the time from 50 to 5000 rows in 10
+      bins. It covers too often where many bins hold a few rows each (50 bins, 500 rows, small error: up to 100 %), and
+      too seldom (about 90 %) for `norm="max"`, which hangs on the bin with the fewest rows.
     - `"basic"` reflects the resampled errors around the estimate.
     - `"bca"` corrects their quantiles for bias and skewness (Efron 1987).
 
