@@ -9,6 +9,7 @@ import datasets
 import pyarrow.parquet as pq
 from datasets import Dataset, IterableDataset
 
+from ..hub import pull_folder
 from .manifest import Manifest, attach_manifest
 
 
@@ -102,19 +103,26 @@ def load_teacher_cache(
     ```
     """
     folder = Path(path_or_repo)
-    if folder.is_dir():
-        manifest = load_manifest(folder, split)
-        files = complete_shards(folder, split)
-        source: str = "parquet"
-        options: dict[str, Any] = {"data_files": {split: [str(file) for file in files]}}
-    else:
-        if os.sep in str(path_or_repo) and str(path_or_repo).count("/") != 1:
+    options: dict[str, Any] = {}
+    if not folder.is_dir():
+        if str(path_or_repo).count("/") != 1 or str(path_or_repo).startswith((".", "/", "~")):
             raise ValueError(
                 f"{path_or_repo} is neither a folder nor a Hub dataset id ('name/repository'). Check the path."
             )
-        manifest, commit = _hub_manifest(str(path_or_repo), split, revision, token)
-        source, options = str(path_or_repo), {"revision": commit, "token": token}
-    dataset = datasets.load_dataset(source, split=split, streaming=streaming, **options)
+        patterns = [f"manifest/{split}.json"] + ([] if streaming else [f"data/{split}-*.parquet"])
+        pulled = pull_folder(str(path_or_repo), revision=revision, allow_patterns=patterns, token=token)
+        folder = Path(pulled.path)
+        if not manifest_path(folder, split).is_file():
+            raise ValueError(
+                f"{path_or_repo} at {pulled.commit} holds no manifest of split {split!r}: it is no teacher cache, or "
+                "was pushed without `first-trl cache push`."
+            )
+        options = {"path": str(path_or_repo), "revision": pulled.commit, "token": token}
+    manifest = load_manifest(folder, split)
+    if not streaming or not options:
+        files = complete_shards(folder, split)
+        options = {"path": "parquet", "data_files": {split: [str(file) for file in files]}}
+    dataset = datasets.load_dataset(split=split, streaming=streaming, **options)
     if streaming:
         dataset.info.description = json.dumps({"first_trl_manifest": json.loads(manifest.to_json())})
         return dataset
@@ -155,19 +163,3 @@ def cache_size(folder: str | os.PathLike[str], split: str) -> dict[str, float]:
                 if column.path_in_schema.split(".")[0].startswith("teacher_"):
                     teacher += column.total_compressed_size
     return {"bytes": total, "teacher_bytes": teacher}
-
-
-def _hub_manifest(repo_id: str, split: str, revision: str | None, token: str | None) -> tuple[Manifest, str]:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import EntryNotFoundError
-
-    api = HfApi(token=token)
-    commit = str(api.dataset_info(repo_id, revision=revision).sha)
-    try:
-        file = api.hf_hub_download(repo_id, f"manifest/{split}.json", repo_type="dataset", revision=commit)
-    except EntryNotFoundError as error:
-        raise ValueError(
-            f"{repo_id} at {commit} holds no manifest for split {split!r}: it is no teacher cache, or was pushed "
-            "without `first-trl cache push`."
-        ) from error
-    return _read_manifest_file(Path(file)), commit

@@ -2,6 +2,7 @@
 
 from .base import Scores, TeacherBackend
 from .transformers import TransformersBackend
+from .vllm import VLLMBackend
 
 
-__all__ = ["Scores", "TeacherBackend", "TransformersBackend"]
+__all__ = ["Scores", "TeacherBackend", "TransformersBackend", "VLLMBackend"]

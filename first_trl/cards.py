@@ -1,0 +1,141 @@
+"""Cards: the README of what is shared on the Hub, rendered from the templates in `model_cards/`."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import yaml
+from jinja2 import Environment, StrictUndefined
+
+from .resources import template_path
+from .teacher.cache import cache_size, load_manifest, shard_paths
+from .teacher.manifest import Manifest
+from .teacher.schema import TAIL_LOGPROB, TOPK_IDS, TOPK_LOGPROBS
+
+
+# Rows that stand for all when the size as JSON lines is estimated
+_JSON_ROWS = 200
+
+
+def _shown(k: int) -> list[int]:
+    """Numbers of kept tokens whose mass the card tells: the first five, and all."""
+    return sorted({*range(1, min(k, 5) + 1), k})
+
+
+def render(template: str, **values: Any) -> str:
+    """Render a card template; a value that the template uses and nobody gave is an error."""
+    environment = Environment(undefined=StrictUndefined, trim_blocks=False, keep_trailing_newline=True)
+    return environment.from_string(template_path(template).read_text(encoding="utf-8")).render(**values)
+
+
+def teacher_cache_card(
+    folder: str | os.PathLike[str],
+    *,
+    repo_id: str | None = None,
+    license: str | None = None,
+    source_license: str | None = None,
+    teacher_license: str | None = None,
+) -> str:
+    """
+    Dataset card of a teacher cache: provenance, how to load it and train from it, kept mass, calibration, size and
+    licences, with the metadata that the Hub's viewer needs.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            Cache folder with one or more finished splits.
+        repo_id (`str`, *optional*):
+            Repository the card is for; enters the example.
+        license (`str`, *optional*), source_license (`str`, *optional*), teacher_license (`str`, *optional*):
+            Licences of the cache, its source data and its teacher. They cannot be read off a cache, so the card says
+            when one is not stated.
+
+    Returns:
+        `str`: The card with its YAML header.
+
+    Raises:
+        `ValueError`: The folder holds no finished cache.
+    """
+    names = sorted(path.stem for path in (Path(folder) / "manifest").glob("[!.]*.json")) or ["train"]
+    # The split that students are trained on comes first
+    names.sort(key=lambda name: name != "train")
+    manifests = {name: load_manifest(folder, name) for name in names}
+    first = manifests[names[0]]
+    fits = [_fit(name, method, fit) for name in names for method, fit in manifests[name].recalibration.items()]
+    paper = next((fit for fit in fits if fit["method"] == "probability_temperature"), fits[0] if fits else None)
+    metadata: dict[str, Any] = {
+        "license": license,
+        "tags": ["first_trl", "distillation", "teacher-logprobs", "trl", "calibration"],
+        "task_categories": ["text-generation"],
+        "configs": [
+            {
+                "config_name": "default",
+                "data_files": [{"split": name, "path": f"data/{name}-*.parquet"} for name in names],
+            }
+        ],
+    }
+    return render(
+        "teacher_cache.md.j2",
+        metadata=yaml.safe_dump({k: v for k, v in metadata.items() if v is not None}, sort_keys=False).strip(),
+        repo_id=repo_id,
+        teacher=first.teacher,
+        teacher_name=first.teacher["name"],
+        backend=first.backend,
+        tokenizer=first.tokenizer,
+        head_size=first.head_size,
+        k=first.k,
+        mass_columns=["1", *(f"1..{count}" for count in _shown(first.k)[1:])],
+        logprob_dtype=first.logprob_dtype,
+        num_draws=first.num_draws,
+        draw_seed=first.draw_seed,
+        notes=first.notes,
+        source_license=source_license,
+        teacher_license=teacher_license,
+        suggested_method=paper["method"] if paper else "none",
+        suggested_value=paper["value"] if paper else None,
+        splits=[_split(folder, name, manifest) for name, manifest in manifests.items()],
+        fits=fits,
+    )
+
+
+def _split(folder: str | os.PathLike[str], name: str, manifest: Manifest) -> dict[str, Any]:
+    size, positions = cache_size(folder, name), manifest.counts["positions"]
+    return {
+        "name": name,
+        "source": manifest.source["name"],
+        "id": manifest.id,
+        "rows": manifest.counts["rows"],
+        "positions": positions,
+        "dropped": sum(value for key, value in manifest.counts.items() if key.startswith("dropped")),
+        "truncated": manifest.counts.get("truncated", 0),
+        "mass": [f"{manifest.kept_mass[count - 1]:.4f}" for count in _shown(manifest.k)],
+        "teacher_bytes": size["teacher_bytes"] / positions,
+        "bytes": size["bytes"] / positions,
+        "json_bytes": _json_bytes(shard_paths(folder, name)[0]),
+    }
+
+
+def _json_bytes(shard: Path) -> float:
+    """Bytes per position of the teacher's entries written as JSON, measured on the first rows."""
+    with pq.ParquetFile(shard) as file:
+        rows = next(file.iter_batches(_JSON_ROWS, columns=[TOPK_IDS, TOPK_LOGPROBS, TAIL_LOGPROB])).to_pylist()
+    lines = [
+        json.dumps(
+            {
+                TOPK_IDS: row[TOPK_IDS],
+                TOPK_LOGPROBS: [[round(value, 6) for value in entry] for entry in row[TOPK_LOGPROBS]],
+                TAIL_LOGPROB: [round(value, 6) for value in row[TAIL_LOGPROB]],
+            }
+        )
+        for row in rows
+    ]
+    return sum(len(line) + 1 for line in lines) / max(1, sum(len(row[TAIL_LOGPROB]) for row in rows))
+
+
+def _fit(split: str, method: str, fit: dict[str, Any]) -> dict[str, Any]:
+    plain = {key: value for key, value in fit.items() if isinstance(value, int | float | str) and key != "value"}
+    details = ", ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in plain.items()
+    )
+    return {"split": split, "method": method, "value": fit.get("value"), "details": details}

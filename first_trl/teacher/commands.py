@@ -1,0 +1,158 @@
+"""`first-trl precompute`: run a teacher once over a dataset and store its top-k."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset
+from transformers import AutoTokenizer, BitsAndBytesConfig
+
+from ..processes import process_state
+from .backends import TeacherBackend, VLLMBackend
+from .cache import cache_size, load_manifest
+from .capture import add_teacher_topk
+
+
+QUANTIZATIONS = ("8bit", "4bit")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_argument_group("teacher and data")
+    source.add_argument("--teacher", help="Hub id or folder of the fine-tuned teacher")
+    source.add_argument("--teacher-revision", help="branch, tag or commit of the teacher")
+    source.add_argument("--tokenizer", help="Hub id or folder of the tokenizer; default: the teacher's")
+    source.add_argument(
+        "--dataset", required=True, help="Hub id, folder saved by datasets, or a json/jsonl/parquet/csv file"
+    )
+    source.add_argument("--config", help="configuration of a Hub dataset")
+    source.add_argument("--dataset-revision", help="branch, tag or commit of the dataset")
+    source.add_argument("--split", default="train", help="split to score (default: train)")
+    source.add_argument("--max-rows", type=int, help="score the first rows only")
+    source.add_argument("--output-dir", required=True, help="folder of the cache; run the same command to continue")
+
+    kept = parser.add_argument_group("what is kept")
+    kept.add_argument("--k", type=int, default=5, help="entries kept per position (default: 5)")
+    kept.add_argument("--logprob-dtype", choices=("float16", "float32"), default="float16")
+    kept.add_argument("--num-draws", type=int, default=0, help="draws per position, for the sampled estimator")
+    kept.add_argument("--draw-seed", type=int, default=0)
+
+    rows = parser.add_argument_group("rows (as in SFTConfig)")
+    rows.add_argument("--max-length", type=int, help="cut longer rows")
+    rows.add_argument("--truncation-mode", choices=("keep_start", "keep_end"), default="keep_start")
+    rows.add_argument("--dataset-text-field", default="text")
+    rows.add_argument("--completion-only-loss", action=argparse.BooleanOptionalAction, default=None)
+    rows.add_argument("--assistant-only-loss", action="store_true")
+    rows.add_argument("--num-proc", type=int, help="processes for tokenisation")
+
+    run = parser.add_argument_group("how the teacher runs")
+    run.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32 (default: auto)")
+    run.add_argument("--quantization", choices=QUANTIZATIONS, help="load the teacher quantised by bitsandbytes")
+    run.add_argument("--device-map", help="e.g. auto: spread one teacher over the devices of this process")
+    run.add_argument("--tp-plan", help="e.g. auto: tensor parallelism, one teacher over all processes")
+    run.add_argument("--attn-implementation")
+    run.add_argument("--trust-remote-code", action="store_true")
+    run.add_argument("--max-tokens-per-batch", type=int, default=8192)
+    run.add_argument("--max-rows-per-batch", type=int, default=64)
+    run.add_argument("--shard-size", type=int, default=1000, help="rows a file")
+    run.add_argument("--vllm-url", help="score with the vLLM server at this address instead")
+    run.add_argument("--vllm-model", help="served name; default: the only one")
+    run.add_argument("--head-size", type=int, help="rows of the vLLM teacher's head, where it is padded")
+
+
+def main(args: argparse.Namespace) -> int:
+    state = process_state()
+    if (args.teacher is None) == (args.vllm_url is None):
+        raise ValueError("Give either `--teacher` or `--vllm-url`.")
+    tokenizer_name = args.tokenizer or args.teacher
+    if tokenizer_name is None:
+        raise ValueError("Give the teacher's tokenizer with `--tokenizer`: the vLLM protocol does not tell it.")
+    tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer_name,
+        revision=args.teacher_revision if args.tokenizer is None else None,
+        trust_remote_code=args.trust_remote_code,
+    )
+    rows = _load_rows(args)
+    cache = add_teacher_topk(
+        rows,
+        _teacher(args),
+        tokenizer,
+        k=args.k,
+        output_dir=args.output_dir,
+        split=args.split.split("[")[0],
+        max_tokens_per_batch=args.max_tokens_per_batch,
+        max_rows_per_batch=args.max_rows_per_batch,
+        shard_size=args.shard_size,
+        logprob_dtype=args.logprob_dtype,
+        num_draws=args.num_draws,
+        draw_seed=args.draw_seed,
+        dtype=args.dtype,
+        completion_only_loss=args.completion_only_loss,
+        assistant_only_loss=args.assistant_only_loss,
+        max_length=args.max_length,
+        truncation_mode=args.truncation_mode,
+        dataset_text_field=args.dataset_text_field,
+        num_proc=args.num_proc,
+        model_init_kwargs=None if args.vllm_url else _init_kwargs(args),
+    )
+    if state.is_main_process:
+        manifest = load_manifest(args.output_dir, args.split.split("[")[0])
+        counts, size = manifest.counts, cache_size(args.output_dir, manifest.split)
+        dropped = {
+            name: value for name, value in counts.items() if name.startswith(("dropped", "truncated")) and value
+        }
+        print(
+            f"{args.output_dir}: {len(cache)} rows, {counts['positions']} positions, k={manifest.k}, kept mass "
+            f"{manifest.kept_mass[-1]:.4f}, {size['teacher_bytes'] / counts['positions']:.1f} bytes a position"
+            + (f", {json.dumps(dropped)}" if dropped else "")
+        )
+    return 0
+
+
+def _load_rows(args: argparse.Namespace) -> Dataset:
+    path = Path(args.dataset)
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        loaded: Any = datasets.load_from_disk(path)
+        if isinstance(loaded, dict):
+            if args.split not in loaded:
+                raise ValueError(f"{path} has splits {sorted(loaded)}, not {args.split!r}. Choose one with `--split`.")
+            loaded = loaded[args.split]
+    elif path.is_file():
+        kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}.get(
+            path.suffix if path.suffix != ".gz" else Path(path.stem).suffix
+        )
+        if kind is None:
+            raise ValueError(f"{path}: expected a .json, .jsonl, .parquet or .csv file.")
+        name = args.split.split("[")[0]
+        loaded = datasets.load_dataset(kind, data_files={name: str(path)}, split=args.split)
+    elif path.suffix in (".json", ".jsonl", ".parquet", ".csv", ".gz") or args.dataset.startswith(("/", ".")):
+        raise ValueError(f"{path} does not exist. Check the path.")
+    else:
+        loaded = datasets.load_dataset(args.dataset, args.config, split=args.split, revision=args.dataset_revision)
+    return loaded if args.max_rows is None else loaded.select(range(min(args.max_rows, len(loaded))))
+
+
+def _teacher(args: argparse.Namespace) -> str | TeacherBackend:
+    if args.vllm_url is None:
+        return os.fspath(args.teacher)
+    return VLLMBackend(args.vllm_url, args.vllm_model, head_size=args.head_size)
+
+
+def _init_kwargs(args: argparse.Namespace) -> dict[str, Any]:
+    """What `from_pretrained` gets. Only what was asked for, so that its own defaults hold."""
+    options: dict[str, Any] = {
+        "revision": args.teacher_revision,
+        "device_map": args.device_map,
+        "tp_plan": args.tp_plan,
+        "attn_implementation": args.attn_implementation,
+        "trust_remote_code": args.trust_remote_code or None,
+    }
+    if args.quantization is not None:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=args.quantization == "8bit", load_in_4bit=args.quantization == "4bit"
+        )
+        # A quantised model cannot be moved afterwards: it is loaded where this process works
+        options["device_map"] = args.device_map or {"": process_state().device}
+    return {name: value for name, value in options.items() if value is not None}
