@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer
 
+from ..processes import process_state
 from ..recipe import ArmSpec, ModelSpec, Recipe
 from ..training.config import FirstDistillConfig
 from ..training.trainer import FirstDistillTrainer
@@ -37,7 +37,7 @@ def make_model(spec: ModelSpec, tokenizer: Any, seed: int, role: str) -> Any:
 def load_trained(folder: Path, **init_kwargs: Any) -> Any:
     """A trained model of a run, adapter or full, on this process's device and ready for inference."""
     loader = AutoPeftModelForCausalLM if (folder / "adapter_config.json").is_file() else AutoModelForCausalLM
-    return loader.from_pretrained(folder, **init_kwargs).to(PartialState().device).eval()
+    return loader.from_pretrained(folder, **init_kwargs).to(process_state().device).eval()
 
 
 def train_sft(
@@ -84,7 +84,7 @@ def training_arguments(cls: type, recipe: Recipe, training: dict[str, Any], fold
     known = {f.name for f in dataclasses.fields(cls)}
     global_batch = training.pop("global_batch_size", None)
     if global_batch is not None:
-        parts = PartialState().num_processes * training.get("gradient_accumulation_steps", 1)
+        parts = process_state().num_processes * training.get("gradient_accumulation_steps", 1)
         if global_batch % parts:
             raise ValueError(
                 f"global_batch_size={global_batch} does not divide by {parts} (processes x accumulation steps). "

@@ -9,10 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
 from .. import __version__
 from ..files import plain, write_json
+from ..processes import process_state
 
 
 class Workspace:
@@ -28,7 +27,7 @@ class Workspace:
     def __init__(self, folder: Path, stage: str | None = None) -> None:
         self.folder = folder
         self.stage = stage
-        self.state = PartialState()
+        self.state = process_state()
         self.log: list[dict[str, Any]] = []
 
     def say(self, text: str) -> None:

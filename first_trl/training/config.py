@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
 from ..recalibration import METHODS, Recalibration
@@ -42,6 +43,10 @@ class FirstDistillConfig(SFTConfig):
             `"label_smoothing"`: `delta` moved from rank 1 to the others.
         recalibration_value (`float`, *optional*):
             c, T or delta. When not set, the value fitted for this method and stored with the cache is used.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~trl.SFTConfig`]:
+    > - `bf16`: Defaults to `True` only where the device supports it.
     """
 
     estimator: str = field(
@@ -89,6 +94,9 @@ class FirstDistillConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        # SFTConfig asks for bf16 everywhere and then refuses machines without it
+        if self.bf16 is None and not is_torch_bf16_gpu_available():
+            self.bf16 = False
         super().__post_init__()
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"`estimator` must be one of {list(ESTIMATORS)}, got {self.estimator!r}.")

@@ -5,12 +5,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from first_trl import load_teacher_cache, verify_teacher_cache
 from first_trl.cli import main
+from tests.capture_process import free_port
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 
@@ -62,17 +64,11 @@ def test_two_launched_processes_write_the_same_cache(inputs, tmp_path):
     subprocess.run(
         [sys.executable, "-m", "first_trl", "precompute", *arguments(inputs, one)], check=True, env=environment
     )
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    # On CPUs `accelerate launch` starts one process whatever it is told; torchrun starts two
+    # On a machine without GPUs this configuration starts its processes on the CPU
+    config = Path(__file__).parents[2] / "recipes" / "accelerate" / "ddp.yaml"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    launch += ["--num_processes", "2", "--main_process_port", str(free_port())]
     output = subprocess.run(
         [*launch, "-m", "first_trl", "precompute", *arguments(inputs, two)],
         check=True, env=environment, capture_output=True, text=True,

@@ -144,30 +144,43 @@ def test_global_batch_must_divide(recipe, tmp_path, capsys):
     assert "does not divide by 5" in capsys.readouterr().err
 
 
-def test_two_processes_write_each_output_once(recipe, run, tmp_path):
+# On CPUs `accelerate launch` starts one process whatever `--num_processes` says (it needs MPI for more); torchrun starts two
+LAUNCHERS = {
+    1: ["accelerate.commands.launch", "--cpu", "--num_processes", "2"],
+    2: ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+}
+
+
+@pytest.mark.parametrize("processes", LAUNCHERS)
+def test_a_launch_writes_each_output_once(processes, recipe, run, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", *LAUNCHERS[processes], "-m", "first_trl", "run", recipe, *TINY]
     done = subprocess.run(
-        [
-            sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
-            "-m", "first_trl", "run", recipe, *TINY, "--output-dir", str(tmp_path),
-        ],
-        capture_output=True, text=True, timeout=540, env=environment, cwd=tmp_path,
-    )  # fmt: skip
+        [*command, "--output-dir", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=540,
+        env=environment,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("report: running") == 1
     files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     expected = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
     assert files == expected
     assert not [name for name in files if name.endswith(".tmp")]
+    manifest = json.loads((tmp_path / "cache" / "manifest" / "train.json").read_text())
+    assert manifest["timing"]["processes"] == processes
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["results"]["first"]["test"]["n"] == 60
-    # Every optimiser step saw the same global batch as on one process
+    # Every optimiser step saw the same global batch, whatever the number of processes
     for arm in ("sft", "first"):
-        steps = [
-            json.loads((folder / "students" / arm / "training_log.json").read_text())[-1]["step"]
-            for folder in (run, tmp_path)
-        ]
+        logs = [folder / "students" / arm / "training_log.json" for folder in (run, tmp_path)]
+        steps = [json.loads(log.read_text())[-1]["step"] for log in logs]
         assert steps[0] == steps[1]
+    alone, here = (json.loads((folder / "report" / "report.json").read_text()) for folder in (run, tmp_path))
+    nll = [data["results"]["first"]["test"]["full_vocab"]["nll"] for data in (alone, here)]
+    assert nll[0] == pytest.approx(nll[1], rel=0.1)
 
 
 def test_a_killed_run_continues_from_its_checkpoint(recipe, run, tmp_path):

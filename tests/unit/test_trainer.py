@@ -2,19 +2,14 @@
 
 import copy
 import hashlib
-import os
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-
-
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-
 from peft import LoraConfig, PeftModel, PromptTuningConfig
 
-from first_trl import FirstDistillTrainer
+from first_trl import FirstDistillTrainer, add_teacher_topk
 from tests.tiny import (
     VOCAB,
     run,
@@ -74,8 +69,6 @@ def test_identity(batches, estimator, teacher, tokenizer, cache, tmp_path):
 
 def test_identity_of_gpt2_from_the_capture(tokenizer, tmp_path):
     """Learned positions, tied embeddings, and a cache from the public capture."""
-    from first_trl import add_teacher_topk
-
     teacher = tiny_gpt2()
     rows = Dataset.from_list(tiny_rows())
     cache = add_teacher_topk(

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from first_trl import FirstDistillTrainer
+from first_trl import FirstDistillTrainer, add_teacher_topk
 from tests.tiny import (
     VOCAB,
     run,
@@ -330,8 +330,6 @@ def test_bfloat16_autocast(cache, tokenizer, tmp_path):
 
 def test_assistant_and_completion_masks_survive_the_capture(tokenizer, teacher, tmp_path):
     """Masks are made by the capture, by SFTTrainer's own code; the trainer scores exactly what it cached."""
-    from first_trl import add_teacher_topk
-
     rows = Dataset.from_list(
         [{"prompt": "w3 w4 w5", "completion": " w6 w7"}, {"prompt": "w8", "completion": " w9 w10 w11 w12"}]
     )

@@ -1,19 +1,18 @@
 """Real pretrained weights: siblings distil, and a student with another tokenizer is refused."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from first_trl import FirstDistillTrainer, add_teacher_topk
+from tests.conftest import DATA as REAL_DATA
 from tests.tiny import run, tiny_config
 
 
 torch.set_num_threads(1)
 
-DATA = Path(__file__).parents[3] / "shared" / "data" / "tiny_llama"
+DATA = REAL_DATA / "tiny_llama"
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"pretrained tiny Llamas are not in {DATA}")
 
 STORY = (
