@@ -98,7 +98,7 @@ def check_rows(
     if manifest is not None:
         found.k, found.num_draws = manifest.k, manifest.num_draws
     for batch in batches:
-        _check_batch(batch, found, manifest, fingerprint, head_size)
+        check_batch(batch, found, manifest, fingerprint, head_size)
         found.rows += batch.num_rows
         found.positions += len(batch.tail_logprob)
     if found.positions == 0:
@@ -109,7 +109,7 @@ def check_rows(
     return found
 
 
-def _check_batch(
+def check_batch(
     batch: CacheBatch,
     found: RowStatistics,
     manifest: Manifest | None,

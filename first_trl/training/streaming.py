@@ -8,7 +8,7 @@ from trl.data_utils import get_dataset_column_names
 
 from ..teacher.manifest import Manifest, read_manifest, tokenizer_fingerprint
 from ..teacher.schema import CacheBatch
-from ..teacher.verify import RowStatistics, _check_batch, check_columns
+from ..teacher.verify import RowStatistics, check_batch, check_columns
 
 
 class StreamVerifier:
@@ -25,7 +25,7 @@ class StreamVerifier:
     def __call__(self, table: pa.Table, indices: list[int]) -> pa.Table:
         # Messages number the rows by their place in the stream, whichever worker reads them
         self.found.rows = indices[0]
-        _check_batch(CacheBatch.from_arrow(table), self.found, self.manifest, self.fingerprint, self.head_size)
+        check_batch(CacheBatch.from_arrow(table), self.found, self.manifest, self.fingerprint, self.head_size)
         return table
 
 

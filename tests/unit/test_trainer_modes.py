@@ -44,11 +44,14 @@ def cache(teacher, tokenizer):
 
 
 def assert_same_gradients(first, second, rtol=1e-6):
+    """Relative error of every gradient, in norm; no single element is further off than float32 sums explain."""
     assert set(first) == set(second)
     scale = max(float(gradient.abs().max()) for gradient in second.values())
     assert scale > 1e-3
     for name in first:
-        torch.testing.assert_close(first[name], second[name], rtol=rtol, atol=rtol * scale, msg=name)
+        error = float((first[name] - second[name]).norm() / second[name].norm())
+        assert error < rtol, (name, error)
+        torch.testing.assert_close(first[name], second[name], rtol=2 * rtol, atol=2 * rtol * scale, msg=name)
 
 
 BATCHES = {
@@ -69,13 +72,14 @@ BATCHES = {
 def test_batch_shapes_are_equivalent(estimator, teacher, tokenizer, tmp_path):
     """One optimizer step over the same rows gives the same loss and gradients, however they are batched."""
     cache = tiny_cache(teacher, tokenizer, tiny_rows(), k=5, num_draws=20 if estimator == "sampled" else 0)
-    student = tiny_llama(seed=1)
+    # float64, so that the tolerance is about the batching and not about the order of float32 sums
+    student = tiny_llama(seed=1).double()
     _, reference = run(copy.deepcopy(student), tiny_config(tmp_path, estimator=estimator), cache, tokenizer)
     for name, options in BATCHES.items():
         args = tiny_config(tmp_path, estimator=estimator, num_train_epochs=1, **(options | {"max_steps": -1}))
         _, recorded = run(copy.deepcopy(student), args, cache, tokenizer)
         assert len(recorded.gradients) == 1, name
-        assert_same_gradients(recorded.gradients[0], reference.gradients[0], rtol=2e-6)
+        assert_same_gradients(recorded.gradients[0], reference.gradients[0], rtol=1e-6)
         for metric in ("loss", "kl", "cross_entropy", "teacher_entropy", "entropy", "mean_token_accuracy"):
             assert recorded.logs[0][metric] == pytest.approx(reference.logs[0][metric], rel=1e-5), (name, metric)
         assert recorded.logs[0]["num_tokens"] == sum(len(row["input_ids"]) for row in cache), name
@@ -94,7 +98,7 @@ def test_accumulation_does_not_depend_on_the_forward_signature(cache, tokenizer,
     args = tiny_config(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4)
     _, reference = run(student, tiny_config(tmp_path), cache, tokenizer)
     _, recorded = run(legacy, args, cache, tokenizer)
-    assert_same_gradients(recorded.gradients[0], reference.gradients[0], rtol=2e-6)
+    assert_same_gradients(recorded.gradients[0], reference.gradients[0], rtol=1e-6)
 
 
 def test_draws_give_the_gradient_of_their_counts(teacher, tokenizer, tmp_path):
@@ -375,7 +379,7 @@ def test_rows_sharing_a_batch_do_not_see_each_other(teacher, tokenizer, cache, t
         _, recorded = run(tiny_llama(seed=1), args, pair, tokenizer)
         alone = tiny_cache(teacher, tokenizer, [rows[0]], k=5)
         _, reference = run(tiny_llama(seed=1), tiny_config(tmp_path), alone, tokenizer)
-        assert_same_gradients(recorded.gradients[0], reference.gradients[0], rtol=2e-6)
+        assert_same_gradients(recorded.gradients[0], reference.gradients[0], rtol=1e-6)
 
 
 def test_quantization_config_reaches_the_model_loader(teacher, cache, tokenizer, tmp_path, monkeypatch):
