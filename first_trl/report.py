@@ -123,7 +123,7 @@ def _markdown(
     ]
     for index, role in enumerate(recipe.evaluation.splits):
         name = "in-domain" if index == 0 else "out-of-domain or shifted"
-        lines += [f"## `{role}` ({name})", "", *_table(arms, labels, results, role), ""]
+        lines += [f"## `{role}` ({name})", "", *_table(arms, labels, results, role, "full_vocab"), ""]
         sample = results[arms[0]][role]
         chance = sample.get("chance_accuracy")
         lines += [
@@ -137,7 +137,7 @@ def _markdown(
             "",
             f"Renormalised over the answer options (`{role}`):",
             "",
-            *_options_table(arms, labels, results, role),
+            *_table(arms, labels, results, role, "options"),
             "",
         ]
     lines += ["## Teacher", "", "![Kept mass](topk_mass.png)", ""]
@@ -194,26 +194,17 @@ def _left_out(sample: dict[str, Any]) -> list[str]:
 
 
 def _table(
-    arms: list[str], labels: dict[str, str], results: dict[str, dict[str, dict[str, Any]]], role: str
+    arms: list[str], labels: dict[str, str], results: dict[str, dict[str, dict[str, Any]]], role: str, reading: str
 ) -> list[str]:
-    header = ["arm", *(title for _, title, _, _ in _COLUMNS), "n"]
+    """One row an arm; the last column is `n`, or the mass on the options for the reading that divides by it."""
+    over_options = reading == "options"
+    header = ["arm", *(title for _, title, _, _ in _COLUMNS), "Mass on the options %" if over_options else "n"]
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     for name in arms:
         report = results[name][role]
-        cells = [f"{scale * report['full_vocab'][key]:.{digits}f}" for key, _, scale, digits in _COLUMNS]
-        lines.append("| " + " | ".join([labels[name], *cells, str(report["n"])]) + " |")
-    return lines
-
-
-def _options_table(
-    arms: list[str], labels: dict[str, str], results: dict[str, dict[str, dict[str, Any]]], role: str
-) -> list[str]:
-    header = ["arm", *(title for _, title, _, _ in _COLUMNS), "Mass on the options %"]
-    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    for name in arms:
-        report = results[name][role]
-        cells = [f"{scale * report['options'][key]:.{digits}f}" for key, _, scale, digits in _COLUMNS]
-        lines.append("| " + " | ".join([labels[name], *cells, f"{100 * report['option_mass']:.1f}"]) + " |")
+        cells = [f"{scale * report[reading][key]:.{digits}f}" for key, _, scale, digits in _COLUMNS]
+        last = f"{100 * report['option_mass']:.1f}" if over_options else str(report["n"])
+        lines.append("| " + " | ".join([labels[name], *cells, last]) + " |")
     return lines
 
 

@@ -9,6 +9,7 @@ import datasets
 import pyarrow.parquet as pq
 from datasets import Dataset, IterableDataset
 
+from ..files import write_atomically
 from ..hub import pull_folder
 from .manifest import Manifest, attach_manifest
 
@@ -23,14 +24,6 @@ def shard_path(folder: str | os.PathLike[str], split: str, index: int, count: in
 
 def shard_paths(folder: str | os.PathLike[str], split: str) -> list[Path]:
     return sorted((Path(folder) / "data").glob(f"{split}-*-of-*.parquet"))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """A reader sees the whole file or none of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name.lstrip('.')}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def load_manifest(folder: str | os.PathLike[str], split: str = "train") -> Manifest:

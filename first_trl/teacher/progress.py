@@ -16,8 +16,9 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 
+from ..files import write_atomically
 from .backends import TeacherBackend
-from .cache import complete_shards, load_manifest, manifest_path, shard_path, shard_paths, write_atomically
+from .cache import complete_shards, load_manifest, manifest_path, shard_path, shard_paths
 from .journal import journal_path
 from .manifest import Manifest
 from .shards import shard_batch, whole_shard
