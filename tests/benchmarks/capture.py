@@ -6,7 +6,7 @@ Speed and memory of the capture against the bare teacher forward on the same bat
 Three arms, interleaved and summarised by medians: `add_teacher_topk` (top-k, tail, journal, shards, manifest, the
 final check of every row), the teacher's forward on the very same batches and nothing else, and the loop of the
 original implementation (one row at a time, one position after the other, `softmax` and `topk` of each, JSON lines).
-Peak memory is measured in processes of their own, above that of the loaded model and data.
+Peak memory is measured in processes of their own.
 """
 
 import argparse
@@ -94,7 +94,7 @@ ARMS = {"capture": capture, "bare_forward": bare_forward, "token_loop": token_lo
 
 
 def peak_memory(arm: str, args: argparse.Namespace) -> int:
-    """Bytes at the peak above the loaded model and data, of one arm in a process of its own."""
+    """Bytes at the peak of one arm in a process of its own: resident on a CPU, allocated on a GPU."""
     command = [sys.executable, "-m", "tests.benchmarks.capture", "--only", arm]
     for name in ("rows", "length", "width", "layers", "vocab", "k", "threads", "device", "dtype"):
         command += [f"--{name}", str(getattr(args, name))]
@@ -105,17 +105,15 @@ def peak_memory(arm: str, args: argparse.Namespace) -> int:
 def run_alone(args: argparse.Namespace) -> None:
     model, rows, tokenizer = build(args)
     small = rows.select(range(2))
-    # Both arms' libraries are loaded before the line is drawn
+    # Both arms' processes hold the same libraries
     capture(model, small, tokenizer, args)
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        ARMS[args.only](model, rows, tokenizer, args)
-        print(torch.cuda.max_memory_allocated() - before)
-        return
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     ARMS[args.only](model, rows, tokenizer, args)
-    print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+    if args.device == "cuda":
+        print(torch.cuda.max_memory_allocated())
+    else:
+        print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def main() -> None:
