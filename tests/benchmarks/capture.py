@@ -12,7 +12,6 @@ Peak memory is measured in processes of their own.
 import argparse
 import json
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -74,6 +73,7 @@ def bare_forward(model: Any, rows: Dataset, tokenizer: Any, args: argparse.Names
                 logits, _ = backend._forward([input_ids[i] for i in batch], [positions[i] for i in batch])
             if logits.device.type == "cuda":
                 torch.cuda.synchronize()
+            del logits  # else two batches' logits would be alive at once, and the baseline too high
 
 
 def token_loop(model: Any, rows: Dataset, tokenizer: Any, args: argparse.Namespace) -> None:
@@ -102,6 +102,12 @@ def peak_memory(arm: str, args: argparse.Namespace) -> int:
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
+def resident_peak() -> int:
+    # `ru_maxrss` would not do: a child starts with its parent's
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
 def run_alone(args: argparse.Namespace) -> None:
     model, rows, tokenizer = build(args)
     small = rows.select(range(2))
@@ -113,7 +119,7 @@ def run_alone(args: argparse.Namespace) -> None:
     if args.device == "cuda":
         print(torch.cuda.max_memory_allocated())
     else:
-        print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        print(resident_peak())
 
 
 def main() -> None:
