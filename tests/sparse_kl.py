@@ -21,10 +21,16 @@ class Problem:
     ce_weight: float
     logit_scale: float
     softcap: float | None
+    student_temperature: float | None
 
     @property
     def targets(self) -> dict[str, Any]:
-        return {"labels": self.labels, "estimator": self.estimator, "ce_weight": self.ce_weight}
+        return {
+            "labels": self.labels,
+            "estimator": self.estimator,
+            "ce_weight": self.ce_weight,
+            "student_temperature": self.student_temperature,
+        }
 
     def fused(self, **kwargs: Any) -> SparseKLOutput:
         return fused_sparse_kl(
@@ -69,6 +75,7 @@ def make_problem(
     ce_weight: float = 0.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    student_temperature: float | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Problem:
     generator = torch.Generator().manual_seed(seed)
@@ -112,4 +119,5 @@ def make_problem(
         ce_weight=ce_weight,
         logit_scale=logit_scale,
         softcap=softcap,
+        student_temperature=student_temperature,
     )

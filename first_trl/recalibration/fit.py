@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .rescale import ESTIMATORS, METHODS, Recalibration, check_top_k
+from .rescale import ESTIMATORS, METHODS, SMOOTHING, Recalibration, check_top_k
 from .scores import CurvePoint, TargetScores, flat_cache
 
 
@@ -29,10 +29,12 @@ class RecalibrationFit:
         curve (`list[CurvePoint]`): every value tried, coarse stage first.
         bootstrap (`dict` or `None`): `n_resamples`, `mean`, `sd`, `low` and `high` (2.5 and 97.5 percent) of the chosen
             value when whole rows are resampled. The fine step of the search (0.02, or 0.01 for delta) is their resolution.
-        at_boundary (`bool`): the chosen value is the smallest or the largest one tried.
+        at_boundary (`bool`): the chosen value is the smallest or the largest one tried, and is neither `min_value` nor
+            the delta of 0, which bound the search on purpose.
         n (`int`): positions used; `n_rows`: sequences they come from.
         accuracy (`float`): share of positions where the teacher's first rank is the label.
         gold_coverage (`float`): share of positions whose label is among the kept tokens.
+        min_value (`float` or `None`): the lower bound of the values tried.
         messages (`list[str]`): the warnings given.
     """
 
@@ -52,6 +54,7 @@ class RecalibrationFit:
     bootstrap: dict[str, float] | None
     at_boundary: bool
     seed: int
+    min_value: float | None = None
     messages: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -70,24 +73,43 @@ class RecalibrationFit:
 
 
 # Coarse (start, stop, step) and fine step of the search. c: the two stages of the paper. T has the same steps over a
-# wider range, since a memorising teacher needs T well above 1.
+# wider range, since a memorising teacher needs T well above 1. A delta between log-probabilities takes rank 1 from .99 to
+# a half at about 3.7.
 _GRIDS = {
     "probability_temperature": (0.1, 1.0, 0.1, 0.02),
     "logit_temperature": (0.5, 5.0, 0.1, 0.02),
     "label_smoothing": (0.0, 0.5, 0.05, 0.01),
+    "log_label_smoothing": (0.0, 4.0, 0.1, 0.02),
 }
 
 
-def _coarse_values(method: str) -> list[float]:
+def _check_min_value(method: str, min_value: float | None) -> float | None:
+    if min_value is None:
+        return None
+    if method == "none":
+        raise ValueError(
+            f"`min_value={min_value}` has no effect with method='none', which has no value: leave it out."
+        )
+    stop = _GRIDS[method][1]
+    bound = Recalibration(method, min_value).value  # raises outside the method's range
+    if bound is None or bound > stop:
+        raise ValueError(f"`min_value={min_value}` leaves no {method} to try: the search ends at {stop}. Lower it.")
+    return bound
+
+
+def _coarse_values(method: str, min_value: float | None) -> list[float]:
     start, stop, step, _ = _GRIDS[method]
-    return [round(start + i * step, 10) for i in range(round((stop - start) / step) + 1)]
+    values = [round(start + i * step, 10) for i in range(round((stop - start) / step) + 1)]
+    return values if min_value is None else [min_value, *(v for v in values if v > min_value)]
 
 
-def _fine_values(method: str, center: float) -> list[float]:
+def _fine_values(method: str, center: float, min_value: float | None) -> list[float]:
     _, _, coarse_step, step = _GRIDS[method]
     reach = round(coarse_step / step)
-    values = (round(center + i * step, 10) for i in range(-reach, reach + 1))
-    return [v for v in values if (0.0 <= v < 1.0 if method == "label_smoothing" else v > 0.0)]
+    values = [round(center + i * step, 10) for i in range(-reach, reach + 1)]
+    if min_value is not None and values[0] < min_value:
+        values = [min_value, *(v for v in values if v > min_value)]
+    return [v for v in values if v > 0.0 or (v == 0.0 and method in SMOOTHING)]
 
 
 def _check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
@@ -102,6 +124,7 @@ def fit_recalibration(
     objective: str = "ece",
     estimator: str = "topk",
     top_k: int | None = None,
+    min_value: float | None = None,
     positions: str = "all",
     n_bins: int = 10,
     n_bootstrap: int = 200,
@@ -111,7 +134,8 @@ def fit_recalibration(
     Fit the value of a rescale on a validation split, on the target that training will use.
 
     The search has the two stages of FIRST (section 3): `c` in 0.1, 0.2 .. 1.0, then steps of 0.02 within 0.1 of the best.
-    `T` runs over 0.5, 0.6 .. 5.0 and `delta` over 0, 0.05 .. 0.5, refined in the same way (steps of 0.02 and 0.01).
+    `T` runs over 0.5, 0.6 .. 5.0 and `delta` over 0, 0.05 .. 0.5, refined in the same way (steps of 0.02 and 0.01), or,
+    between log-probabilities, over 0, 0.1 .. 4.0.
     Between equal scores the value nearest to no rescale wins: the T nearest 1, the smallest delta, and, since no c is the
     identity, the c that changes the confidences least.
 
@@ -128,9 +152,12 @@ def fit_recalibration(
         objective (`str`, *optional*, defaults to `"ece"`):
             `"ece"` (the paper) or `"nll"` (less noisy at the same size).
         estimator (`str`, *optional*, defaults to `"topk"`):
-            The target that will be trained on: `"topk"`, `"bucket"` or `"renormalized"`.
+            The target that will be trained on: `"topk"`, `"bucket"`, `"renormalized"` or `"probability_softmax"`.
         top_k (`int`, *optional*):
             Number of ranks to use, all of them by default.
+        min_value (`float`, *optional*):
+            Lower bound of the values tried, itself one of them. `1.0` for `"logit_temperature"` allows no rescale and
+            every softer target, and no sharper one.
         positions (`str`, *optional*, defaults to `"all"`):
             `"first"` fits on the first supervised position of each row only, where answers are one token and what follows
             is punctuation or an end token.
@@ -147,10 +174,11 @@ def fit_recalibration(
 
     Warns:
         `UserWarning`: below 1000 positions; when the ECE does not improve on the target without rescale; when the chosen
-        value is the last one tried on either side.
+        value is the last one tried on either side (`min_value` and a delta of 0 aside).
 
     Raises:
-        `ValueError`: for an empty split, arrays that do not fit together, and everything [`Recalibration.apply`] refuses.
+        `ValueError`: for an empty split, arrays that do not fit together, a `min_value` outside the search, and
+        everything [`Recalibration.apply`] refuses.
     """
     _check_choice("method", method, METHODS)
     _check_choice("objective", objective, ("ece", "nll"))
@@ -158,6 +186,7 @@ def fit_recalibration(
     _check_choice("positions", positions, ("all", "first"))
     if n_bins < 1 or n_bootstrap < 0:
         raise ValueError(f"`n_bins` must be >= 1 and `n_bootstrap` >= 0, got {n_bins} and {n_bootstrap}.")
+    min_value = _check_min_value(method, min_value)
     arrays = flat_cache(cache, positions)
     n, k = arrays.logprobs.shape
     kept_k = k if top_k is None else check_top_k(top_k, k)
@@ -176,15 +205,16 @@ def fit_recalibration(
     if method == "none":
         recalibration, chosen = Recalibration(), raw
     else:
-        coarse = _coarse_values(method)
+        coarse = _coarse_values(method, min_value)
         center = scores.choose(coarse)
-        fine = _fine_values(method, center)
+        fine = _fine_values(method, center, min_value)
         best = scores.choose(fine)
         curve = [scores.point(v, "coarse") for v in coarse] + [scores.point(v, "fine") for v in fine]
         recalibration, chosen = Recalibration(method, best), scores.point(best, "chosen")
-        at_boundary = best in (min(*coarse, *fine), max(*coarse, *fine))
+        lowest, highest = min(*coarse, *fine), max(*coarse, *fine)
+        at_boundary = best == highest or (best == lowest and best not in (0.0, min_value))
         if n_bootstrap:
-            picks = _bootstrap(scores, method, coarse, n_bootstrap, rng)
+            picks = _bootstrap(scores, method, coarse, min_value, n_bootstrap, rng)
             low, high = np.quantile(picks, [0.025, 0.975])
             bootstrap = {
                 "n_resamples": n_bootstrap,
@@ -229,12 +259,18 @@ def fit_recalibration(
         bootstrap=bootstrap,
         at_boundary=at_boundary,
         seed=seed,
+        min_value=min_value,
         messages=messages,
     )
 
 
 def _bootstrap(
-    scores: TargetScores, method: str, coarse: list[float], n_resamples: int, rng: np.random.Generator
+    scores: TargetScores,
+    method: str,
+    coarse: list[float],
+    min_value: float | None,
+    n_resamples: int,
+    rng: np.random.Generator,
 ) -> np.ndarray:
     """The value the two-stage search picks on each resample, float64 [n_resamples]."""
     n_units = scores.n_units
@@ -243,5 +279,5 @@ def _bootstrap(
     picks = np.empty(n_resamples)
     for center in np.unique(centers):
         chosen = centers == center
-        picks[chosen] = scores.choose_resampled(_fine_values(method, float(center)), weights[chosen])
+        picks[chosen] = scores.choose_resampled(_fine_values(method, float(center), min_value), weights[chosen])
     return picks

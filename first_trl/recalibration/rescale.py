@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 
-METHODS = ("none", "probability_temperature", "logit_temperature", "label_smoothing")
-ESTIMATORS = ("topk", "bucket", "renormalized")
+METHODS = ("none", "probability_temperature", "logit_temperature", "label_smoothing", "log_label_smoothing")
+ESTIMATORS = ("topk", "bucket", "renormalized", "probability_softmax")
+SMOOTHING = ("label_smoothing", "log_label_smoothing")
 # float16 rounding of k log-probabilities moves their sum by well under one percent; more than this is another quantity.
 _MASS_TOLERANCE = 0.05
 _POSITIVE_TOLERANCE = 1e-6
@@ -100,15 +101,21 @@ class Recalibration:
     | `"probability_temperature"` | \\( \exp(q_i/c) / \sum_j \exp(q_j/c) \\) | FIRST, section 3 |
     | `"logit_temperature"` | \\( q_i^{1/T} / \sum_j q_j^{1/T} \\) | temperature scaling (Guo et al. 2017) |
     | `"label_smoothing"` | \\( q / \sum_j q_j \\), `delta` moved from rank 1 to the others evenly | FIRST, section 3 |
+    | `"log_label_smoothing"` | \\( q_1 e^{-\delta} \\) and \\( q_i e^{\delta/(k-1)} \\), renormalised | FIRST, authors' code |
 
     `c = 1` is not the identity: the softmax of probabilities can give rank 1 at most `e / (e + k - 1)`. `T = 1` and
     `delta = 0` are.
+
+    `"log_label_smoothing"` moves `delta` between *log*-probabilities, as the authors' code does, and is far milder: at
+    `k = 5` a `delta` of 0.1 takes a rank 1 of 0.95 to 0.944, where `"label_smoothing"` takes it to 0.85. Their weights
+    do not sum to 1. Dividing them by their sum leaves the optimum where it is, and only drops a weight of the position
+    in the loss, which lies between \\( e^{-\delta} \\) and \\( e^{\delta/(k-1)} \\), near 1.
 
     Args:
         method (`str`, *optional*, defaults to `"none"`):
             One of the methods above.
         value (`float`, *optional*):
-            c > 0, T > 0 or 0 <= delta < 1. Must be `None` for `"none"`.
+            c > 0, T > 0, 0 <= delta < 1, or delta >= 0 for `"log_label_smoothing"`. Must be `None` for `"none"`.
 
     Raises:
         `ValueError`: for an unknown method or a value outside its range.
@@ -135,6 +142,9 @@ class Recalibration:
         if self.method == "label_smoothing":
             if not 0.0 <= value < 1.0:
                 raise ValueError(f"Label smoothing needs 0 <= delta < 1, got {value}.")
+        elif self.method == "log_label_smoothing":
+            if not (value >= 0.0 and math.isfinite(value)):
+                raise ValueError(f"Label smoothing of log-probabilities needs a finite delta >= 0, got {value}.")
         elif not (value > 0.0 and math.isfinite(value)):
             raise ValueError(f"Recalibration {self.method!r} needs a finite temperature above 0, got {value}.")
 
@@ -161,8 +171,8 @@ class Recalibration:
         """
         Log of the training target of every position.
 
-        The rule is the same for every method: the rescale gives a distribution over the k kept tokens. For `"topk"` and
-        `"renormalized"` that is the target. For `"bucket"` it is multiplied by `1 - tail`, and the tail keeps its mass.
+        The rule is the same for every method: the rescale gives a distribution over the k kept tokens. That is the
+        target, but for `"bucket"`, where it is multiplied by `1 - tail` and the tail keeps its mass.
 
         Args:
             logprobs (`array-like` of shape `[positions, k]`):
@@ -171,7 +181,7 @@ class Recalibration:
             tail_logprob (`array-like` of shape `[positions]`, *optional*):
                 Log of the mass outside the k. Needed for `"bucket"`, not read otherwise.
             estimator (`str`, *optional*, defaults to `"topk"`):
-                `"topk"`, `"bucket"` or `"renormalized"`.
+                `"topk"`, `"bucket"`, `"renormalized"` or `"probability_softmax"`.
             top_k (`int`, *optional*):
                 Use the first `top_k <= k` ranks; the others move into the tail before the rescale.
 
@@ -202,7 +212,7 @@ class Recalibration:
         """[`~Recalibration.apply`] on arrays that were checked before; with a `tail` the target has a bucket."""
         k = lp.shape[1]
         kept = lp[:, :kept_k]
-        if self.method == "label_smoothing" and kept_k == 1 and self.value:
+        if self.method in SMOOTHING and kept_k == 1 and self.value:
             raise ValueError("Label smoothing needs at least two kept tokens to share delta with, got k = 1.")
         head = self._rescale(kept)
         if tail is None:
@@ -222,6 +232,11 @@ class Recalibration:
         elif self.method == "logit_temperature":
             assert value is not None
             scaled = kept / value
+        elif self.method == "log_label_smoothing":
+            assert value is not None
+            shift = np.full(kept.shape[1], value / max(kept.shape[1] - 1, 1))
+            shift[0] = -value
+            scaled = kept + shift
         else:
             scaled = kept
         log_target = scaled - _logsumexp(scaled)[:, None]

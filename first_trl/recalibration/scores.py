@@ -156,6 +156,7 @@ class TargetScores:
         self.distance[value] = {
             "logit_temperature": abs(value - 1.0),
             "label_smoothing": value,
+            "log_label_smoothing": value,
         }.get(self.method, float(np.abs(confidence - self.raw_confidence).mean()))
         if self.objective == "ece":
             sums = np.bincount(self.unit * self.n_bins + bins, weights=gap, minlength=self.n_units * self.n_bins)

@@ -59,7 +59,13 @@ def head_transform(config: PreTrainedConfig) -> tuple[float, float | None]:
     return scale, getattr(text, "final_logit_softcapping", None)
 
 
-def add_distill_head(model: PreTrainedModel, estimator: str, ce_weight: float, chunk_size: int | None) -> None:
+def add_distill_head(
+    model: PreTrainedModel,
+    estimator: str,
+    ce_weight: float,
+    chunk_size: int | None,
+    student_temperature: float | None = None,
+) -> None:
     """
     Patch `model.forward`: called with `teacher_ids` and `teacher_log_target` it runs the backbone, takes the hidden
     states of the supervised positions and returns a [`DistillOutput`]; the `(batch, seq_len, vocab)` logits are never
@@ -105,6 +111,7 @@ def add_distill_head(model: PreTrainedModel, estimator: str, ce_weight: float, c
                 labels=labels[mask],
                 estimator="topk" if check_only else estimator,
                 ce_weight=ce_weight,
+                student_temperature=None if check_only else student_temperature,
                 bias=bias,
                 logit_scale=scale,
                 final_logit_softcapping=softcap,

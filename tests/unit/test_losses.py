@@ -1,12 +1,14 @@
 """The fused sparse KL against the float64 reference: value, statistics and every gradient, over random problems."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from first_trl.training.losses import ESTIMATORS, SparseKLOutput, chunks, sparse_kl_reference
+from first_trl.training.losses import ESTIMATORS, SparseKLOutput, chunks, fused_sparse_kl, sparse_kl_reference
 from tests.sparse_kl import Problem, make_problem
 
 
@@ -38,18 +40,22 @@ def assert_agrees(problem: Problem, chunk_size: int | None = None, grad_output: 
 def problems(draw: st.DrawFn) -> tuple[Problem, int | None]:
     vocab_size = draw(st.sampled_from([11, 12, 33, 257, 1000, 4099]))
     k = draw(st.integers(1, min(64, vocab_size)))
+    estimator = draw(st.sampled_from(ESTIMATORS))
     problem = make_problem(
         draw(st.integers(0, 2**31)),
         draw(st.integers(0, 6)),
         draw(st.integers(1, 24)),
         vocab_size,
         k,
-        draw(st.sampled_from(ESTIMATORS)),
+        estimator,
         padding=draw(st.integers(0, 3)),
         bias=draw(st.booleans()),
         ce_weight=draw(st.sampled_from([0.0, 0.0, 0.3, 1.0])),
         logit_scale=draw(st.sampled_from([1.0, 0.125, 1.7])),
         softcap=draw(st.sampled_from([None, 3.0, 30.0])),
+        student_temperature=(
+            draw(st.sampled_from([None, 0.05, 0.28, 2.0])) if estimator == "probability_softmax" else None
+        ),
         dtype=draw(st.sampled_from(list(TOLERANCE))),
     )
     return problem, draw(st.sampled_from([None, 1, 2, 4]))
@@ -116,6 +122,34 @@ def test_reference_renormalized_equals_kl_of_the_selected_logits() -> None:
     log_q = (problem.hidden @ problem.weight.t()).gather(1, problem.ids).log_softmax(-1)
     expected = F.kl_div(log_q, problem.log_target.double(), reduction="sum", log_target=True)
     torch.testing.assert_close(problem.reference()[0].loss, expected)
+
+
+@pytest.mark.parametrize("temperature", [None, 0.28])
+def test_reference_probability_softmax_equals_kl_of_the_softmax_of_probabilities(temperature: float | None) -> None:
+    problem = make_problem(5, 6, 8, 40, 7, "probability_softmax", student_temperature=temperature, dtype=torch.float64)
+    p = (problem.hidden @ problem.weight.t()).softmax(-1).gather(1, problem.ids)
+    log_r = (p / (temperature or 1.0)).log_softmax(-1)
+    expected = F.kl_div(log_r, problem.log_target.double(), reduction="sum", log_target=True)
+    torch.testing.assert_close(problem.reference()[0].loss, expected)
+
+
+def test_probability_softmax_by_hand() -> None:
+    # p = (.5, .3, .2); softmax of (.5, .3) / .2 is (e, 1) / (e + 1); d loss / d p_1 = (e / (e + 1) - .7) / .2 = .15529,
+    # d loss / d p_2 is its negative, and the mean of both under p is .2 * .15529.
+    hidden = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64).log().requires_grad_()
+    loss = fused_sparse_kl(
+        hidden,
+        torch.eye(3, dtype=torch.float64),
+        torch.tensor([[0, 1]]),
+        torch.tensor([[0.7, 0.3]], dtype=torch.float64).log(),
+        estimator="probability_softmax",
+        student_temperature=0.2,
+    ).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(0.7 * math.log(0.7 / 0.7310586) + 0.3 * math.log(0.3 / 0.2689414), abs=1e-7)
+    pull = (0.7310586 - 0.7) / 0.2
+    expected = [0.5 * (pull - 0.2 * pull), 0.3 * (-pull - 0.2 * pull), 0.2 * -0.2 * pull]
+    assert hidden.grad[0].tolist() == pytest.approx(expected, abs=1e-7)
 
 
 def test_label_terms_equal_torch_cross_entropy() -> None:

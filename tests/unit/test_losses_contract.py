@@ -27,10 +27,19 @@ NAN = float("nan")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"estimator": "top_k"}, r"Unknown estimator 'top_k'.*'topk', 'bucket', 'renormalized', 'sampled'"),
+        (
+            {"estimator": "top_k"},
+            r"Unknown estimator 'top_k'.*'topk', 'bucket', 'renormalized', 'sampled', 'probability_softmax'",
+        ),
         ({"ce_weight": 1.5}, r"`ce_weight` must lie in \[0, 1\], got 1.5"),
         ({"ce_weight": NAN}, r"`ce_weight` must lie in \[0, 1\], got nan"),
         ({"ce_weight": 0.5}, r"pass `labels`, or set `ce_weight=0`"),
+        ({"student_temperature": 0.3}, r"`student_temperature=0.3` has no effect with estimator='topk'"),
+        (
+            {"estimator": "probability_softmax", "student_temperature": 0.0},
+            r"`student_temperature` must be finite and above 0, got 0.0",
+        ),
+        ({"estimator": "probability_softmax", "student_temperature": NAN}, r"must be finite and above 0, got nan"),
         ({"estimator": "bucket"}, r"'bucket' estimator needs `tail_log_target`"),
         ({"tail_log_target": torch.zeros(2)}, r"`tail_log_target` has no place in the 'topk' estimator"),
         ({"ids": torch.tensor([[3, 1, 7], [10, 0, 11]])}, r"Row 1: ids \[10, 0, 11\] leave the vocabulary \[0, 11\)"),

@@ -27,7 +27,9 @@ def minimise(ids: torch.Tensor, target: torch.Tensor, vocab_size: int, **kwargs:
     logits = torch.randn(1, vocab_size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     logits.requires_grad_()
     eye = torch.eye(vocab_size, dtype=torch.float64)
-    optimizer = torch.optim.LBFGS([logits], max_iter=500, tolerance_grad=1e-12, tolerance_change=0)
+    optimizer = torch.optim.LBFGS(
+        [logits], max_iter=500, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
@@ -84,6 +86,44 @@ def test_optimum_of_renormalized_fixes_ratios_and_leaves_the_tail_mass_free() ->
     output, gradient = loss_and_gradient(logits, ids, head.log()[None], estimator="renormalized")
     assert output.loss.abs() < 1e-9
     assert gradient.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(("teacher_temperature", "student_temperature"), [(0.28, 0.28), (0.5, 0.4), (0.5, 0.7)])
+def test_optimum_of_probability_softmax_is_the_raw_teacher_up_to_a_constant_and_a_factor(
+    teacher_temperature: float, student_temperature: float
+) -> None:
+    q = teacher()[:4]
+    ids = torch.arange(4)[None]
+    target = (q / teacher_temperature).log_softmax(-1)
+    kwargs = {"estimator": "probability_softmax", "student_temperature": student_temperature}
+    output, _ = loss_and_gradient(logits := minimise(ids, target[None], 12, **kwargs), ids, target[None], **kwargs)
+    assert output.loss.abs() < 1e-9
+    difference = logits.softmax(-1)[0, :4] / student_temperature - q / teacher_temperature
+    torch.testing.assert_close(difference, difference.mean().expand(4), rtol=0, atol=1e-4)
+    # That is not the recalibrated target.
+    assert (logits.softmax(-1)[0, :4] - target.exp()).abs().max() > 1e-2
+
+
+def test_optimum_of_probability_softmax_is_one_hot_where_the_differences_asked_for_exceed_one() -> None:
+    q = teacher()[:4]
+    assert (q[0] - q[1]) / 0.28 > 1  # what c = 0.28 asks of a student at temperature 1
+    target = (q / 0.28).log_softmax(-1)
+    logits = minimise(torch.arange(4)[None], target[None], 12, estimator="probability_softmax")
+    assert logits.softmax(-1)[0, 0] > 0.999 and target[0].exp() < 0.6
+
+
+def test_probability_softmax_at_the_teacher_with_equal_temperatures_is_a_fixed_point() -> None:
+    q = teacher()
+    ids = torch.arange(4)[None]
+    for temperature in (0.1, 0.28, 1.0):
+        output, gradient = loss_and_gradient(
+            q.log()[None],
+            ids,
+            (q[:4] / temperature).log_softmax(-1)[None],
+            estimator="probability_softmax",
+            student_temperature=temperature,
+        )
+        assert output.loss.abs() < 1e-12 and gradient.abs().max() < 1e-12
 
 
 def test_optimum_of_sampled_over_many_draws_is_the_teacher() -> None:

@@ -13,7 +13,13 @@ from first_trl.recalibration import ESTIMATORS, METHODS, RecalibrationFit
 from tests.benchmarks.recalibration_recovery import recover
 
 
-VALUES = {"none": None, "probability_temperature": 0.28, "logit_temperature": 1.7, "label_smoothing": 0.1}
+VALUES = {
+    "none": None,
+    "probability_temperature": 0.28,
+    "logit_temperature": 1.7,
+    "label_smoothing": 0.1,
+    "log_label_smoothing": 0.1,
+}
 
 
 def topk(logits, k):
@@ -99,7 +105,30 @@ def test_label_smoothing_acts_on_normalised_probabilities():
     np.testing.assert_allclose(np.exp(flat), [[0.0, 1 / 3, 1 / 3, 1 / 3]], atol=1e-12)
 
 
-@pytest.mark.parametrize(("method", "value"), [("none", None), ("logit_temperature", 1.0), ("label_smoothing", 0.0)])
+def test_log_label_smoothing_moves_delta_between_log_probabilities():
+    q = np.array([[0.95, 0.0125, 0.0125, 0.0125, 0.0125], [0.45, 0.15, 0.15, 0.1, 0.05]])
+    head, _ = Recalibration("log_label_smoothing", 0.1).apply(np.log(q))
+    # .95 e^-.1 = .85960 and .05 e^.025 = .05127; .5 e^-.1 = .45242 and .5 e^.025 = .51266
+    np.testing.assert_allclose(np.exp(head[:, 0]), [0.94371, 0.46879], atol=1e-5)
+    np.testing.assert_allclose(np.exp(head[1, 1:]), 0.53121 * np.array([3, 3, 2, 1]) / 9, atol=1e-5)
+    # Before it is normalised each rank moves by exactly its share of delta.
+    np.testing.assert_allclose(head[0, 0] - head[0, 1], np.log(0.95 / 0.0125) - 0.1 - 0.025, atol=1e-12)
+    sure, _ = Recalibration("log_label_smoothing", 0.1).apply([[0.0, -np.inf]])
+    assert sure.tolist() == [[0.0, -np.inf]]
+
+
+def test_log_label_smoothing_on_fewer_ranks_and_beside_a_bucket():
+    q, tail = np.log([[0.6, 0.2, 0.1]]), np.log([0.1])
+    head, bucket = Recalibration("log_label_smoothing", 1.0).apply(q, tail, estimator="bucket", top_k=2)
+    # (.75, .25) -> (.75 / e, .25 e) = (.27591, .67957), times .8
+    np.testing.assert_allclose(np.exp(head), [[0.8 * 0.28877, 0.8 * 0.71123]], atol=1e-5)
+    np.testing.assert_allclose(np.exp(bucket), [0.2], rtol=1e-12)
+
+
+IDENTITIES = [("none", None), ("logit_temperature", 1.0), ("label_smoothing", 0.0), ("log_label_smoothing", 0.0)]
+
+
+@pytest.mark.parametrize(("method", "value"), IDENTITIES)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_identities(rows, method, value, estimator):
     logprobs, _, tail = rows
@@ -143,6 +172,9 @@ def test_full_vocabulary_has_an_empty_bucket():
         ("label_smoothing", 1.0, "0 <= delta < 1"),
         ("label_smoothing", -0.1, "0 <= delta < 1"),
         ("label_smoothing", math.nan, "0 <= delta < 1"),
+        ("log_label_smoothing", -0.1, "finite delta >= 0"),
+        ("log_label_smoothing", math.inf, "finite delta >= 0"),
+        ("log_label_smoothing", math.nan, "finite delta >= 0"),
         ("label_smoothing", "0.1", "must be a number"),
         ("label_smoothing", True, "must be a number"),
     ],
@@ -176,9 +208,11 @@ def test_bad_arrays_are_refused(logprobs, tail, kwargs, match):
         Recalibration().apply(logprobs, tail, **kwargs)
 
 
-def test_label_smoothing_needs_two_tokens():
+@pytest.mark.parametrize("method", ["label_smoothing", "log_label_smoothing"])
+def test_label_smoothing_needs_two_tokens(method):
     with pytest.raises(ValueError, match="at least two kept tokens"):
-        Recalibration("label_smoothing", 0.1).apply([[-0.1, -3.0]], top_k=1)
+        Recalibration(method, 0.1).apply([[-0.1, -3.0]], top_k=1)
+    assert Recalibration(method, 0.0).apply([[-0.1, -3.0]], top_k=1)[0].tolist() == [[0.0]]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -253,6 +287,48 @@ def test_curve_agrees_with_a_direct_computation(method, estimator):
         assert fit.chosen.nll == pytest.approx(nll, abs=1e-12)
     brier = np.where(kept, np.square(target - gold).sum(1), np.square(target).sum(1) + 1.0).mean()
     assert fit.chosen.brier == pytest.approx(brier, abs=1e-12)
+
+
+def test_the_temperatures_tried_include_no_rescale():
+    cache = simulate(1500, temperature=2.0)
+    fit = fit_recalibration(cache, method="logit_temperature", estimator="bucket", objective="nll", n_bootstrap=0)
+    [unscaled] = [point for point in fit.curve if point.value == 1.0]
+    assert (unscaled.ece, unscaled.nll) == pytest.approx((fit.raw.ece, fit.raw.nll), abs=1e-12)
+
+
+def test_min_value_allows_softer_targets_only():
+    # Labels sharper than the teacher: the best T lies below 1.
+    cache = simulate(2000, temperature=0.7, k=12)
+    options = {"method": "logit_temperature", "objective": "nll", "n_bootstrap": 50}
+    assert fit_recalibration(cache, **options).recalibration.value < 0.9
+    with pytest.warns(UserWarning, match="does not improve") as caught:
+        fit = fit_recalibration(cache, min_value=1, **options)
+    assert len(caught) == 1  # a choice at the bound that was asked for is no edge of the search
+    assert fit.recalibration.value == 1.0 and not fit.at_boundary and fit.min_value == 1.0
+    assert [p.value for p in fit.curve if p.stage == "coarse"][:3] == [1.0, 1.1, 1.2]
+    assert [p.value for p in fit.curve if p.stage == "fine"] == [1.0, 1.02, 1.04, 1.06, 1.08, 1.1]
+    assert fit.bootstrap["low"] == fit.bootstrap["high"] == 1.0
+
+
+def test_min_value_off_the_grid_is_tried_and_changes_nothing_above_it():
+    cache = simulate(2000, temperature=2.0, k=12)
+    options = {"method": "logit_temperature", "objective": "nll", "n_bootstrap": 50}
+    free, bounded = fit_recalibration(cache, **options), fit_recalibration(cache, min_value=1.05, **options)
+    assert [p.value for p in bounded.curve if p.stage == "coarse"][:3] == [1.05, 1.1, 1.2]
+    assert [p for p in bounded.curve if p.stage == "fine"] == [p for p in free.curve if p.stage == "fine"]
+    assert bounded.recalibration == free.recalibration and bounded.bootstrap == free.bootstrap
+    # The bound lies between two fine values, and is itself the best.
+    with pytest.warns(UserWarning, match="does not improve"):
+        fit = fit_recalibration(simulate(2000, temperature=0.7, k=12), min_value=1.05, **options)
+    assert [p.value for p in fit.curve if p.stage == "fine"] == [1.05, 1.07, 1.09, 1.11, 1.13, 1.15]
+    assert fit.recalibration.value == 1.05 and not fit.at_boundary
+
+
+def test_log_label_smoothing_is_fitted():
+    cache = simulate(3000, temperature=2.0)
+    fit = fit_recalibration(cache, method="log_label_smoothing", n_bootstrap=20)
+    assert fit.chosen.ece < 0.7 * fit.raw.ece
+    assert [p.value for p in fit.curve if p.stage == "coarse"][::10] == [0.0, 1.0, 2.0, 3.0, 4.0]
 
 
 def test_ties_go_to_the_value_nearest_to_no_rescale():
@@ -335,6 +411,8 @@ def test_fit_round_trips_through_json(method):
     fit = fit_recalibration(simulate(300, temperature=2.0), method=method, n_bootstrap=20)
     text = json.dumps(fit.to_dict(), allow_nan=False)
     assert RecalibrationFit.from_dict(json.loads(text)) == fit
+    before_bounds = {name: value for name, value in json.loads(text).items() if name != "min_value"}
+    assert RecalibrationFit.from_dict(before_bounds) == fit
 
 
 def test_fit_is_deterministic_and_takes_float16():
@@ -375,6 +453,10 @@ def test_bad_caches_are_refused(change, match):
         ({"positions": "last"}, "`positions` must be one of"),
         ({"top_k": 9}, "from 1 to the 5 tokens"),
         ({"n_bins": 0}, "`n_bins` must be >= 1"),
+        ({"min_value": 0.0}, "finite temperature above 0"),
+        ({"min_value": 1.2}, "leaves no probability_temperature to try: the search ends at 1.0"),
+        ({"method": "log_label_smoothing", "min_value": -0.1}, "finite delta >= 0"),
+        ({"method": "none", "min_value": 1.0}, "has no effect with method='none'"),
         ({"estimator": "bucket", "drop_tail": True}, "needs `tail_logprob`"),
     ],
 )
@@ -421,6 +503,27 @@ def test_a_cache_dataset_gives_the_same_fit_as_its_arrays(estimator):
     assert fit.n == 1200 and fit.n_rows == 600
     with pytest.warns(UserWarning, match="Only 600 positions"):
         assert fit_recalibration(dataset, positions="first", **options).n == 600
+
+
+def test_a_gold_outside_the_kept_tokens_counts_as_the_bucket():
+    arrays = {
+        "ids": np.array([[4, 5], [6, 4], [5, 6]]),
+        "logprobs": np.log([[0.6, 0.2], [0.5, 0.25], [0.9, 0.05]]),
+        "tail_logprob": np.log([0.2, 0.25, 0.05]),
+        "labels": np.array([4, 4, 9]),  # rank 1, rank 2, and a token the cache did not keep
+    }
+    dataset = cache_dataset(arrays, [1, 2])
+    with pytest.warns(UserWarning, match="Only 3 positions"):
+        fit = fit_recalibration(
+            dataset, method="logit_temperature", estimator="bucket", objective="nll", min_value=1.0, n_bootstrap=0
+        )
+    nll = {point.value: point.nll for point in fit.curve}
+    assert fit.gold_coverage == pytest.approx(2 / 3)
+    assert fit.raw.nll == nll[1.0] == pytest.approx(-(math.log(0.6) + math.log(0.25) + math.log(0.05)) / 3)
+    # T = 2: .8 * sqrt(.6) / (sqrt(.6) + sqrt(.2)) = .50718 and .75 * sqrt(.25) / (sqrt(.5) + sqrt(.25)) = .31066; no T
+    # moves the bucket.
+    assert nll[2.0] == pytest.approx(-(math.log(0.50718) + math.log(0.31066) + math.log(0.05)) / 3, abs=1e-4)
+    assert fit.chosen.nll == min(nll.values())
 
 
 def test_an_empty_validation_split_is_refused():

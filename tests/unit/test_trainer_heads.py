@@ -54,14 +54,14 @@ def student_of(name):
     return model
 
 
-def dense_loss(model, cache, estimator, recalibration, ce_weight):
+def dense_loss(model, cache, recalibration, args):
     """Mean over all supervised tokens, one row at a time, from the model's own logits."""
     total, tokens = torch.zeros(()), 0
     for row in cache:
         logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0]
         positions = [t for t in range(1, len(row["labels"])) if row["labels"][t] != -100]
         target, tail = recalibration.apply(
-            row["teacher_topk_logprobs"], row["teacher_tail_logprob"], estimator=estimator
+            row["teacher_topk_logprobs"], row["teacher_tail_logprob"], estimator=args.estimator
         )
         total = (
             total
@@ -71,8 +71,9 @@ def dense_loss(model, cache, estimator, recalibration, ce_weight):
                 torch.from_numpy(target),
                 tail_log_target=None if tail is None else torch.from_numpy(tail),
                 labels=torch.tensor([row["labels"][t] for t in positions]),
-                estimator=estimator,
-                ce_weight=ce_weight,
+                estimator=args.estimator,
+                ce_weight=args.ce_weight,
+                student_temperature=args.student_temperature,
             ).loss
         )
         tokens += len(positions)
@@ -83,7 +84,7 @@ def compare(student, cache, tokenizer, tmp_path, **options):
     reference = copy.deepcopy(student).train()
     args = tiny_config(tmp_path, **options)
     recalibration = Recalibration(args.recalibration, args.recalibration_value)
-    expected = dense_loss(reference, cache, args.estimator, recalibration, args.ce_weight)
+    expected = dense_loss(reference, cache, recalibration, args)
     expected.backward()
     _, recorded = run(student, args, cache, tokenizer)
     # Logged values are rounded to four digits
@@ -120,8 +121,14 @@ OBJECTIVES = {
     "renormalized, mixed": {"estimator": "renormalized", "ce_weight": 0.5},
     "paper": {"recalibration": "probability_temperature", "recalibration_value": 0.4},
     "log-space": {"estimator": "bucket", "recalibration": "logit_temperature", "recalibration_value": 2.0},
+    "authors' code, both sides": {
+        "estimator": "probability_softmax", "student_temperature": 0.28, "recalibration": "probability_temperature",
+        "recalibration_value": 0.28,
+    },
+    "authors' code, mixed": {"estimator": "probability_softmax", "ce_weight": 0.3},
+    "authors' code, smoothed": {"recalibration": "log_label_smoothing", "recalibration_value": 0.5},
     "smoothed": {"estimator": "bucket", "recalibration": "label_smoothing", "recalibration_value": 0.1},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

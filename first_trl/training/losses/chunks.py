@@ -43,6 +43,7 @@ def default_chunk_size(vocab_size: int, device: str = "cpu") -> int:
 class FusedOptions:
     estimator: str
     ce_weight: float
+    student_temperature: float
     logit_scale: float
     softcap: float | None
     chunk_size: int | None
@@ -208,6 +209,9 @@ def _visit_block(
     log_p = kept_logits - log_z[:, None]
     p = log_p.exp()
     log_student = kept_logits - log_kept[:, None] if over_kept else log_p
+    over_probabilities = options.estimator == "probability_softmax"
+    if over_probabilities:
+        log_student = (p / options.student_temperature).masked_fill(~targets.kept, -torch.inf).log_softmax(-1)
     cross_entropy = -torch.where(targets.kept, targets.mass * log_student, 0.0).sum(-1)
     cross_entropy -= torch.where(targets.tail > 0, targets.tail * (log_tail - log_z), 0.0)
     columns = {"kl": cross_entropy - targets.entropy, "mass_outside": (log_tail - log_z).exp()}
@@ -215,7 +219,8 @@ def _visit_block(
         columns["cross_entropy"] = log_z - label_logits
         columns["num_correct"] = (label_logits >= torch.maximum(tail_max, kept_logits.amax(-1))).to(logits.dtype)
     if options.metrics:
-        entropy = -torch.where(targets.kept, log_student.exp() * log_student, 0.0).sum(-1)
+        log_own = log_student if over_kept else log_p
+        entropy = -torch.where(targets.kept, log_own.exp() * log_own, 0.0).sum(-1)
         if not over_kept:
             # Finite values where the exponential is 0, so that the product is 0 and not NaN.
             logits.scatter_(1, ids, kept_logits)
@@ -235,6 +240,12 @@ def _visit_block(
     student = log_student.exp() if over_kept else p
     on_kept = (1 - w) * (targets.total[:, None] * student - targets.mass)
     on_tail = (1 - w) * kl_share
+    if over_probabilities:
+        # `pull` is the derivative by p on the kept ids. Every logit of the row moves every p: dp_i/dz_j is
+        # p_i * ((i == j) - p_j), so p_j takes `pull_j` of its own less the mean of all of them.
+        pull = (targets.total[:, None] * log_student.exp() - targets.mass) / options.student_temperature
+        mean_pull = (pull * p).sum(-1)
+        on_kept, on_tail = (1 - w) * p * (pull - mean_pull[:, None]), (w - 1) * mean_pull * to_p
     if w > 0:
         on_kept, on_tail = on_kept + w * p, on_tail + w * to_p
     exponentials.mul_(on_tail[:, None] * scale)

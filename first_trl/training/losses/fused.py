@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .chunks import FusedOptions, SparseTargets, gather_chunks, project_chunks
-from .inputs import SparseKLOutput, check_options, check_targets
+from .inputs import SparseKLOutput, check_options, check_student_temperature, check_targets
 
 
 # The gradients are made by hand and tensors are reused in place: nothing here for a compiler to trace.
@@ -25,6 +25,7 @@ def fused_sparse_kl(
     labels: torch.Tensor | None = None,
     estimator: str = "topk",
     ce_weight: float = 0.0,
+    student_temperature: float | None = None,
     bias: torch.Tensor | None = None,
     logit_scale: float = 1.0,
     final_logit_softcapping: float | None = None,
@@ -59,9 +60,11 @@ def fused_sparse_kl(
         labels (`torch.Tensor` of shape `(N,)`, int64, *optional*):
             Hard labels, for `ce_weight > 0` and for the statistics.
         estimator (`str`, *optional*, defaults to `"topk"`):
-            `"topk"`, `"bucket"`, `"renormalized"` or `"sampled"`.
+            `"topk"`, `"bucket"`, `"renormalized"`, `"sampled"` or `"probability_softmax"`.
         ce_weight (`float`, *optional*, defaults to `0.0`):
             `w` in `(1 - w) * KL + w * CE`.
+        student_temperature (`float`, *optional*):
+            Divides the student's probabilities, for `"probability_softmax"` only. Defaults to 1.
         bias (`torch.Tensor` of shape `(V,)`, *optional*):
             Bias of the head.
         logit_scale (`float`, *optional*, defaults to `1.0`):
@@ -93,6 +96,7 @@ def fused_sparse_kl(
     options = FusedOptions(
         estimator=estimator,
         ce_weight=ce_weight,
+        student_temperature=check_student_temperature(estimator, student_temperature),
         logit_scale=logit_scale,
         softcap=final_logit_softcapping,
         chunk_size=chunk_size,

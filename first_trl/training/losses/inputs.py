@@ -1,11 +1,12 @@
 """What the sparse KL losses take and return, and the checks both implementations share."""
 
+import math
 from typing import Literal, NamedTuple, get_args
 
 import torch
 
 
-Estimator = Literal["topk", "bucket", "renormalized", "sampled"]
+Estimator = Literal["topk", "bucket", "renormalized", "sampled", "probability_softmax"]
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)
 
 # Recalibrated targets are normalised in float32; storage precision is lost before that, not after.
@@ -50,6 +51,20 @@ class SparseKLOutput(NamedTuple):
     mass_outside: torch.Tensor
     num_correct: torch.Tensor
     num_tokens: torch.Tensor
+
+
+def check_student_temperature(estimator: str, student_temperature: float | None) -> float:
+    """The temperature of `"probability_softmax"`, 1 where none is given. Raises `ValueError`."""
+    if student_temperature is None:
+        return 1.0
+    if estimator != "probability_softmax":
+        raise ValueError(
+            f"`student_temperature={student_temperature}` has no effect with estimator={estimator!r}, which leaves the "
+            "student's probabilities as they are. Leave it unset, or use estimator='probability_softmax'."
+        )
+    if not (student_temperature > 0.0 and math.isfinite(student_temperature)):
+        raise ValueError(f"`student_temperature` must be finite and above 0, got {student_temperature}.")
+    return float(student_temperature)
 
 
 def check_options(

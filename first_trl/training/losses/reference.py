@@ -2,7 +2,7 @@
 
 import torch
 
-from .inputs import SparseKLOutput, check_options, check_targets
+from .inputs import SparseKLOutput, check_options, check_student_temperature, check_targets
 
 
 def sparse_kl_reference(
@@ -14,6 +14,7 @@ def sparse_kl_reference(
     labels: torch.Tensor | None = None,
     estimator: str = "topk",
     ce_weight: float = 0.0,
+    student_temperature: float | None = None,
 ) -> SparseKLOutput:
     r"""
     KL(target || student) for a target known on a few token ids, from the full student logits.
@@ -23,6 +24,11 @@ def sparse_kl_reference(
     - `"topk"`, `"sampled"`: `sum_i t_i log(t_i / p_i)`, `p` over the full vocabulary.
     - `"bucket"`: the same plus `b log(b / p_tail)`, where `p_tail` is the student's mass outside the kept ids.
     - `"renormalized"`: `sum_i t_i log(t_i / q_i)`, `q` the student's softmax over the kept ids only.
+    - `"probability_softmax"`: `sum_i t_i log(t_i / r_i)`, `r` the softmax over the kept ids of the *probabilities*
+      `p_i / student_temperature`. For replication: it is how the authors' code of FIRST reads its temperature. Against
+      a target `softmax(q_i / c)` it is 0 where `p_i / student_temperature` and the teacher's raw `q_i / c` differ by one
+      constant: at equal temperatures the student learns the raw teacher up to a constant, nothing is recalibrated,
+      and at `student_temperature > c` it is sharper than the teacher. The mass outside the kept ids is free.
 
     This is what [`fused_sparse_kl`] computes without ever holding `[N, V]`; use it to check, to differentiate twice,
     or where memory does not matter.
@@ -40,9 +46,11 @@ def sparse_kl_reference(
         labels (`torch.Tensor` of shape `(N,)`, int64, *optional*):
             Hard labels, for `ce_weight > 0` and for the statistics.
         estimator (`str`, *optional*, defaults to `"topk"`):
-            `"topk"`, `"bucket"`, `"renormalized"` or `"sampled"`.
+            `"topk"`, `"bucket"`, `"renormalized"`, `"sampled"` or `"probability_softmax"`.
         ce_weight (`float`, *optional*, defaults to `0.0`):
             `w` in `(1 - w) * KL + w * CE`.
+        student_temperature (`float`, *optional*):
+            Divides the student's probabilities, for `"probability_softmax"` only. Defaults to 1.
 
     Returns:
         [`SparseKLOutput`]
@@ -51,6 +59,7 @@ def sparse_kl_reference(
         `ValueError`: on ids or labels outside the vocabulary, repeated ids, or a target whose mass is not 1.
     """
     check_options(estimator, ce_weight, tail_log_target, labels)
+    temperature = check_student_temperature(estimator, student_temperature)
     vocab_size = logits.shape[1]
     check_targets(ids, log_target, vocab_size, tail_log_target=tail_log_target, labels=labels)
     if logits.dtype != torch.float64:
@@ -67,6 +76,8 @@ def sparse_kl_reference(
     log_student = log_p.gather(1, ids)
     if estimator == "renormalized":
         log_student = log_student.masked_fill(~kept, -torch.inf).log_softmax(-1)
+    elif estimator == "probability_softmax":
+        log_student = (log_student.exp() / temperature).masked_fill(~kept, -torch.inf).log_softmax(-1)
     log_student = log_student.masked_fill(~kept, 0.0)
     teacher_entropy = -(target * log_target).sum(-1)
     student_cross_entropy = -(target * log_student).sum(-1)
