@@ -17,6 +17,9 @@ question : NAME the JOB at PLACE in WEATHER carries what ? answer :
 
 The split `pretrain` is plain text for next-token training (empty prompt, no choices): sentences that tell the habits
 of a job, a place, a weather, or a place and a weather, over all pairs, but never of a job at a place.
+
+The split `unlabelled` holds questions without an answer, eight times as many as `train`: (job, place) pairs that occur
+in `train`, any weather and name. No answer is drawn for them.
 """
 
 from collections.abc import Iterator
@@ -52,7 +55,7 @@ TOOLS = ("hammer", "saw", "rope", "lamp", "knife", "brush", "map", "bucket", "la
 NAMES = tuple(a + b + c for a, b, c in product("bdfklmtv", "aeiou", ("la", "no", "ri", "su", "vi")))
 FUNCTION_WORDS = ("question", ":", "the", "at", "in", "carries", "what", "?", "answer", "someone", "often", ".")
 
-SIZES = {"train": 2400, "validation": 1200, "test": 3000, "ood": 3000, "pretrain": 8000}
+SIZES = {"train": 2400, "validation": 1200, "test": 3000, "ood": 3000, "pretrain": 8000, "unlabelled": 19200}
 HELD_OUT_FRACTION = 0.2
 # Sentences of the pretraining text have at most 9 tokens with `<bos>`: the longest one goes without its full stop.
 SENTENCES = (
@@ -72,7 +75,7 @@ class World:
         posterior (`np.ndarray` of shape `(12, 8, 6, 12)`): Probability of each tool for every job, place and weather.
         held_out (`np.ndarray` of shape `(19, 2)`): The (job, place) pairs that occur in `ood` only.
         samples (`dict[str, np.ndarray]`): Split name -> int array of shape `(n, 5)`; columns job, place, weather,
-            name, tool. In `pretrain` the fourth column is the sentence template.
+            name, tool. In `pretrain` the fourth column is the sentence template; in `unlabelled` the tool is -1.
     """
 
     posterior: np.ndarray
@@ -82,7 +85,10 @@ class World:
 
 @lru_cache(maxsize=4)
 def make_world(seed: int) -> World:
-    """Draws the world of `seed`; order of the draws: U, S, R, I, held-out pairs, train, validation, test, ood, text."""
+    """
+    Draws the world of `seed`; order of the draws: U, S, R, I, held-out pairs, train, validation, test, ood, text,
+    unlabelled.
+    """
     rng = np.random.default_rng(seed)
     n_jobs, n_places, n_weathers, n_tools = len(JOBS), len(PLACES), len(WEATHERS), len(TOOLS)
     job = rng.standard_normal((n_jobs, 1, 1, n_tools))
@@ -111,6 +117,12 @@ def make_world(seed: int) -> World:
     samples["ood"] = draw(SIZES["ood"], held_out, len(NAMES))
     # A sentence leaves attributes out. Drawing them all and saying some is the same as marginalising the posterior.
     samples["pretrain"] = draw(SIZES["pretrain"], pairs, len(SENTENCES))
+    # Last, so that a world's other splits are what they were before there was this one
+    observed = np.unique(samples["train"][:, :2], axis=0)
+    n = SIZES["unlabelled"]
+    chosen = observed[rng.integers(len(observed), size=n)]
+    w, names = rng.integers(n_weathers, size=n), rng.integers(len(NAMES), size=n)
+    samples["unlabelled"] = np.column_stack([chosen, w, names, np.full(n, -1)])
     return World(posterior, held_out, samples)
 
 
@@ -129,8 +141,11 @@ class NoisyWorld(Task):
 
     name = "noisy_world"
     splits = {split: split for split in SIZES}
+    unlabelled_splits = ("unlabelled",)
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(
+        self, path: str | None = None, revision: str | None = None, seed: int = 0
+    ) -> PreTrainedTokenizerBase:
         """[`build_tokenizer`]'s tokenizer."""
         return build_tokenizer()
 
@@ -148,7 +163,7 @@ class NoisyWorld(Task):
                 Example(
                     prompt=f"question : {NAMES[fourth]} the {JOBS[job]} at {PLACES[place]} in {WEATHERS[weather]} "
                     "carries what ? answer :",
-                    completion=choices[tool],
+                    completion=choices[tool] if tool >= 0 else None,
                     choices=choices,
                     gold=tool,
                     group=f"{JOBS[job]}|{PLACES[place]}",

@@ -4,6 +4,9 @@ Rows of text -> `input_ids` and `labels`.
 A prompt always gets the tokens it has when it stands alone, because that is what the model reads at evaluation; the
 completion gets the tokens that follow when both are tokenized together. Special tokens that the tokenizer puts in
 front (`<bos>`) are kept once; those it puts behind a text are left off, since a prompt is not the end of a text.
+
+A prompt without an answer becomes a row whose last token is a filler: the position it stands at is where an answer
+would begin. A causal model's distribution there does not depend on it.
 """
 
 from collections import Counter
@@ -16,11 +19,13 @@ from transformers import PreTrainedTokenizerBase
 
 
 IGNORE_INDEX = -100
+# Column that tells whether the labels of a row are an answer; only where some are not.
+HAS_GOLD = "has_gold"
 
-Supervise = Literal["completion", "all"]
+Supervise = Literal["completion", "all", "answer_position"]
 OnOverflow = Literal["error", "drop", "truncate_prompt_left", "truncate_right"]
 
-_SUPERVISE = ("completion", "all")
+_SUPERVISE = ("completion", "all", "answer_position")
 _ON_OVERFLOW = ("error", "drop", "truncate_prompt_left", "truncate_right")
 # Values of the helper column that tells what became of a row.
 _KEPT, _TRUNCATED, _OVERFLOW, _NOTHING_LEFT = range(4)
@@ -39,7 +44,8 @@ class TokenizedSplit:
 
     Attributes:
         dataset ([`~datasets.Dataset`]): Columns `input_ids` and `labels` (both `list[int32]`; `labels[t]` is
-            `input_ids[t]` where supervised and -100 elsewhere), `id` and `group` (`str`).
+            `input_ids[t]` where supervised and -100 elsewhere), `id` and `group` (`str`). With
+            `supervise="answer_position"`, `has_gold` (`bool`) too, false everywhere.
         n_in (`int`): Rows that went in.
         n_truncated (`int`): Rows that were shortened and kept.
         n_retokenized (`int`): Rows whose completion would have merged with the end of the prompt into one token. The
@@ -86,6 +92,23 @@ def encode_prompts(processing_class: PreTrainedTokenizerBase, prompts: Sequence[
     return _encode(processing_class, prompts, _leading_special_tokens(processing_class, probe))
 
 
+def filler_token_id(processing_class: PreTrainedTokenizerBase) -> int:
+    """
+    The token that stands where the answer of a prompt without one would begin: the end-of-sequence token, else the
+    padding token.
+
+    Raises:
+        `ValueError`: when the tokenizer has neither.
+    """
+    for token_id in (processing_class.eos_token_id, processing_class.pad_token_id):
+        if token_id is not None:
+            return int(token_id)
+    raise ValueError(
+        "A prompt without an answer ends with a filler token, and the tokenizer has neither an `eos_token` nor a "
+        "`pad_token`. Set one of them."
+    )
+
+
 def encode_pairs(
     processing_class: PreTrainedTokenizerBase, prompts: Sequence[str], completions: Sequence[str]
 ) -> tuple[list[list[int]], list[list[int] | None]]:
@@ -130,16 +153,20 @@ def tokenize_rows(
 
     Args:
         dataset ([`~datasets.Dataset`]):
-            Rows with `prompt` and `completion` (`str`); `id` and `group` are kept where there are any.
+            Rows with `prompt` and, but for `supervise="answer_position"`, `completion` (`str`); `id` and `group` are
+            kept where there are any.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             The tokenizer.
         max_length (`int`, *optional*):
             Longest sequence, in tokens. `None` sets no bound.
         append_eos (`bool`, *optional*, defaults to `False`):
-            Whether to end each row with the end-of-sequence token, which is supervised.
+            Whether to end each row with the end-of-sequence token, which is supervised. Rows without an answer have no
+            end: it does nothing with `supervise="answer_position"`.
         supervise (`str`, *optional*, defaults to `"completion"`):
             `"completion"` masks the prompt's labels with -100, `"all"` masks none. The first token of a row is never
-            a target either way.
+            a target either way. `"answer_position"` reads no completion, whether there is one or not: a row is its
+            prompt and a filler token (see [`filler_token_id`]), whose position alone is supervised, for a teacher that
+            tells what could stand there. The column `has_gold` says that the label is no answer.
         on_overflow (`str`, *optional*, defaults to `"drop"`):
             What happens to a row longer than `max_length`: `"error"`, `"drop"`, `"truncate_prompt_left"` (cut the
             start of the prompt behind the leading special tokens; a row whose completion alone is too long is
@@ -159,11 +186,12 @@ def tokenize_rows(
         raise ValueError(f"`on_overflow` must be one of {', '.join(_ON_OVERFLOW)}; got {on_overflow!r}.")
     if max_length is not None and max_length < 2:
         raise ValueError(f"`max_length` must be at least 2 (one token to read, one to predict), got {max_length}.")
+    append_eos = append_eos and supervise != "answer_position"
     if append_eos and processing_class.eos_token_id is None:
         raise ValueError(
             "`append_eos=True` needs a tokenizer with an `eos_token`; set one or pass `append_eos=False`."
         )
-    for column in ("prompt", "completion"):
+    for column in ("prompt",) if supervise == "answer_position" else ("prompt", "completion"):
         if column not in dataset.column_names:
             raise ValueError(f"The dataset has no column {column!r} (it has {', '.join(dataset.column_names)}).")
     if len(dataset) == 0:
@@ -179,6 +207,7 @@ def tokenize_rows(
         features=Features(
             {column: dataset.features[column] for column in kept_columns}
             | {"input_ids": ids, "labels": ids, "_fate": Value("int8"), "_retokenized": Value("bool")}
+            | ({HAS_GOLD: Value("bool")} if supervise == "answer_position" else {})
         ),
         fn_kwargs={
             "processing_class": processing_class,
@@ -216,17 +245,27 @@ def _tokenize_batch(
     on_overflow: str,
 ) -> dict[str, list[Any]]:
     names = batch.get("id") or [f"row {i}" for i in indices]
-    prompts, completions = batch["prompt"], batch["completion"]
+    prompts = batch["prompt"]
+    without_answer = supervise == "answer_position"
+    completions = [""] * len(prompts) if without_answer else batch["completion"]
     for name, prompt, completion in zip(names, prompts, completions, strict=True):
         if not isinstance(prompt, str):
             raise ValueError(f"{name}: the prompt is {prompt!r}, not a text.")
-        if not isinstance(completion, str) or not completion:
+        if without_answer and not prompt:
+            raise ValueError(f"{name}: the prompt is empty, so nothing tells what could follow it; remove the row.")
+        if not without_answer and (not isinstance(completion, str) or not completion):
             raise ValueError(
                 f"{name}: the completion is {'empty' if completion == '' else 'missing'}. Rows without an answer "
-                "cannot be trained on; use a labelled split or remove them."
+                "cannot be trained on; use a labelled split or remove them. For a teacher to answer them, tokenize "
+                "with `supervise='answer_position'`."
             )
     n_front = len(_leading_special_tokens(processing_class, prompts[0] + completions[0]))
-    all_prompt_ids, all_completion_ids = encode_pairs(processing_class, prompts, completions)
+    all_completion_ids: list[list[int] | None]
+    if without_answer:
+        all_prompt_ids = encode_prompts(processing_class, prompts)
+        all_completion_ids = [[filler_token_id(processing_class)]] * len(prompts)
+    else:
+        all_prompt_ids, all_completion_ids = encode_pairs(processing_class, prompts, completions)
     output: dict[str, list[Any]] = {"input_ids": [], "labels": [], "_fate": [], "_retokenized": []}
     for name, completion, prompt_ids, joint_completion_ids in zip(
         names, completions, all_prompt_ids, all_completion_ids, strict=True
@@ -252,6 +291,8 @@ def _tokenize_batch(
         output["labels"].append([*labels, *completion_ids])
         output["_fate"].append(fate)
         output["_retokenized"].append(joint_completion_ids is None)
+    if without_answer:
+        output[HAS_GOLD] = [False] * len(prompts)
     return output
 
 

@@ -110,7 +110,9 @@ def load_teacher_cache(
                 f"{path_or_repo} at {pulled.commit} holds no manifest of split {split!r}: it is no teacher cache, or "
                 "was pushed without `first-trl cache push`."
             )
-        options = {"path": str(path_or_repo), "revision": pulled.commit, "token": token}
+        # The files themselves and not the card's configuration, which may name other splits with other columns
+        pattern = f"hf://datasets/{path_or_repo}@{pulled.commit}/data/{split}-*.parquet"
+        options = {"path": "parquet", "data_files": {split: pattern}, "token": token}
     manifest = load_manifest(folder, split)
     if not streaming or not options:
         files = complete_shards(folder, split)

@@ -42,8 +42,12 @@ def main(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     for split, manifest in verify_cache_folder(args.source, args.split).items():
+        counts = manifest.counts
+        prompts = counts.get("rows_without_gold", 0)
         print(
-            f"{split}: sound, {manifest.counts['rows']} rows, {manifest.counts['positions']} positions, {manifest.id}"
+            f"{split}: sound, {counts['rows']} rows"
+            + (f" ({prompts} without an answer)" if prompts else "")
+            + f", {counts['positions']} positions, {manifest.id}"
         )
     return 0
 

@@ -61,6 +61,9 @@ def add_teacher_topk(
     Args:
         dataset ([`~datasets.Dataset`]):
             Rows of any type SFTTrainer accepts, or tokenised rows with `input_ids` and `labels` (-100 = not scored).
+            Rows with a `prompt` and no `completion` (or a null one) have no answer: the teacher's distribution over
+            the token behind the prompt is kept, the label there is a filler, and `teacher_has_gold` is false.
+            Tokenised rows can carry that column too, or `has_gold` as [`~first_trl.tasks.tokenize_rows`] makes it.
         teacher (`str`, [`~transformers.PreTrainedModel`] or [`TeacherBackend`]):
             The fine-tuned teacher: Hub id, folder, model or engine.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):

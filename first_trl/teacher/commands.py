@@ -100,11 +100,14 @@ def main(args: argparse.Namespace) -> int:
     if state.is_main_process:
         manifest = load_manifest(args.output_dir, args.split.split("[")[0])
         counts, size = manifest.counts, cache_size(args.output_dir, manifest.split)
+        prompts = counts.get("rows_without_gold", 0)
         dropped = {
             name: value for name, value in counts.items() if name.startswith(("dropped", "truncated")) and value
         }
         print(
-            f"{args.output_dir}: {len(cache)} rows, {counts['positions']} positions, k={manifest.k}, kept mass "
+            f"{args.output_dir}: {len(cache)} rows"
+            + (f" ({prompts} without an answer)" if prompts else "")
+            + f", {counts['positions']} positions, k={manifest.k}, kept mass "
             f"{manifest.kept_mass[-1]:.4f}, {size['teacher_bytes'] / counts['positions']:.1f} bytes a position"
             + (f", {json.dumps(dropped)}" if dropped else "")
         )

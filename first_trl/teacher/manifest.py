@@ -55,7 +55,7 @@ class Manifest:
         draw_seed (`int`): Seed of the draws.
         source (`dict`): `{"name", "fingerprint", "rows"}` of the tokenised input.
         split (`str`): Name of the split.
-        counts (`dict`): Rows, supervised positions, rows dropped with the reason.
+        counts (`dict`): Rows, supervised positions, how many of either have no answer, rows dropped with the reason.
         kept_mass (`list[float]`): Mean teacher mass of the 1..k most likely tokens.
         recalibration (`dict`): Fitted recalibrations by method, curve included.
         versions (`dict`): Library versions.
@@ -164,9 +164,19 @@ def attach_manifest(dataset: Dataset, manifest: Manifest) -> Dataset:
 
 def read_manifest(dataset: Any) -> Manifest | None:
     """Manifest attached to a dataset, `None` when it carries none (or several, after concatenation)."""
+    manifests = read_manifests(dataset)
+    return manifests[0] if len(manifests) == 1 else None
+
+
+def read_manifests(dataset: Any) -> list[Manifest]:
+    """Manifests attached to a dataset: one, several after `concatenate_datasets`, or none."""
     description = getattr(getattr(dataset, "info", None), "description", "") or ""
-    try:
-        data = json.loads(description)["first_trl_manifest"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return None
-    return Manifest.from_json(json.dumps(data))
+    manifests = []
+    # `DatasetInfo.from_merge` puts the descriptions below one another, and a manifest is attached as a single line
+    for part in description.split("\n\n"):
+        try:
+            data = json.loads(part)["first_trl_manifest"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            return []
+        manifests.append(Manifest.from_json(json.dumps(data)))
+    return manifests

@@ -10,12 +10,14 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from .schema import CACHE_COLUMNS, IGNORE_INDEX, INPUT_IDS, LABELS
+from ..tasks.tokenize import HAS_GOLD as SOURCE_HAS_GOLD
+from .schema import CACHE_COLUMNS, HAS_GOLD, IGNORE_INDEX, INPUT_IDS, LABELS, gold_flags
 
 
 def usable_rows(rows: Dataset, max_length: int | None, num_tokens: int) -> tuple[Dataset, dict[str, Any]]:
     """
-    Leave out what cannot be scored, count it, and keep the order.
+    Leave out what cannot be scored, count it, and keep the order. The result has the column `teacher_has_gold` where
+    some row has no answer, and only there.
 
     Args:
         rows ([`~datasets.Dataset`]): Tokenised rows.
@@ -28,6 +30,8 @@ def usable_rows(rows: Dataset, max_length: int | None, num_tokens: int) -> tuple
     Raises:
         `ValueError`: A row is malformed, or none can be scored.
     """
+    if HAS_GOLD not in rows.column_names and SOURCE_HAS_GOLD in rows.column_names:
+        rows = rows.rename_column(SOURCE_HAS_GOLD, HAS_GOLD)
     lengths, supervised = [], []
     first_row = 0
     for table in rows.select_columns([INPUT_IDS, LABELS]).with_format("arrow").iter(batch_size=1000):
@@ -46,9 +50,12 @@ def usable_rows(rows: Dataset, max_length: int | None, num_tokens: int) -> tuple
             + f": {int(masked.sum())} rows have all labels masked (-100), {int(too_long.sum())} are too long. Unmask "
             "the completion's labels, or set `max_length`."
         )
+    has_gold = _gold_of(rows)[keep]
     counts = {
         "rows": len(keep),
         "positions": int(count[keep].sum()),
+        "rows_without_gold": int((~has_gold).sum()),
+        "positions_without_gold": int(count[keep][~has_gold].sum()),
         "tokens": int(length[keep].sum()),
         "dropped_without_supervised_position": int(masked.sum()),
         "dropped_longer_than_context": int(too_long.sum()),
@@ -59,7 +66,15 @@ def usable_rows(rows: Dataset, max_length: int | None, num_tokens: int) -> tuple
             f"supervised position, {int(too_long.sum())} longer than the teacher's context of {max_length} tokens."
         )
         rows = rows.select(keep)
+    if HAS_GOLD in rows.column_names and has_gold.all():
+        rows = rows.remove_columns(HAS_GOLD)
     return rows, counts
+
+
+def _gold_of(rows: Dataset) -> np.ndarray:
+    if HAS_GOLD not in rows.column_names:
+        return np.ones(len(rows), bool)
+    return gold_flags(rows.select_columns([HAS_GOLD]).with_format("arrow")[:])
 
 
 def _check_tokens(table: pa.Table, first_row: int, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
@@ -101,10 +116,16 @@ def _check_tokens(table: pa.Table, first_row: int, num_tokens: int) -> tuple[np.
 
 
 def content_digest(rows: Dataset) -> str:
-    """Digest of all rows in order: tokens, labels, and the other columns, which travel with the cache."""
+    """
+    Digest of all rows in order: tokens, labels, which of these are no answer, and the other columns, which travel with
+    the cache.
+    """
     digest = hashlib.blake2b(digest_size=8)
     extra = sorted(name for name in rows.column_names if name not in CACHE_COLUMNS)
-    for table in rows.select_columns([INPUT_IDS, LABELS, *extra]).with_format("arrow").iter(batch_size=1000):
+    gold = [name for name in (HAS_GOLD,) if name in rows.column_names]
+    for table in rows.select_columns([INPUT_IDS, LABELS, *extra, *gold]).with_format("arrow").iter(batch_size=1000):
+        for _ in gold:
+            digest.update(gold_flags(table).tobytes())
         for name in (INPUT_IDS, LABELS):
             column = table.column(name).combine_chunks()
             digest.update(np.diff(np.asarray(column.offsets)).astype(np.int64).tobytes())

@@ -3,6 +3,9 @@
 One row is one training sequence. Entry `i` of a teacher column is the teacher's distribution over the token at the
 `i`-th position `t >= 1` with `labels[t] != -100`, computed from `input_ids[:t]`. Raw full-vocabulary log-probabilities
 at temperature 1 are stored: recalibration and estimators are applied at training time.
+
+A prompt without an answer is a row too. Its label is a filler that stands where an answer would begin, and
+`teacher_has_gold` is false; the column exists only where some row has no answer, and null means that there is one.
 """
 
 import hashlib
@@ -23,16 +26,17 @@ CACHE_ID = "teacher_cache"
 ROW_DIGEST = "teacher_row_digest"
 DRAW_IDS = "teacher_draw_ids"
 DRAW_COUNTS = "teacher_draw_counts"
+HAS_GOLD = "teacher_has_gold"
 
 TEACHER_COLUMNS = (TOPK_IDS, TOPK_LOGPROBS, TAIL_LOGPROB, CACHE_ID, ROW_DIGEST)
 REQUIRED_COLUMNS = (INPUT_IDS, LABELS, *TEACHER_COLUMNS)
 DRAW_COLUMNS = (DRAW_IDS, DRAW_COUNTS)
-CACHE_COLUMNS = (*REQUIRED_COLUMNS, *DRAW_COLUMNS)
+CACHE_COLUMNS = (*REQUIRED_COLUMNS, *DRAW_COLUMNS, HAS_GOLD)
 LOGPROB_DTYPES = ("float16", "float32")
 IGNORE_INDEX = -100
 
 
-def cache_features(logprob_dtype: str = "float16", draws: bool = False) -> Features:
+def cache_features(logprob_dtype: str = "float16", draws: bool = False, has_gold: bool = False) -> Features:
     """Types of the cache columns (`datasets.Features`)."""
     features = {
         INPUT_IDS: List(Value("int32")),
@@ -45,6 +49,8 @@ def cache_features(logprob_dtype: str = "float16", draws: bool = False) -> Featu
     }
     if draws:
         features |= {DRAW_IDS: List(List(Value("int32"))), DRAW_COUNTS: List(List(Value("uint16")))}
+    if has_gold:
+        features |= {HAS_GOLD: Value("bool")}
     return Features(features)
 
 
@@ -136,6 +142,7 @@ class CacheBatch:
     tail_logprob: np.ndarray
     cache_ids: list[str]
     digests: np.ndarray
+    has_gold: np.ndarray
     draws: "DrawBatch | None" = None
 
     @classmethod
@@ -160,6 +167,7 @@ class CacheBatch:
             tail_logprob=tail,
             cache_ids=_column(table, CACHE_ID).to_pylist(),
             digests=_values(_column(table, ROW_DIGEST)),
+            has_gold=gold_flags(table),
             draws=DrawBatch.from_arrow(table) if DRAW_IDS in table.column_names else None,
         )
 
@@ -183,6 +191,7 @@ class CacheBatch:
                 self.tail_logprob[self.tail_offsets[row] : self.tail_offsets[row + 1]],
                 self.cache_ids[row],
                 None if self.draws is None else self.draws.row(row),
+                bool(self.has_gold[row]),
             )
         return digests
 
@@ -195,10 +204,12 @@ def row_digest(
     tail_logprob: np.ndarray,
     cache_id: str,
     draws: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
+    has_gold: bool = True,
 ) -> int:
     """
     64-bit digest of one row: its tokens, which of them are supervised, the teacher's entries in their stored dtype,
-    the draws if there are any (lengths, ids, counts), and the cache they belong to. Lengths enter too, so that no value can move between neighbouring fields.
+    the draws if there are any (lengths, ids, counts), the cache they belong to, and whether the labels are no answer.
+    Lengths enter too, so that no value can move between neighbouring fields.
     """
     digest = hashlib.blake2b(digest_size=8)
     for values, dtype in (
@@ -213,6 +224,8 @@ def row_digest(
         digest.update(array.size.to_bytes(8, "little"))
         digest.update(array.tobytes())
     digest.update(cache_id.encode())
+    if not has_gold:
+        digest.update(b"\0no gold")  # after a NUL, which no cache id contains
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 
@@ -224,13 +237,21 @@ def flatten_cache(dataset: Dataset, batch_size: int = 1000) -> TeacherArrays:
         dataset (`datasets.Dataset`): A cache; call [`verify_teacher_cache`] on it first.
 
     Raises:
-        `ValueError`: A column is missing, or the entries do not match the supervised positions.
+        `ValueError`: A column is missing, the entries do not match the supervised positions, or the labels of a row
+            are no answer.
     """
     missing = [name for name in REQUIRED_COLUMNS if name not in dataset.column_names]
     if missing:
         raise ValueError(
             f"Missing teacher cache columns {missing}; the dataset has {dataset.column_names}. Make them with "
             "`add_teacher_topk`."
+        )
+    without_gold = count_without_gold(dataset)
+    if without_gold:
+        raise ValueError(
+            f"{without_gold} of {len(dataset)} rows of the teacher cache have no answer (`{HAS_GOLD}` is false): "
+            "their labels are fillers, which nothing can be fitted to. Give a cache of labelled rows, or keep those: "
+            f"`cache.filter(lambda has_gold: has_gold is not False, input_columns=[{HAS_GOLD!r}])`."
         )
     parts: list[tuple[np.ndarray, ...]] = []
     first_row = 0
@@ -260,6 +281,26 @@ def flatten_cache(dataset: Dataset, batch_size: int = 1000) -> TeacherArrays:
     if not parts:
         raise ValueError("The teacher cache has no supervised position: nothing to fit or train on.")
     return TeacherArrays(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+def gold_flags(table: pa.Table) -> np.ndarray:
+    """Whether the labels of each row are an answer, bool."""
+    if HAS_GOLD not in table.column_names:
+        return np.ones(table.num_rows, bool)
+    column = _column(table, HAS_GOLD)
+    if pa.types.is_null(column.type):
+        return np.ones(table.num_rows, bool)
+    if not pa.types.is_boolean(column.type):
+        raise ValueError(f"`{HAS_GOLD}` has type {column.type} instead of bool; capture or pull the cache again.")
+    return column.fill_null(True).to_numpy(zero_copy_only=False)
+
+
+def count_without_gold(dataset: Dataset) -> int:
+    """Rows whose labels are no answer."""
+    if HAS_GOLD not in dataset.column_names:
+        return 0
+    tables = dataset.select_columns([HAS_GOLD]).with_format("arrow").iter(batch_size=10_000)
+    return sum(int((~gold_flags(table)).sum()) for table in tables)
 
 
 def iterate_batches(dataset: Dataset, batch_size: int = 1000) -> Iterator[CacheBatch]:

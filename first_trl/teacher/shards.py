@@ -18,6 +18,7 @@ from .schema import (
     CACHE_ID,
     DRAW_COUNTS,
     DRAW_IDS,
+    HAS_GOLD,
     IGNORE_INDEX,
     INPUT_IDS,
     LABELS,
@@ -27,6 +28,7 @@ from .schema import (
     TOPK_LOGPROBS,
     CacheBatch,
     cache_features,
+    gold_flags,
     row_digest,
 )
 
@@ -44,6 +46,7 @@ class ShardRows:
         positions (`list[np.ndarray]`): Positions `t >= 1` whose label is set.
         carried (`pa.Table` or `None`): The source's other columns.
         carried_features (`Features`): Their types.
+        has_gold (`np.ndarray` or `None`): Whether the labels of each row are an answer; `None` where all are.
     """
 
     input_ids: list[np.ndarray]
@@ -51,6 +54,7 @@ class ShardRows:
     positions: list[np.ndarray]
     carried: pa.Table | None
     carried_features: Features
+    has_gold: np.ndarray | None
 
     @classmethod
     def read(cls, rows: Dataset, start: int, stop: int) -> "ShardRows":
@@ -64,6 +68,9 @@ class ShardRows:
             [np.flatnonzero(values[1:] != IGNORE_INDEX) + 1 for values in labels],
             shard.select_columns(extra).with_format("arrow")[:] if extra else None,
             Features({name: shard.features[name] for name in extra}),
+            gold_flags(shard.select_columns([HAS_GOLD]).with_format("arrow")[:])
+            if HAS_GOLD in shard.column_names
+            else None,
         )
 
     def __len__(self) -> int:
@@ -81,7 +88,8 @@ def write_shard(rows: ShardRows, scores: list[Scores | None], manifest: Manifest
     logprob_type = np.dtype(manifest.logprob_dtype)
     cache_id = manifest.cache_id
     ids, logprobs, tails, digests, draws = [], [], [], [], []
-    for input_ids, labels, score in zip(rows.input_ids, rows.labels, scores, strict=True):
+    has_gold = np.ones(len(rows), bool) if rows.has_gold is None else rows.has_gold
+    for input_ids, labels, score, answered in zip(rows.input_ids, rows.labels, scores, has_gold, strict=True):
         assert score is not None
         ids.append(score.ids.astype(np.int32))
         logprobs.append(score.logprobs.astype(logprob_type))
@@ -89,9 +97,11 @@ def write_shard(rows: ShardRows, scores: list[Scores | None], manifest: Manifest
         counted = _count_draws(score.draws) if score.draws is not None else None
         draws.append(counted)
         digests.append(
-            row_digest(input_ids, labels, ids[-1].ravel(), logprobs[-1].ravel(), tails[-1], cache_id, counted)
+            row_digest(
+                input_ids, labels, ids[-1].ravel(), logprobs[-1].ravel(), tails[-1], cache_id, counted, bool(answered)
+            )
         )
-    features = cache_features(manifest.logprob_dtype, draws=manifest.num_draws > 0)
+    features = cache_features(manifest.logprob_dtype, draws=manifest.num_draws > 0, has_gold=rows.has_gold is not None)
     per_row = [len(tail) for tail in tails]
     per_position = np.full(sum(per_row), manifest.k)
     columns: dict[str, Any] = {
@@ -107,6 +117,8 @@ def write_shard(rows: ShardRows, scores: list[Scores | None], manifest: Manifest
         lengths, drawn, counts = (np.concatenate(parts) for parts in zip(*draws, strict=True))
         columns[DRAW_IDS] = _lists(per_row, _lists(lengths, drawn))
         columns[DRAW_COUNTS] = _lists(per_row, _lists(lengths, counts))
+    if rows.has_gold is not None:
+        columns[HAS_GOLD] = pa.array(rows.has_gold)
     if rows.carried is not None:
         columns = {name: rows.carried.column(name) for name in rows.carried.column_names} | columns
     schema = Features({**rows.carried_features, **features}).arrow_schema

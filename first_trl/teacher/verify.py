@@ -11,6 +11,7 @@ from .manifest import Manifest, read_manifest, split_cache_id, tokenizer_fingerp
 from .schema import (
     CACHE_ID,
     DRAW_IDS,
+    HAS_GOLD,
     REQUIRED_COLUMNS,
     CacheBatch,
     DrawBatch,
@@ -74,6 +75,8 @@ class RowStatistics:
     k: int | None = None
     num_draws: int | None = None
     kept_mass: float | np.ndarray = 0.0
+    rows_without_gold: int = 0
+    positions_without_gold: int = 0
 
 
 def check_rows(
@@ -101,6 +104,8 @@ def check_rows(
         check_batch(batch, found, manifest, fingerprint, head_size)
         found.rows += batch.num_rows
         found.positions += len(batch.tail_logprob)
+        found.rows_without_gold += int((~batch.has_gold).sum())
+        found.positions_without_gold += int(np.diff(batch.entry_offsets)[~batch.has_gold].sum())
     if found.positions == 0:
         raise ValueError(
             "All labels are masked (-100): the cache has no supervised position. Leave the completion's labels "
@@ -186,8 +191,8 @@ def check_batch(
     if len(wrong):
         fail(
             int(wrong[0]),
-            "its contents differ from what was captured (digest mismatch): tokens, labels, ids or log-probabilities "
-            "were edited, damaged, or exchanged with another row's. Pull or capture the cache again.",
+            "its contents differ from what was captured (digest mismatch): tokens, labels, ids, log-probabilities or "
+            f"`{HAS_GOLD}` were edited, damaged, or exchanged with another row's. Pull or capture the cache again.",
         )
 
 

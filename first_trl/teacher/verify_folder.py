@@ -14,6 +14,9 @@ from .shards import shard_batch
 from .verify import RowStatistics, check_rows
 
 
+_COUNTS = ("rows", "positions", "rows_without_gold", "positions_without_gold")
+
+
 def verify_cache_folder(path: str | os.PathLike[str], split: str | None = None) -> dict[str, Manifest]:
     """
     Check a cache folder for completeness and damage: manifests unedited, exactly the shards they list, every shard's
@@ -71,19 +74,20 @@ def _verify_split(folder: Path, split: str) -> Manifest:
             f"Shards of split {split!r} in {folder / 'data'}: missing {missing}, not listed in the manifest {surplus}. "
             "Pull the cache again, or remove what is not listed and run its capture again."
         )
-    rows, positions, kept = 0, 0, np.zeros(manifest.k)
+    total = RowStatistics(kept_mass=np.zeros(manifest.k))
     for name, entry in listed.items():
         shard = _verify_shard(folder / "data" / name, entry, manifest)
-        rows += shard.rows
-        positions += shard.positions
-        kept += shard.kept_mass
-    for what, actual in (("rows", rows), ("positions", positions)):
-        if actual != manifest.counts[what]:
+        for what in (*_COUNTS, "kept_mass"):
+            setattr(total, what, getattr(total, what) + getattr(shard, what))
+    for what in _COUNTS:
+        # A manifest from before there were rows without an answer does not count them
+        stated = manifest.counts.get(what, 0)
+        if getattr(total, what) != stated:
             raise ValueError(
-                f"Split {split!r} in {folder} holds {actual} {what}, its manifest says {manifest.counts[what]}. Pull "
-                "the cache again."
+                f"Split {split!r} in {folder} holds {getattr(total, what)} {what.replace('_', ' ')}, its manifest "
+                f"says {stated}. Pull the cache again."
             )
-    if not np.allclose(np.cumsum(kept) / positions, manifest.kept_mass, atol=1e-9):
+    if not np.allclose(np.cumsum(total.kept_mass) / total.positions, manifest.kept_mass, atol=1e-9):
         raise ValueError(f"The kept mass in {file} is not that of the rows. Restore the original manifest.")
     return manifest
 

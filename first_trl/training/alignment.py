@@ -18,12 +18,14 @@ from trl import pack_dataset
 from ..teacher.schema import (
     DRAW_COLUMNS,
     DRAW_COUNTS,
+    HAS_GOLD,
     IGNORE_INDEX,
     INPUT_IDS,
     LABELS,
     TAIL_LOGPROB,
     TOPK_IDS,
     TOPK_LOGPROBS,
+    gold_flags,
 )
 
 
@@ -55,7 +57,8 @@ def align(
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Cache rows.
         columns (`tuple[str, ...]`):
-            Teacher columns to keep, from [`entry_columns`].
+            Teacher columns to keep, from [`entry_columns`], and `teacher_has_gold`, which a row has one of and its
+            supervised positions get one each of.
         max_length (`int`, *optional*):
             Longest row, in tokens. With packing, the length rows are packed to.
         truncation_mode (`str`, *optional*, defaults to `"keep_start"`):
@@ -138,8 +141,12 @@ def _spread(table: pa.Table, columns: tuple[str, ...], window: tuple[int | None,
     ]
     entries = pa.array(entry_of_token[tokens], mask=~mask[tokens])
     for name in columns:
-        _, values = _lists(table, name)
-        arrays.append(pa.ListArray.from_arrays(row_offsets, values.take(entries)))
+        if name == HAS_GOLD:
+            row_of_token = np.repeat(np.arange(table.num_rows), np.diff(offsets))
+            values = pa.array(gold_flags(table)[row_of_token[tokens]])
+        else:
+            values = _lists(table, name)[1].take(entries)
+        arrays.append(pa.ListArray.from_arrays(row_offsets, values))
     return pa.table(arrays, names=[INPUT_IDS, LABELS, *columns])
 
 

@@ -8,7 +8,7 @@ import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..recalibration import Recalibration
-from ..teacher.schema import DRAW_COUNTS, DRAW_IDS, IGNORE_INDEX, TAIL_LOGPROB, TOPK_IDS, TOPK_LOGPROBS
+from ..teacher.schema import DRAW_COUNTS, DRAW_IDS, HAS_GOLD, IGNORE_INDEX, TAIL_LOGPROB, TOPK_IDS, TOPK_LOGPROBS
 from .alignment import DRAW_LENGTHS
 
 
@@ -23,6 +23,8 @@ class DataCollatorForDistillation(DataCollatorForLanguageModeling):
       `"sampled"` estimator, the log of each id's share of the draws, and `-inf` where a position has fewer distinct
       draws than `k`.
     - `"teacher_tail_log_target"`: float32 of shape `(N,)`, for the `"bucket"` estimator only.
+    - `"teacher_has_gold"`: bool of shape `(N,)`, whether the label is an answer. Where every row of the dataset has
+      one, it is left out.
 
     N is the number of labels other than -100, the first token of each document aside. Examples without teacher
     columns (a plain evaluation set) give a plain batch.
@@ -51,6 +53,8 @@ class DataCollatorForDistillation(DataCollatorForLanguageModeling):
             self._add_top_k(batch, examples)
         elif DRAW_IDS in examples[0] and self.estimator == "sampled":
             self._add_draws(batch, examples)
+        if HAS_GOLD in examples[0]:
+            batch[HAS_GOLD] = torch.from_numpy(_flat(examples, HAS_GOLD, np.bool_))
         return batch
 
     def _add_top_k(self, batch: dict[str, Any], examples: list[dict[str, Any]]) -> None:

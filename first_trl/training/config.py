@@ -8,6 +8,8 @@ from trl import SFTConfig
 
 from ..recalibration import METHODS, Recalibration
 from .losses import ESTIMATORS
+from .losses.inputs import check_student_temperature
+from .token_dropout import check_token_dropout
 
 
 @dataclass
@@ -26,9 +28,14 @@ class FirstDistillConfig(SFTConfig):
             over the k ids, student's full softmax. `"bucket"`: target over the k ids and one entry for all other
             tokens, with the teacher's exact tail mass. `"renormalized"`: teacher and student both renormalised over
             the k ids; constrains ratios only, for students that were fine-tuned before. `"sampled"`: draws from the
-            teacher stored at capture; unbiased for the full KL.
+            teacher stored at capture; unbiased for the full KL. `"probability_softmax"`: softmax of the student's
+            probabilities over `student_temperature`, as in the authors' code; for replication only.
         ce_weight (`float`, *optional*, defaults to `0.0`):
             Weight `w` of the hard-label cross-entropy: the loss is `(1 - w) * KL + w * CE`.
+        student_temperature (`float`, *optional*):
+            Divides the student's probabilities at the k ids, for `estimator="probability_softmax"` only, where 1 is
+            used when not set. Equal to `c` of `recalibration="probability_temperature"`, the optimum is the raw
+            teacher up to a constant: nothing is recalibrated.
         top_k (`int`, *optional*):
             Number of cached entries to use, from the most likely. The others move into the tail. When not set, all
             are used.
@@ -40,9 +47,19 @@ class FirstDistillConfig(SFTConfig):
         recalibration (`str`, *optional*, defaults to `"none"`):
             Rescale of the cached teacher probabilities, never applied to the student. `"probability_temperature"`:
             softmax of probabilities over `c`, as in the paper. `"logit_temperature"`: power `1/T`.
-            `"label_smoothing"`: `delta` moved from rank 1 to the others.
+            `"label_smoothing"`: `delta` moved from rank 1 to the others. `"log_label_smoothing"`: the same between
+            log-probabilities, as in the authors' code, which is far milder.
         recalibration_value (`float`, *optional*):
             c, T or delta. When not set, the value fitted for this method and stored with the cache is used.
+
+        > Parameters that control what the student reads
+
+        token_dropout (`float`, *optional*, defaults to `0.0`):
+            Probability that a token of the student's input is replaced in training, while the teacher's target stays
+            that of the whole text (word dropout). Special tokens, padding and supervised tokens are never replaced.
+        token_dropout_id (`int`, *optional*):
+            Token put in place of dropped ones. When not set, the first that the tokenizer has of unknown, mask,
+            padding and end-of-sequence token.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.SFTConfig`]:
@@ -56,13 +73,23 @@ class FirstDistillConfig(SFTConfig):
             "renormalised over the k ids, student's full softmax. `bucket`: target over the k ids and one entry for "
             "all other tokens, with the teacher's exact tail mass. `renormalized`: teacher and student both "
             "renormalised over the k ids; constrains ratios only, for students that were fine-tuned before. "
-            "`sampled`: draws from the teacher stored at capture; unbiased for the full KL.",
+            "`sampled`: draws from the teacher stored at capture; unbiased for the full KL. `probability_softmax`: "
+            "softmax of the student's probabilities over `student_temperature`, as in the authors' code; for "
+            "replication only.",
             "choices": list(ESTIMATORS),
         },
     )
     ce_weight: float = field(
         default=0.0,
         metadata={"help": "Weight `w` of the hard-label cross-entropy: the loss is `(1 - w) * KL + w * CE`."},
+    )
+    student_temperature: float | None = field(
+        default=None,
+        metadata={
+            "help": "Divides the student's probabilities at the k ids, for `estimator='probability_softmax'` only, "
+            "where 1 is used when not set. Equal to `c` of `recalibration='probability_temperature'`, the optimum is "
+            "the raw teacher up to a constant: nothing is recalibrated."
+        },
     )
     top_k: int | None = field(
         default=None,
@@ -82,7 +109,8 @@ class FirstDistillConfig(SFTConfig):
         metadata={
             "help": "Rescale of the cached teacher probabilities, never applied to the student. "
             "`probability_temperature`: softmax of probabilities over `c`, as in the paper. `logit_temperature`: "
-            "power `1/T`. `label_smoothing`: `delta` moved from rank 1 to the others.",
+            "power `1/T`. `label_smoothing`: `delta` moved from rank 1 to the others. `log_label_smoothing`: the same "
+            "between log-probabilities, as in the authors' code, which is far milder.",
             "choices": list(METHODS),
         },
     )
@@ -90,6 +118,21 @@ class FirstDistillConfig(SFTConfig):
         default=None,
         metadata={
             "help": "c, T or delta. When not set, the value fitted for this method and stored with the cache is used."
+        },
+    )
+    token_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "Probability that a token of the student's input is replaced in training, while the teacher's "
+            "target stays that of the whole text (word dropout). Special tokens, padding and supervised tokens are "
+            "never replaced."
+        },
+    )
+    token_dropout_id: int | None = field(
+        default=None,
+        metadata={
+            "help": "Token put in place of dropped ones. When not set, the first that the tokenizer has of unknown, "
+            "mask, padding and end-of-sequence token."
         },
     )
 
@@ -104,6 +147,7 @@ class FirstDistillConfig(SFTConfig):
             raise ValueError(f"`recalibration` must be one of {list(METHODS)}, got {self.recalibration!r}.")
         if not 0.0 <= self.ce_weight <= 1.0:
             raise ValueError(f"`ce_weight` must be in [0, 1], got {self.ce_weight}.")
+        check_student_temperature(self.estimator, self.student_temperature)
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(
                 f"`top_k` must be at least 1, got {self.top_k}. Leave it unset to use all cached entries."
@@ -127,6 +171,7 @@ class FirstDistillConfig(SFTConfig):
                 f"`top_k={self.top_k}` has no meaning with `estimator='sampled'`: leaving draws out would bias it. "
                 "Leave `top_k` unset."
             )
+        check_token_dropout(self.token_dropout, self.token_dropout_id)
         if self.loss_type != "nll" or self.label_smoothing_factor:
             raise ValueError(
                 f"`loss_type={self.loss_type!r}` and `label_smoothing_factor={self.label_smoothing_factor}` change a "

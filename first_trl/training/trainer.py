@@ -14,20 +14,22 @@ from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import global_then_local_main_first
 
 from ..recalibration import Recalibration
-from ..teacher.manifest import read_manifest
-from ..teacher.schema import DRAW_COLUMNS, IGNORE_INDEX, TEACHER_COLUMNS
+from ..teacher.manifest import read_manifests
+from ..teacher.schema import DRAW_COLUMNS, HAS_GOLD, IGNORE_INDEX, TEACHER_COLUMNS, count_without_gold
 from ..teacher.verify import verify_teacher_cache
 from .alignment import DRAW_LENGTHS, align, count_cuts, entry_columns
+from .card import ModelCardMixin
 from .collator import DataCollatorForDistillation
 from .config import FirstDistillConfig
 from .fused_head import SUMS, add_distill_head, check_distill_head
 from .streaming import verify_stream
+from .token_dropout import TokenDropoutMixin
 
 
 logger = get_logger(__name__)
 
 
-class FirstDistillTrainer(SFTTrainer):
+class FirstDistillTrainer(ModelCardMixin, TokenDropoutMixin, SFTTrainer):  # type: ignore[misc]  # TRL's signature
     """
     Trainer for trustworthy distillation from a teacher cache (FIRST, [arXiv
     2408.12168](https://huggingface.co/papers/2408.12168)): no teacher in memory, any student SFTTrainer takes, LoRA
@@ -54,7 +56,8 @@ class FirstDistillTrainer(SFTTrainer):
         args ([`FirstDistillConfig`], *optional*):
             Configuration. If `None`, a default one is used.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Teacher cache, from [`add_teacher_topk`] or [`load_teacher_cache`].
+            Teacher cache, from [`add_teacher_topk`] or [`load_teacher_cache`]; several of one teacher can be
+            concatenated, caches of prompts without an answer among them.
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict`, *optional*):
             Held-out cache (distillation loss and its parts), or any dataset SFTTrainer takes (negative
             log-likelihood).
@@ -132,7 +135,15 @@ class FirstDistillTrainer(SFTTrainer):
                 "tokens is left to the student. Start from a student that was fine-tuned on the task, or use 'topk' "
                 "or 'bucket'."
             )
+        if args.estimator == "probability_softmax":
+            warnings.warn(
+                "`estimator='probability_softmax'` is for replication of the authors' code: with equal temperatures on "
+                "both sides the student learns the raw teacher up to a constant, with a smaller one on the teacher it "
+                "gets sharper than the teacher, and the mass of all other tokens is free. 'topk' with "
+                "`recalibration='probability_temperature'` is the method of the paper."
+            )
         self._recalibration = resolve_recalibration(args, train_dataset)
+        self._start_card(train_dataset)
         # Filled by `_prepare_dataset`, which the parent's constructor calls before `self.model` exists
         self._student_head_size = None if isinstance(model, str) else _head_size(model)
         self._prepared: set[str] = set()
@@ -156,7 +167,7 @@ class FirstDistillTrainer(SFTTrainer):
                 "Context and sequence parallelism split a row over devices, away from its teacher entries. Use data "
                 "parallelism, FSDP or ZeRO-3."
             )
-        add_distill_head(base, args.estimator, args.ce_weight, args.loss_chunk_size)
+        add_distill_head(base, args.estimator, args.ce_weight, args.loss_chunk_size, args.student_temperature)
         plain: Any = self.data_collator
         self.data_collator = DataCollatorForDistillation(
             pad_token_id=plain.pad_token_id,
@@ -166,11 +177,13 @@ class FirstDistillTrainer(SFTTrainer):
             estimator=args.estimator,
             top_k=args.top_k,
         )
+        self.set_token_dropout(args.token_dropout, args.token_dropout_id)
         # The loss is a sum over `num_items_in_batch`, whatever the student's own forward accepts
         self.model_accepts_loss_kwargs = True
         self._student_dtype = base.get_output_embeddings().weight.dtype
         self._head_checked = False
         self._sums: dict[str, torch.Tensor | None] = {"train": None, "eval": None}
+        self._lacks_gold = {"train": False, "eval": False}
         self._tokens_since_log: Any = 0
         self._eval_prefix = "eval"
 
@@ -210,6 +223,9 @@ class FirstDistillTrainer(SFTTrainer):
                 "another estimator."
             )
         map_style = isinstance(dataset, Dataset)
+        lacks_gold = HAS_GOLD in columns and (not map_style or count_without_gold(dataset) > 0)
+        if lacks_gold and args.ce_weight > 0:
+            raise _hard_labels_without_gold(dataset, dataset_name, args.ce_weight)
         with global_then_local_main_first():
             if map_style:
                 verify_teacher_cache(dataset, processing_class, head_size=self._student_head_size)
@@ -218,7 +234,7 @@ class FirstDistillTrainer(SFTTrainer):
                 dataset = verify_stream(dataset, processing_class, self._student_head_size)
             dataset = align(
                 dataset,
-                entry_columns(args.estimator),
+                entry_columns(args.estimator) + ((HAS_GOLD,) if lacks_gold else ()),
                 max_length=args.max_length,
                 truncation_mode=args.truncation_mode,
                 packing_strategy=args.packing_strategy if packing else None,
@@ -236,10 +252,12 @@ class FirstDistillTrainer(SFTTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
-        wanted = (*entry_columns(self.args.estimator), DRAW_LENGTHS)
+        wanted = (*entry_columns(self.args.estimator), DRAW_LENGTHS, HAS_GOLD)
         columns.extend(name for name in wanted if name not in columns)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        # They were of another model
+        self._evaluations.clear()
         # An evaluation before training marks the model as prepared, and DDP would then never be wrapped around it:
         # every rank would train on its own rows only
         if self.model_wrapped is self.model:
@@ -258,6 +276,8 @@ class FirstDistillTrainer(SFTTrainer):
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
         mode = self._mode
+        if inputs.pop(HAS_GOLD, None) is not None:
+            self._lacks_gold[mode] = True
         if mode == "eval":
             self._mask_repeated_rows(inputs)
         outputs = model(**inputs)
@@ -304,6 +324,7 @@ class FirstDistillTrainer(SFTTrainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         # What an interrupted evaluation or a `predict`, which logs nothing, left behind
         self._sums["eval"] = None
+        self._lacks_gold["eval"] = False
         return super().evaluation_loop(*args, **kwargs)
 
     def evaluate(
@@ -345,6 +366,10 @@ class FirstDistillTrainer(SFTTrainer):
             # These need the projection on the vocabulary, which this estimator saves while it trains
             for name in ("cross_entropy", "student_mass_outside", "mean_token_accuracy"):
                 del means[name]
+        if self._lacks_gold[mode]:
+            # They compare with the label, and where a row has no answer the label is a filler
+            for name in ("cross_entropy", "mean_token_accuracy"):
+                means.pop(name, None)
         if mode == "train":
             tokens = torch.as_tensor(self._tokens_since_log, device=sums.device)
             tokens = self.accelerator.reduce(tokens, reduction="sum").item()
@@ -360,15 +385,32 @@ def resolve_recalibration(args: FirstDistillConfig, train_dataset: Any) -> Recal
         return Recalibration()
     if args.recalibration_value is not None:
         return Recalibration(args.recalibration, args.recalibration_value)
-    manifest = read_manifest(train_dataset)
-    fitted = manifest.recalibration.get(args.recalibration) if manifest is not None else None
-    if fitted is None:
+    manifests = read_manifests(train_dataset)
+    fitted = [manifest for manifest in manifests if args.recalibration in manifest.recalibration]
+    fits = [manifest.recalibration[args.recalibration] for manifest in fitted]
+    # A teacher's fit holds for all its caches, that of its unlabelled prompts too, and for no other teacher's
+    teachers = [manifest.identity["teacher"] for manifest in fitted]
+    others = [manifest for manifest in manifests if manifest.identity["teacher"] not in teachers]
+    if fits and (others or len({fit["recalibration"]["value"] for fit in fits}) > 1):
+        raise ValueError(
+            f"The caches that were put together have different fits of {args.recalibration!r}, or one of them has "
+            "another teacher and none. Set `recalibration_value`, or train from caches of one teacher."
+        )
+    if not fits:
         raise ValueError(
             f"`recalibration={args.recalibration!r}` without `recalibration_value`, and the cache carries no fitted "
             "one. Fit it on a validation cache with `fit_recalibration`, keep it with "
             "`first_trl.teacher.cache.store_recalibration`, or set `recalibration_value`."
         )
-    return Recalibration.from_dict(fitted["recalibration"])
+    return Recalibration.from_dict(fits[0]["recalibration"])
+
+
+def _hard_labels_without_gold(dataset: Dataset | IterableDataset, dataset_name: str, ce_weight: float) -> ValueError:
+    count = f"{count_without_gold(dataset)} of {len(dataset)}" if isinstance(dataset, Dataset) else "some"
+    return ValueError(
+        f"`ce_weight={ce_weight}` needs an answer in every row, and {count} rows of the {dataset_name} dataset have "
+        f"none (`{HAS_GOLD}` is false): their label is a filler. Set `ce_weight=0`, or train on the labelled rows alone."
+    )
 
 
 def _head_size(model: Any) -> int:

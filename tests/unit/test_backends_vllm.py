@@ -157,6 +157,20 @@ def test_the_same_cache_as_transformers(serve):
     assert "tail is derived" in manifest.notes[0]
 
 
+def test_prompts_without_an_answer(serve):
+    prompts = Dataset.from_dict({"prompt": ["w3 w4 w5", "w6", "w7 w8 w9 w10"]})
+    served, local = (
+        add_teacher_topk(prompts, teacher, tokenizer(), logprob_dtype="float32")
+        for teacher in (VLLMBackend(serve(model()).url), model())
+    )
+    same = ["input_ids", "labels", "teacher_has_gold", "teacher_topk_ids"]
+    assert served.select_columns(same).to_list() == local.select_columns(same).to_list()
+    for name in ("teacher_topk_logprobs", "teacher_tail_logprob"):
+        for a, b in zip(served[name], local[name], strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-4)
+    assert read_manifest(served).counts["rows_without_gold"] == 3
+
+
 def test_padded_ids_are_replaced_by_the_next_ones(serve):
     padded = model(vocab_size=TOKENS + 8)
     with torch.no_grad():

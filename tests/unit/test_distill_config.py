@@ -22,11 +22,22 @@ REFUSED = {
     "delta of one": ({"recalibration": "label_smoothing", "recalibration_value": 1.0}, "0 <= delta < 1"),
     "infinite T": ({"recalibration": "logit_temperature", "recalibration_value": float("inf")}, "finite"),
     "NaN c": ({"recalibration": "probability_temperature", "recalibration_value": float("nan")}, "finite"),
+    "infinite delta": ({"recalibration": "log_label_smoothing", "recalibration_value": float("inf")}, "finite delta"),
+    "student temperature": ({"student_temperature": 0.3}, "has no effect with estimator='topk'"),
+    "zero student temperature": (
+        {"estimator": "probability_softmax", "student_temperature": 0.0},
+        "`student_temperature` must be finite and above 0",
+    ),
     "sampled and rescaled": (
         {"estimator": "sampled", "recalibration": "logit_temperature", "recalibration_value": 2.0},
         "which cannot be rescaled",
     ),
     "sampled and cut": ({"estimator": "sampled", "top_k": 3}, "leaving draws out would bias"),
+    "token_dropout of one": ({"token_dropout": 1.0}, r"`token_dropout` must be in \[0, 1\)"),
+    "negative token_dropout": ({"token_dropout": -0.1}, r"`token_dropout` must be in \[0, 1\)"),
+    "NaN token_dropout": ({"token_dropout": float("nan")}, r"`token_dropout` must be in \[0, 1\)"),
+    "token without dropout": ({"token_dropout_id": 3}, "has no effect with `token_dropout=0`"),
+    "negative token": ({"token_dropout": 0.1, "token_dropout_id": -1}, "must be an id of the vocabulary"),
     "loss_type": ({"loss_type": "dft"}, "change a loss this trainer replaces"),
     "label_smoothing_factor": ({"label_smoothing_factor": 0.1}, "change a loss this trainer replaces"),
     "wrapped packing": ({"packing": True, "packing_strategy": "wrapped"}, "the teacher scored each one alone"),
@@ -47,6 +58,8 @@ def test_defaults():
     config = FirstDistillConfig(**CPU)
     assert (config.estimator, config.recalibration, config.recalibration_value) == ("topk", "none", None)
     assert (config.ce_weight, config.top_k, config.loss_chunk_size) == (0.0, None, None)
+    assert config.student_temperature is None
+    assert (config.token_dropout, config.token_dropout_id) == (0.0, None)
 
 
 def test_every_own_field_is_documented_alike_for_the_api_and_the_command_line():

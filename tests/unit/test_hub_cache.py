@@ -16,6 +16,9 @@ from tests.tiny import tiny_llama, tiny_rows, tiny_tokenizer
 
 add_teacher_topk(Dataset.from_list(tiny_rows(24)), tiny_llama(0), tiny_tokenizer(), output_dir=FOLDER, shard_size=10)
 assert main(["cache", "push", FOLDER, "alice/cache", "--private", "--tag", "v1"]) == 0
+prompts = Dataset.from_dict({"prompt": ["w3 w4", "w5 w6 w7", "w8"]})
+add_teacher_topk(prompts, tiny_llama(0), tiny_tokenizer(), output_dir=FOLDER + "-prompts")
+assert main(["cache", "push", FOLDER + "-prompts", "alice/prompts"]) == 0
 """
 
 TRAIN = """
@@ -45,6 +48,10 @@ cache = load_teacher_cache("alice/cache", revision="v1")
 verify_teacher_cache(cache, tiny_tokenizer())
 assert len(cache) == 24 and read_manifest(cache) is not None
 print("weights", train(cache))
+prompts = load_teacher_cache("alice/prompts")
+verify_teacher_cache(prompts, tiny_tokenizer())
+assert prompts["teacher_has_gold"][:] == [False] * 3
+assert list(load_teacher_cache("alice/prompts", streaming=True)) == list(prompts)
 stream = load_teacher_cache("alice/cache", streaming=True)
 assert list(stream) == list(cache) and read_manifest(stream) is not None
 verify_teacher_cache(load_dataset("alice/cache", split="train"), tiny_tokenizer())

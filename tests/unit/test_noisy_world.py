@@ -1,5 +1,6 @@
 """The generated world: what is held out, what is known, and that text and tokens say the same."""
 
+import hashlib
 from collections import Counter
 
 import numpy as np
@@ -24,7 +25,9 @@ def splits(task):
 
 
 def test_sizes_and_words(task, splits):
-    assert {split: len(rows) for split, rows in splits.items()} == {**QA_SPLITS, "pretrain": 8000}
+    assert {split: len(rows) for split, rows in splits.items()} == {
+        **QA_SPLITS, "pretrain": 8000, "unlabelled": 8 * QA_SPLITS["train"],
+    }  # fmt: skip
     assert [len(words) for words in (JOBS, PLACES, WEATHERS, TOOLS, NAMES)] == [12, 8, 6, 12, 200]
     # A word with two meanings would be one token with two meanings.
     words = [*JOBS, *PLACES, *WEATHERS, *TOOLS, *NAMES]
@@ -43,6 +46,38 @@ def test_no_held_out_pair_is_seen_outside_ood(task, seed):
     row = task.load("ood", seed=seed).dataset[0]
     job, place = row["group"].split("|")
     assert f" the {job} at {place} in " in row["prompt"]
+
+
+def test_unlabelled_prompts_ask_what_train_asks_and_hold_no_answer(splits):
+    rows = splits["unlabelled"]
+    assert set(rows["completion"]) == {None} and set(rows["gold"]) == {-1}
+    assert set(rows["group"]) == set(splits["train"]["group"])
+    words = np.array([prompt.split() for prompt in rows["prompt"]])
+    assert words[0, [4, 6]].tolist() == rows["group"][0].split("|")
+    # Uniform over the pairs of train, kinds of weather and names: no count is further off than chance
+    for values, number in ((rows["group"][:], 77), (words[:, 8], len(WEATHERS)), (words[:, 2], len(NAMES))):
+        _, counts = np.unique(values, return_counts=True)
+        expected = len(rows) / number
+        assert len(counts) == number and np.abs(counts - expected).max() < 5 * np.sqrt(expected)
+    posterior = np.array(rows["posterior"])
+    np.testing.assert_allclose(posterior.sum(axis=1), 1.0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("seed", "digest"),
+    [
+        (0, "6f6ee04ccf0095ac2f383f3577a0be088500b4ca57cbefd6cf4cb4ecc62d353e"),
+        (1, "64ebb9fb299af2c24f75d6605ee84b7492519b14efa8d507815d9f012157f269"),
+        (7, "a3d3c15490788fcfbb392b9740b8c41c5b11059a3dde3a00946dbab4a681a638"),
+    ],
+)
+def test_worlds_stay_what_they_were(seed, digest):
+    """Results are compared across versions: a new split must not move the others."""
+    world = make_world(seed)
+    found = hashlib.sha256(world.held_out.astype("<i8").tobytes())
+    for split in (*QA_SPLITS, "pretrain"):
+        found.update(world.samples[split].astype("<i8").tobytes())
+    assert found.hexdigest() == digest
 
 
 def test_pretraining_text_never_joins_a_job_with_a_place(splits):
@@ -119,7 +154,7 @@ def test_text_and_tokens_agree(task, splits, tmp_path):
     tokenizer = task.tokenizer()
     tokenizer.save_pretrained(tmp_path)
     reloaded = AutoTokenizer.from_pretrained(tmp_path)
-    for split in QA_SPLITS:
+    for split in (*QA_SPLITS, "unlabelled"):
         rows = splits[split]
         prompts = tokenizer(rows["prompt"][:])["input_ids"]
         assert {len(ids) for ids in prompts} == {15}

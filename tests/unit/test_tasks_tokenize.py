@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from first_trl.smoke.rows import DATA as SMOKE_DATA
 from first_trl.tasks import encode_prompts, get_task, tokenize_rows
 from first_trl.tasks.word_tokenizer import word_tokenizer
 
@@ -85,6 +86,50 @@ def test_overflow(on_overflow, kept, n_truncated, reasons):
         assert any(label != -100 for label in row["labels"][1:])
 
 
+def test_answer_position_needs_no_completion():
+    tokenizer = words()
+    data = rows((text(2), None), ("<bos> w3", " w9"))
+    result = tokenize_rows(data, tokenizer, supervise="answer_position", append_eos=True)
+    eos = tokenizer.eos_token_id
+    assert result.dataset.to_list() == [
+        {"id": "r0", "group": "g0", "input_ids": [1, 3, 4, eos], "labels": [-100] * 3 + [eos], "has_gold": False},
+        {"id": "r1", "group": "g1", "input_ids": [1, 6, eos], "labels": [-100] * 2 + [eos], "has_gold": False},
+    ]
+    assert result.dataset.features["has_gold"] == Value("bool")
+    assert (result.n_in, result.n_out, result.n_retokenized, result.reasons) == (2, 2, 0, {})
+    # The answer of a labelled row stands where the filler stands
+    labelled = tokenize_rows(rows((text(2), " w9")), tokenizer).dataset[0]
+    assert labelled["input_ids"][:-1] == encode_prompts(tokenizer, [text(2)])[0] == [1, 3, 4]
+    assert labelled["labels"][:-1] == [-100] * 3 and "has_gold" not in labelled
+    no_column = data.remove_columns("completion")
+    assert tokenize_rows(no_column, tokenizer, supervise="answer_position").dataset.to_list() == (
+        result.dataset.to_list()
+    )
+    tokenizer.eos_token = None
+    filled = tokenize_rows(no_column, tokenizer, supervise="answer_position", append_eos=True).dataset
+    assert filled["input_ids"][0] == [1, 3, 4, tokenizer.pad_token_id]
+    tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="neither an `eos_token` nor a `pad_token`"):
+        tokenize_rows(no_column, tokenizer, supervise="answer_position")
+    with pytest.raises(ValueError, match="r1: the prompt is empty"):
+        tokenize_rows(rows((text(2), None), ("", None)), words(), supervise="answer_position")
+
+
+@pytest.mark.parametrize(
+    ("on_overflow", "kept", "reason"),
+    [
+        ("drop", [[1, 3, 4, 2]], "longer than max_length"),
+        ("truncate_prompt_left", [[1, 3, 4, 2], [1, 5, 6, 2]], None),
+        ("truncate_right", [[1, 3, 4, 2]], "no completion token left within max_length"),
+    ],
+)
+def test_a_prompt_too_long_for_its_answer_position(on_overflow, kept, reason):
+    data = rows((text(2), None), (text(4), None))
+    result = tokenize_rows(data, words(), max_length=4, supervise="answer_position", on_overflow=on_overflow)
+    assert result.dataset["input_ids"][:] == kept
+    assert result.reasons == ({reason: 1} if reason else {}) and result.n_truncated == len(kept) - 1
+
+
 def test_left_truncation_keeps_a_token_to_predict_from():
     # Behind <bos> alone a completion of 4 fits in 5 tokens; one of 5 would leave nothing that predicts its first token.
     data = rows((text(1), " " + text(4, 10)), (text(1), " " + text(5, 10)))
@@ -125,9 +170,8 @@ def test_bad_input():
 
 
 def test_unlabelled_benchmark_rows_cannot_be_trained_on():
-    fixtures = Path(__file__).parents[1] / "fixtures" / "commonsense_qa"
-    test = get_task("commonsense_qa").load("test", path=str(fixtures)).dataset
-    with pytest.raises(ValueError, match="own-csqa-20: the completion is missing"):
+    test = get_task("commonsense_qa").load("test", path=str(SMOKE_DATA / "commonsense_qa")).dataset
+    with pytest.raises(ValueError, match=r"own-csqa-20: the completion is missing.*supervise='answer_position'"):
         tokenize_rows(test, words())
 
 

@@ -67,6 +67,18 @@ def test_identity(batches, estimator, teacher, tokenizer, cache, tmp_path):
     assert largest(recorded.gradients[0]) < 1e-6
 
 
+def test_equal_temperatures_on_both_sides_keep_the_raw_teacher(teacher, tokenizer, tmp_path):
+    """At any k: what the authors' code trains towards with one temperature on both sides is no recalibrated teacher."""
+    cache = tiny_cache(teacher, tokenizer, tiny_rows(), k=5)
+    options = {"recalibration": "probability_temperature", "recalibration_value": 0.28}
+    args = tiny_config(tmp_path, estimator="probability_softmax", student_temperature=0.28, **options)
+    _, recorded = run(copy.deepcopy(teacher), args, cache, tokenizer)
+    assert abs(recorded.logs[0]["loss"]) < 1e-6
+    assert largest(recorded.gradients[0]) < 1e-6
+    _, recorded = run(copy.deepcopy(teacher), tiny_config(tmp_path, **options), cache, tokenizer)
+    assert largest(recorded.gradients[0]) > 1e-2
+
+
 def test_identity_of_gpt2_from_the_capture(tokenizer, tmp_path):
     """Learned positions, tied embeddings, and a cache from the public capture."""
     teacher = tiny_gpt2()
@@ -278,4 +290,11 @@ def test_renormalized_warns_about_the_tail(teacher, tokenizer, cache, tmp_path):
     with pytest.warns(UserWarning, match="constrains only the ratios"):
         FirstDistillTrainer(
             teacher, tiny_config(tmp_path, estimator="renormalized"), cache, processing_class=tokenizer
+        )
+
+
+def test_probability_softmax_warns_that_it_is_for_replication(teacher, tokenizer, cache, tmp_path):
+    with pytest.warns(UserWarning, match="for replication of the authors' code"):
+        FirstDistillTrainer(
+            teacher, tiny_config(tmp_path, estimator="probability_softmax"), cache, processing_class=tokenizer
         )

@@ -1,0 +1,190 @@
+"""The model card of a trainer's student: what the trainer knows, and the evaluations that it is given."""
+
+import importlib.metadata
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import is_peft_model
+from transformers import is_wandb_available
+from trl.trainer.utils import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
+
+from ..cards.license import find_license
+from ..cards.render import hub_id, public_name
+from ..cards.scores import score_result
+from ..cards.student import Evaluation, StudentCard, cache_text, estimator_text, recalibration_text
+from ..evaluation.predictions import MultipleChoiceResult
+from ..teacher.manifest import read_manifests
+
+
+# What decides the result. Everything else a trainer is given concerns its machine, and part of that is private.
+_ARGUMENTS = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "num_train_epochs",
+    "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "packing", "bf16", "fp16",
+    "estimator", "top_k", "ce_weight", "student_temperature", "token_dropout", "seed",
+)  # fmt: skip
+_STUDENT = "This student"
+_LIBRARIES = ("trl", "transformers", "peft", "torch", "datasets")
+
+
+class ModelCardMixin:
+    """Writes this package's card where TRL's trainers write theirs: at every saved checkpoint and push."""
+
+    def _start_card(self, train_dataset: Any) -> None:
+        """Keep what the card says of the cache, before the dataset is prepared for training."""
+        self._manifests = read_manifests(train_dataset)
+        self._cache_page = str(getattr(getattr(train_dataset, "info", None), "homepage", "") or "")
+        self._evaluations: dict[tuple[str, str | None], Evaluation] = {}
+
+    def add_evaluation(
+        self, result: MultipleChoiceResult, *, dataset_name: str, split: str | None = None, name: str | None = None
+    ) -> None:
+        """
+        Attach the evaluation of the trained model to its card: table, reliability diagram and the Hub's metadata. A
+        second one of the same data and split takes the place of the first; training on removes all.
+
+        Args:
+            result ([`~first_trl.evaluation.predictions.MultipleChoiceResult`]):
+                From [`evaluate_multiple_choice`].
+            dataset_name (`str`):
+                Name of the data: its Hub id where it has one.
+            split (`str`, *optional*):
+                Split that was evaluated.
+            name (`str`, *optional*):
+                Heading; default is the split, or the name of the data.
+
+        Example:
+
+        ```python
+        result = evaluate_multiple_choice(trainer.model, tokenizer, dataset)
+        trainer.add_evaluation(result, dataset_name="tau/commonsense_qa", split="validation")
+        trainer.push_to_hub()
+        ```
+        """
+        dataset_id = hub_id(dataset_name)
+        shown = dataset_name if dataset_id else public_name(dataset_name)
+        self._evaluations[dataset_name, split] = Evaluation(
+            name=name or split or shown,
+            models={_STUDENT: score_result(result)},
+            student=_STUDENT,
+            dataset_name=shown,
+            dataset_id=dataset_id,
+            split=split,
+        )
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """
+        Write the model card, with `reliability.png` where an evaluation was attached, to the output folder.
+
+        Args:
+            model_name (`str`, *optional*):
+                Name of the model.
+            dataset_name (`str`, *optional*):
+                Teacher cache on the Hub; found by itself when the cache was loaded from there.
+            tags (`str` or `list[str]`, *optional*):
+                Tags beside the standing ones.
+        """
+        trainer: Any = self
+        if not trainer.is_world_process_zero():
+            return
+        card = self._card(model_name, dataset_name, [tags] if isinstance(tags, str) else list(tags or []))
+        card.write(Path(trainer.args.output_dir))
+
+    def _card(self, model_name: str | None, dataset_name: str | None, tags: list[str]) -> StudentCard:
+        trainer: Any = self
+        args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
+        adapter = is_peft_model(model)
+        name_or_path = get_config_model_id(model.config) or ""
+        base = hub_id(name_or_path)
+        license = find_license(name_or_path, args.hub_token)
+        rescale = trainer._recalibration
+        given = args.recalibration_value is not None
+        repo, commit = _cache_repo(self._cache_page, dataset_name)
+        card = StudentCard(
+            name=model_name or str(args.hub_model_id or args.output_dir).rstrip("/").rsplit("/", 1)[-1],
+            repo_id=getattr(trainer, "hub_model_id", None) or args.hub_model_id,
+            adapter=adapter,
+            base_model=base,
+            base_description=_base_text(name_or_path, base, model),
+            cache=cache_text(self._manifests),
+            cache_repo=repo,
+            recalibration=recalibration_text(
+                rescale.method,
+                rescale.value,
+                "set in the training arguments" if given else "fitted on validation rows and stored with the cache",
+            ),
+            estimator=estimator_text(args.estimator),
+            facts=[*_adapter_facts(model, adapter), *_log_facts()],
+            arguments=_arguments(args),
+            evaluations=list(self._evaluations.values()),
+            license=license,
+            license_source="as its base model"
+            if license
+            else "the card of the base model states no licence, or could not be read when this card was made",
+            tags=[*sorted({*tags, *(["hf_jobs"] if "JOB_ID" in os.environ else [])}), "generated_from_trainer"],
+            versions={name: importlib.metadata.version(name) for name in _LIBRARIES},
+        )
+        if self._manifests:
+            teacher = self._manifests[0].teacher
+            count = len({manifest.teacher["weights_digest"] for manifest in self._manifests})
+            card.teacher = _teacher_text(teacher, count)
+            card.teacher_license = find_license(hub_id(teacher["name"]), args.hub_token)
+        if repo is not None:
+            at = f" at commit `{commit}`" if commit else ""
+            link = f"[{repo}](https://huggingface.co/datasets/{repo}){at}"
+            card.cache = f"{link}; {card.cache}" if card.cache else link
+        return card
+
+
+def _cache_repo(page: str | None, dataset_name: str | None) -> tuple[str | None, str | None]:
+    found = re.search(r"/datasets/([\w.-]+/[\w.-]+)/tree/([0-9a-f]{40})", page or "")
+    if found is not None and dataset_name in (None, found[1]):
+        return found[1], found[2]
+    return hub_id(dataset_name), None
+
+
+def _base_text(name_or_path: str, base: str | None, model: Any) -> str:
+    if base is not None:
+        commit = getattr(model.config, "_commit_hash", None)
+        return f"at commit `{commit}`" if commit else ""
+    if name_or_path:
+        return f"a local model, `{public_name(name_or_path)}`"
+    return f"a `{model.config.model_type}` without a name"
+
+
+def _teacher_text(teacher: dict[str, Any], count: int) -> str:
+    name, revision = public_name(teacher["name"]), teacher.get("revision")
+    text = f"[{name}](https://huggingface.co/{name})" if "/" in name else f"`{name}`"
+    text += f" at commit `{revision}`" if revision else ""
+    text += f", {teacher['parameters']:,} parameters" if teacher.get("parameters") else ""
+    return f"{text}, and {count - 1} more, each for a part of the rows" if count > 1 else text
+
+
+def _adapter_facts(model: Any, adapter: bool) -> list[tuple[str, str]]:
+    if not adapter:
+        return []
+    config = model.peft_config[model.active_adapter]
+    names = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save")
+    values = {name: getattr(config, name, None) for name in names}
+    values = {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
+    text = ", ".join(f"`{name}` {value}" for name, value in values.items() if value is not None)
+    return [(str(getattr(config.peft_type, "value", config.peft_type)), text)]
+
+
+def _log_facts() -> list[tuple[str, str]]:
+    urls = {"trackio": get_trackio_space_url(), "comet": get_comet_experiment_url()}
+    if is_wandb_available():
+        import wandb
+
+        urls["Weights & Biases"] = wandb.run.url if wandb.run is not None else None
+    found = ", ".join(f"[{name}]({url})" for name, url in urls.items() if url)
+    return [("Training logs", found)] if found else []
+
+
+def _arguments(args: Any) -> dict[str, Any]:
+    values = {name: getattr(args, name, None) for name in _ARGUMENTS}
+    values["number of processes"] = args.world_size
+    return {name: getattr(value, "value", value) for name, value in values.items()}
