@@ -1,0 +1,126 @@
+"""What the arms of a study are to each other: references, baselines, points of a sweep."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .collect import Run, is_number
+from .metrics import BAYES, BAYES_LABEL
+
+
+# Keys whose numbers mean something else for every method
+_OF_METHOD = ("recalibration_value", "min_value")
+
+
+def describe_arms(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    """
+    Every arm that some run of a cell has, in the order of the tables, the true posterior last.
+
+    Returns:
+        `dict`: Arm -> `label`, `kind`, `recalibration`, `base`, `values`, `swept`, `reference`, `baseline` (filled in
+        later) and `missing`.
+    """
+    fullest = max(runs, key=lambda run: len(run.data["results"]))
+    names = dict.fromkeys(name for run in (fullest, *runs) for name in run.data["results"])
+    names = {**{name: None for name in names if name != BAYES}, **{name: None for name in names if name == BAYES}}
+    arms = {}
+    for name in names:
+        has = [run for run in runs if name in run.data["results"]]
+        spec = has[0].arms.get(name, {})
+        label = (has[0].data.get("labels") or {}).get(name) or spec.get("label")
+        kind = "bayes" if name == BAYES else spec.get("kind")
+        source = has[0].arms.get(str(spec.get("of")), {}) if kind == "temperature_scaling" else spec
+        arms[name] = {
+            "label": label or (BAYES_LABEL if name == BAYES else name),
+            "kind": kind,
+            "recalibration": spec.get("recalibration"),
+            "base": spec.get("base", name),
+            "values": spec.get("values", {}),
+            "swept": False,
+            "reference": kind == "bayes" or source.get("kind") == "teacher",
+            "baseline": False,
+            "missing": [run.name for run in runs if run not in has],
+        }
+    for sweep in find_sweeps(arms):
+        for point in sweep["points"]:
+            arms[point["arm"]]["swept"] = True
+    return arms
+
+
+def default_baselines(arms: Mapping[str, Any], runs: Sequence[Run]) -> list[str]:
+    """
+    The arms that a reader wants every other one compared with, told by their settings: fine-tuning on the labels,
+    distillation from the teacher as it is, and both with temperature scaling. Points of a sweep are no baselines.
+    """
+    specs: dict[str, Any] = {}
+    for run in runs:
+        specs = {**run.arms, **specs}
+    given = {name: specs.get(name, {}) for name, arm in arms.items() if not arm["swept"]}
+    plain = {name for name, spec in given.items() if _is_plain(spec)}
+    scaled = {
+        name for name, spec in given.items() if spec.get("kind") == "temperature_scaling" and spec.get("of") in plain
+    }
+    return [name for name in given if name in plain | scaled]
+
+
+def _is_plain(spec: Mapping[str, Any]) -> bool:
+    kind = spec.get("kind")
+    if kind == "sft":
+        return not spec.get("lora")
+    # Only the two-line form of distillation, without anything else that a study may be about
+    return kind == "distill" and (
+        spec.get("recalibration", "none") == "none"
+        and spec.get("estimator", "topk") == "topk"
+        and spec.get("data") in (None, ["train"])
+        and not any(spec.get(key) for key in ("lora", "ce_weight", "token_dropout", "teacher", "top_k", "select"))
+    )
+
+
+def check_baselines(asked: Sequence[str], runs: Sequence[Run]) -> None:
+    """
+    Raises:
+        `ValueError`: A baseline that no run has.
+    """
+    known = list(dict.fromkeys(name for run in runs for name in run.data["results"] if name != BAYES))
+    for name in asked:
+        if name not in known:
+            raise ValueError(f"No run has an arm {name!r} to compare with. Arms: {', '.join(known)}.")
+
+
+def find_sweeps(arms: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """
+    Arms that differ in one number, as curves.
+
+    Returns:
+        `list[dict]`: `key`, `base`, `label`, `method` (rescale whose value is swept, else `None`) and `points`, a list
+        of `value` and `arm` by rising value.
+    """
+    curves: dict[tuple[str, str], dict[float, str]] = {}
+    for name, arm in arms.items():
+        if len(arm["values"]) != 1:
+            continue
+        ((key, value),) = arm["values"].items()
+        if is_number(value):
+            curves.setdefault((key, arm["base"]), {})[value] = name
+    return [
+        {
+            "key": key,
+            "base": base,
+            "label": _curve_label(base, [(value, arms[name]["label"]) for value, name in points.items()], key),
+            "method": arms[next(iter(points.values()))]["recalibration"] if key in _OF_METHOD else None,
+            "points": [{"value": value, "arm": points[value]} for value in sorted(points)],
+        }
+        for (key, base), points in curves.items()
+        if len(points) > 1
+    ]
+
+
+def _curve_label(base: str, labels: Sequence[tuple[float, str]], key: str) -> str:
+    """What the labels of the points have in common, when they follow one pattern."""
+    for pattern in (f", {key} = {{}}", "{}"):
+        stems = set()
+        for value, label in labels:
+            before, found, after = label.rpartition(pattern.format(f"{value:g}"))
+            stems.add((before + after).rstrip(" =:,") if found else label)
+        if len(stems) == 1 and (stem := stems.pop()):
+            return stem
+    return base

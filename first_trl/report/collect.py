@@ -1,0 +1,250 @@
+"""Finding the runs to merge, and refusing those that do not belong together."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+MERGED_FORMAT = "first_trl.merged_report"
+
+# Keys of a recipe that two runs of one experiment may differ in: what tells runs apart, where things lie, what is said
+# about them, and how the work is cut into pieces. Arms are compared one by one, since a run may lack some.
+_FREE = frozenset(
+    [
+        "seed",
+        "seeds",
+        "grid",
+        "cases",
+        "cell",
+        "output_dir",
+        "num_threads",
+        "report",
+        "report_to",
+        "description",
+        "reproduces",
+        "hub",
+        "arms",
+    ]
+)
+_FREE_LEAVES = frozenset(
+    [
+        "label",
+        "batch_size",
+        "max_tokens_per_batch",
+        "shard_size",
+        "vllm_url",
+        "vllm_model",
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+        "gradient_checkpointing",
+        "dataloader_num_workers",
+        "logging_steps",
+        "save_strategy",
+        "save_steps",
+        "save_total_limit",
+    ]
+)
+# Models and files may lie elsewhere on another machine
+_PLACES = frozenset({"name_or_path", "path", "tokenizer"})
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    One finished run.
+
+    Attributes:
+        folder (`Path`): Where it lies.
+        name (`str`): The folder as the merged report calls it.
+        data (`dict`): Its `report/report.json`.
+        recipe (`dict`): Its `recipe.yaml`; empty when there is none.
+    """
+
+    folder: Path
+    name: str
+    data: dict[str, Any]
+    recipe: dict[str, Any]
+
+    @property
+    def recipe_name(self) -> str:
+        return str(self.data.get("name") or self.data["recipe"])
+
+    @property
+    def seed(self) -> int:
+        return int(self.data["seed"])
+
+    @property
+    def cell(self) -> dict[str, Any]:
+        return self.data.get("cell") or {}
+
+    @property
+    def arms(self) -> dict[str, dict[str, Any]]:
+        """Arm -> its settings, with `base` and `values` for the arms of a sweep."""
+        specs = self.data.get("arms") or self.recipe.get("arms") or {}
+        return {
+            name: {**spec, "base": spec.get("base") or name.split("@")[0], "values": _values(spec)}
+            for name, spec in specs.items()
+        }
+
+    def text(self, key: str) -> Any:
+        """A text of the report section of the recipe, from the report or else from the recipe."""
+        found = self.data.get(key)
+        if found is None:
+            found = self.recipe.get(key) or (self.recipe.get("report") or {}).get(key)
+        return found
+
+
+def _values(spec: Mapping[str, Any]) -> dict[str, Any]:
+    return spec.get("values") or spec.get("swept") or {}
+
+
+def cell_title(cell: Mapping[str, Any]) -> str:
+    """The grid values of a run, as `key = value`; the name of a case stands alone."""
+    return ", ".join(str(value) if key == "case" else f"{key} = {value}" for key, value in cell.items())
+
+
+def default_parent(folders: Sequence[Path]) -> Path:
+    """The folder that holds all runs."""
+    return Path(os.path.commonpath([folder.resolve().parent for folder in folders]))
+
+
+def find_runs(folders: Iterable[Path | str]) -> list[Path]:
+    """
+    Folders with a finished run (`report/report.json`) below the given ones, each once, in the order of their paths.
+    Merged reports are passed over.
+
+    Raises:
+        `ValueError`: A folder that does not exist or holds no finished run.
+    """
+    found: set[Path] = set()
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise ValueError(f"There is no folder {folder}: give folders of runs, or folders that hold some.")
+        files = [path for path in folder.resolve().rglob("report.json") if path.parent.name == "report"]
+        here = {path.parent.parent for path in files if _read_json(path).get("format") != MERGED_FORMAT}
+        if not here:
+            raise ValueError(
+                f"No finished run below {folder}: a run is finished when it has a report/report.json. "
+                "Make one with `first-trl run`."
+            )
+        found |= here
+    return sorted(found)
+
+
+def load_runs(folders: Sequence[Path], relative_to: Path) -> list[Run]:
+    """
+    Read runs, sorted by cell (numbers by size) and seed.
+
+    Raises:
+        `ValueError`: A file that is no report of a run, or runs that cannot be merged; the message names them.
+    """
+    runs = [_load(folder, relative_to) for folder in folders]
+    runs.sort(key=lambda run: (_cell_order(run.cell), run.seed, run.name))
+    check_runs(runs)
+    return runs
+
+
+def _load(folder: Path, relative_to: Path) -> Run:
+    file = folder / "report" / "report.json"
+    data = _read_json(file)
+    missing = [key for key in ("recipe", "seed", "n_bins", "results") if key not in data]
+    if missing:
+        raise ValueError(f"{file} is no report of a run: it has no {', '.join(missing)}.")
+    recipe_file = folder / "recipe.yaml"
+    recipe = yaml.safe_load(recipe_file.read_text(encoding="utf-8")) if recipe_file.is_file() else None
+    name = Path(os.path.relpath(folder.resolve(), relative_to.resolve())).as_posix()
+    return Run(folder, name, data, recipe if isinstance(recipe, dict) else {})
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}): run its recipe again with `--stage report`.") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} is no report of a run: it holds a {type(data).__name__}.")
+    return data
+
+
+def _cell_order(cell: Mapping[str, Any]) -> list[tuple[str, int, float, str]]:
+    return [
+        (key, 0, float(value), "") if is_number(value) else (key, 1, 0.0, str(value)) for key, value in cell.items()
+    ]
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a grid can be put on an axis."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_runs(runs: Sequence[Run]) -> None:
+    """
+    Refuse runs whose numbers must not be averaged or compared.
+
+    Raises:
+        `ValueError`: Different recipes, bins, settings or arms, or one cell and seed twice.
+    """
+    first = runs[0]
+    cells: dict[str, Run] = {}
+    seen: dict[tuple[str, int], Run] = {}
+    for run in runs:
+        if run.recipe_name != first.recipe_name:
+            raise ValueError(
+                f"{first.name} is a run of the recipe {first.recipe_name!r}, {run.name} one of {run.recipe_name!r}: "
+                "merge the runs of one recipe at a time."
+            )
+        if run.data["n_bins"] != first.data["n_bins"]:
+            raise ValueError(
+                f"{first.name} has ECE over {first.data['n_bins']} bins, {run.name} over {run.data['n_bins']}: such "
+                "numbers cannot be compared. Evaluate both with one `evaluation.n_bins`."
+            )
+        title = cell_title(run.cell)
+        where = f" of {title}" if title else ""
+        if (other := seen.setdefault((title, run.seed), run)) is not run:
+            raise ValueError(f"{other.name} and {run.name} are both seed {run.seed}{where}: give one of them.")
+        reference = cells.setdefault(title, run)
+        if reference is not run:
+            _check_pair(reference, run)
+
+
+def _check_pair(reference: Run, run: Run) -> None:
+    """Two seeds of one cell."""
+    changed = _first_change(
+        {key: value for key, value in reference.recipe.items() if key not in _FREE},
+        {key: value for key, value in run.recipe.items() if key not in _FREE},
+    )
+    if changed is None:
+        for name, spec in reference.arms.items():
+            changed = changed or _first_change(spec, run.arms.get(name, {}), f"arms.{name}.")
+    if changed is not None:
+        key, one, two = changed
+        raise ValueError(
+            f"{reference.name} was run with {key} = {one!r}, {run.name} with {two!r}: these are different "
+            "experiments. Put the key into the recipe's `grid`, or merge them apart."
+        )
+    shared = (reference.data["results"].keys() & run.data["results"].keys()) - {"bayes"}
+    if not shared:
+        raise ValueError(f"{reference.name} and {run.name} have no arm in common: there is nothing to average.")
+
+
+def _first_change(one: Mapping[str, Any], two: Mapping[str, Any], where: str = "") -> tuple[str, Any, Any] | None:
+    # A key that only one has is no change: it has its default in a recipe of an older version
+    for key in one:
+        if key not in two or key in _FREE_LEAVES:
+            continue
+        left, right = one[key], two[key]
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            if (inner := _first_change(left, right, f"{where}{key}.")) is not None:
+                return inner
+        elif key in _PLACES and isinstance(left, str) and isinstance(right, str):
+            if Path(left).name != Path(right).name:
+                return f"{where}{key}", left, right
+        elif left != right:
+            return f"{where}{key}", left, right
+    return None
