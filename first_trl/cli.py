@@ -14,6 +14,8 @@ from . import __version__
 # asked for is imported: `first-trl --help` and a mistyped recipe are answered without loading torch.
 _COMMANDS = {
     "run": ("first_trl.pipeline.commands", "run a recipe: teacher, cache, recalibration, students, report"),
+    "report": ("first_trl.report.commands", "merge the reports of several runs: seeds, sweeps"),
+    "push": ("first_trl.share_commands", "share the students and the cache of a finished run, with their cards"),
     "recipes": ("first_trl.recipe_commands", "list the recipes that travel with the package, or check recipe files"),
     "precompute": ("first_trl.teacher.commands", "run a teacher once over a dataset and store its top-k"),
     "cache": ("first_trl.teacher.cache_commands", "verify, describe, push or pull a teacher cache"),

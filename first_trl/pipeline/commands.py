@@ -1,6 +1,7 @@
 """`first-trl run`."""
 
 import argparse
+from pathlib import Path
 
 from ..recipe import STAGES, load_recipe
 
@@ -8,20 +9,42 @@ from ..recipe import STAGES, load_recipe
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `first-trl run` to a parser."""
     parser.description = (
-        "Run a recipe from teacher to report. Finished work is kept, interrupted work is continued. "
-        "On several processes: accelerate launch -m first_trl run RECIPE."
+        "Run a recipe from teacher to report. Finished work is kept, interrupted work is continued; of a recipe with "
+        "seeds or a grid, the missing runs are made and all reports merged. On several processes: accelerate launch "
+        "-m first_trl run RECIPE."
     )
     parser.add_argument("recipe", help="YAML file, or the name of a recipe that travels with the package")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change recipe keys, values as in YAML")
     parser.add_argument("--stage", choices=STAGES, help="run only this stage; the ones before it must be finished")
-    parser.add_argument("--seed", type=int, help="seed of generated data, models and training")
+    parser.add_argument("--seed", type=int, help="seed of generated data, models and training; only this one is run")
     parser.add_argument("--output-dir", help="folder of the run (default: outputs/<recipe>/seed-<seed>)")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the plan and stop: stages, models, memory, tokens, size of the cache, steps, what is finished "
+        "and what would be pushed; reads configurations, loads no weights",
+    )
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="run every stage and arm on the CPU in under a minute, with tiny random models of the same kind and a "
+        "few rows of our own; the numbers mean nothing (default folder: outputs/smoke/<recipe>)",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the recipe."""
     # Read and checked before torch is imported: a typo is answered at once
     recipe = load_recipe(args.recipe, args.overrides, seed=args.seed, output_dir=args.output_dir)
+    if args.smoke:
+        from ..smoke import smoke_recipe
+
+        recipe = smoke_recipe(recipe, Path(args.output_dir or Path("outputs", "smoke", recipe.name)))
+    if args.dry_run:
+        from ..plan import format_plan, plan_recipe
+
+        print(format_plan(plan_recipe(recipe)))
+        return 0
     from .stages import run_recipe
 
     run_recipe(recipe, args.stage)

@@ -14,16 +14,18 @@ from peft import AutoPeftModelForCausalLM, LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer
 
+from ..files import write_json
 from ..processes import process_state
 from ..recipe import ArmSpec, ModelSpec, Recipe
 from ..training.config import FirstDistillConfig
+from ..training.token_dropout import TokenDropoutSFTTrainer
 from ..training.trainer import FirstDistillTrainer
 
 
 def make_model(spec: ModelSpec, tokenizer: Any, seed: int, role: str) -> Any:
     """A model from scratch (seeded by recipe and role) or from its name."""
-    if spec.name_or_path is not None:
-        return AutoModelForCausalLM.from_pretrained(spec.name_or_path, **spec.config, **spec.init_kwargs)
+    if not spec.from_scratch:
+        return AutoModelForCausalLM.from_pretrained(str(spec.name_or_path), **spec.config, **spec.init_kwargs)
     set_seed(seed + zlib.crc32(role.encode()) % 2**16)
     special = {
         f"{name}_token_id": getattr(tokenizer, f"{name}_token_id")
@@ -47,37 +49,72 @@ def train_sft(
     rows: Dataset,
     training: dict[str, Any],
     folder: Path,
+    *,
     lora: dict[str, Any] | None = None,
+    validation: Dataset | None = None,
+    token_dropout: float = 0.0,
 ) -> None:
-    """Next-token training on labelled rows with TRL's SFTTrainer; the result goes to `folder/model`."""
-    args = training_arguments(SFTConfig, recipe, training, folder)
-    trainer = SFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer, peft_config=_lora(lora))
+    """
+    Next-token training on labelled rows with TRL's SFTTrainer; the result goes to `folder/model`. With `validation`
+    rows it is the epoch with the lowest negative log-likelihood on them, and `folder/selection.json` says which.
+    """
+    args = training_arguments(SFTConfig, recipe, training, folder, select=validation is not None)
+    options: dict[str, Any] = {
+        "args": args,
+        "train_dataset": rows,
+        "eval_dataset": validation,
+        "processing_class": tokenizer,
+        "peft_config": _lora(lora),
+    }
+    trainer: SFTTrainer
+    if token_dropout:
+        replacement = training.get("token_dropout_id")
+        trainer = TokenDropoutSFTTrainer(model, token_dropout=token_dropout, token_dropout_id=replacement, **options)
+    else:
+        trainer = SFTTrainer(model, **options)
     _train_and_save(trainer, folder)
 
 
 def train_distill(
-    recipe: Recipe, model: Any, tokenizer: Any, cache: Dataset, arm: ArmSpec, training: dict[str, Any], folder: Path
+    recipe: Recipe,
+    model: Any,
+    tokenizer: Any,
+    cache: Dataset,
+    arm: ArmSpec,
+    value: float | None,
+    training: dict[str, Any],
+    folder: Path,
+    *,
+    validation: Dataset | None = None,
 ) -> None:
-    """Distillation from a cache; the result goes to `folder/model`."""
-    args = training_arguments(
-        FirstDistillConfig,
-        recipe,
-        {
-            **training,
-            "recalibration": arm.recalibration,
-            "recalibration_value": arm.recalibration_value,
-            "estimator": arm.estimator,
-            "ce_weight": arm.ce_weight,
-        },
-        folder,
-    )
+    """
+    Distillation from a cache with `value` as the rescale's; the result goes to `folder/model`. `validation` as in
+    [`train_sft`].
+    """
+    own = {
+        "recalibration": arm.recalibration,
+        "recalibration_value": value,
+        "estimator": arm.estimator,
+        "ce_weight": arm.ce_weight,
+        "top_k": arm.top_k,
+        "student_temperature": arm.student_temperature,
+        "token_dropout": arm.token_dropout,
+    }
+    args = training_arguments(FirstDistillConfig, recipe, {**training, **own}, folder, select=validation is not None)
     trainer = FirstDistillTrainer(
-        model, args, train_dataset=cache, processing_class=tokenizer, peft_config=_lora(arm.lora)
+        model,
+        args,
+        train_dataset=cache,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        peft_config=_lora(arm.lora),
     )
     _train_and_save(trainer, folder)
 
 
-def training_arguments(cls: type, recipe: Recipe, training: dict[str, Any], folder: Path) -> Any:
+def training_arguments(
+    cls: type, recipe: Recipe, training: dict[str, Any], folder: Path, *, select: bool = False
+) -> Any:
     """`SFTConfig` or `FirstDistillConfig` from a recipe's mapping; keys were checked when the recipe was read."""
     training = dict(training)
     on_gpu = torch.cuda.is_available()
@@ -104,7 +141,27 @@ def training_arguments(cls: type, recipe: Recipe, training: dict[str, Any], fold
         "save_total_limit": 1,
         **{key: value for key, value in training.items() if key in known},
     }
+    if select:
+        values |= {
+            "eval_strategy": "epoch",
+            "save_strategy": "epoch",
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_loss",
+            "greater_is_better": False,
+            "per_device_eval_batch_size": 64,
+        }
     return cls(**values)
+
+
+def _selection(state: Any) -> dict[str, Any]:
+    """Which epoch was kept, and the validation curve it was chosen from."""
+    curve = [
+        {"epoch": entry["epoch"], "step": entry["step"], "nll": entry["eval_loss"]}
+        for entry in state.log_history
+        if "eval_loss" in entry
+    ]
+    best = min(curve, key=lambda point: point["nll"])
+    return {**best, "epochs": curve[-1]["epoch"], "curve": curve}
 
 
 def _lora(options: dict[str, Any] | None) -> LoraConfig | None:
@@ -121,6 +178,8 @@ def _train_and_save(trainer: Any, folder: Path) -> None:
     if trainer.is_world_process_zero():
         history = json.dumps(trainer.state.log_history, indent=2)
         (folder / "training_log.json").write_text(history, encoding="utf-8")
+        if trainer.args.load_best_model_at_end:
+            write_json(folder / "selection.json", _selection(trainer.state))
         # Checkpoints serve resuming; the model is saved
         shutil.rmtree(checkpoints, ignore_errors=True)
     trainer.accelerator.free_memory()

@@ -1,36 +1,12 @@
-"""A recipe: one YAML file that describes one experiment."""
+"""The keys of a recipe: one YAML file that describes one experiment."""
 
-import copy
-import dataclasses
-import difflib
-import re
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 
-from .resources import recipe_path
-
-
-STAGES = ("data", "pretrain", "teacher", "capture", "recalibrate", "students", "evaluate", "report")
+STAGES = ("data", "pretrain", "teacher", "capture", "recalibrate", "students", "evaluate", "report", "share")
 ARM_KINDS = ("teacher", "sft", "distill", "temperature_scaling")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-3` as text; learning rates are written that way."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def read_yaml(text: str) -> Any:
-    """Parse YAML with numbers such as `1e-3` as numbers. Raises `yaml.YAMLError`."""
-    return yaml.load(text, _Loader)
 
 
 @dataclass
@@ -44,6 +20,8 @@ class SplitSpec:
         path (`str`, *optional*): Hub id, file or folder, when it is another than the task's.
         options (`dict`, *optional*): Options of that other task.
         limit (`int`, *optional*): Keep this many rows, drawn at random.
+        unseen (`str`, *optional*): `group` or `question`: the guarantee that no training row shares it with this
+            role. Training rows that do are dropped and counted.
     """
 
     split: str
@@ -51,6 +29,7 @@ class SplitSpec:
     path: str | None = None
     options: dict[str, Any] | None = None
     limit: int | None = None
+    unseen: str | None = None
 
 
 @dataclass
@@ -59,7 +38,8 @@ class TaskSpec:
     Args:
         name (`str`): Task name, see `first_trl.tasks.list_tasks`.
         splits (`dict[str, SplitSpec]`): Role -> rows. Roles: `train` and `validation` (required), any number of
-            evaluation roles such as `test` and `ood`, and `pretrain` for models made from scratch.
+            evaluation roles such as `test` and `ood`, `pretrain` for models made from scratch, and further roles that
+            arms train on (`arms.NAME.data`), such as prompts without answers.
         path (`str`, *optional*): Hub id, file or folder; default is the benchmark's own Hub dataset.
         revision (`str`, *optional*): Revision of the Hub dataset.
         options (`dict`): Options of the task, e.g. `template`.
@@ -83,11 +63,15 @@ class ModelSpec:
     """
     Args:
         name_or_path (`str`, *optional*): Hub id or folder.
-        architecture (`str`, *optional*): Model type to make from scratch instead, e.g. `llama`.
+        architecture (`str`, *optional*): Model type, e.g. `llama`. Without a name, the model is made from scratch.
+            Beside a name it says what the name stands for, so that `--smoke` needs no download.
         config (`dict`): Configuration of the model made from scratch, or overrides of the loaded one.
         init_kwargs (`dict`): Passed to `from_pretrained`: `dtype`, `revision`, `attn_implementation`, ...
         pretrain (`dict`, *optional*): Training arguments for next-token training on the `pretrain` rows, first.
         sft (`dict`, *optional*): Training arguments of the teacher's fine-tuning; none means it is fine-tuned already.
+        lora (`dict`, *optional*): `peft.LoraConfig` arguments of the teacher's fine-tuning; none trains all weights.
+        select (`str`, *optional*): `nll` keeps the teacher of the epoch with the lowest negative log-likelihood on
+            `validation`, instead of the last.
     """
 
     name_or_path: str | None = None
@@ -96,6 +80,31 @@ class ModelSpec:
     init_kwargs: dict[str, Any] = field(default_factory=dict)
     pretrain: dict[str, Any] | None = None
     sft: dict[str, Any] | None = None
+    lora: dict[str, Any] | None = None
+    select: str | None = None
+
+    @property
+    def from_scratch(self) -> bool:
+        return self.name_or_path is None
+
+
+@dataclass
+class TeacherSpec:
+    """
+    A further teacher, for the arms that name it: the recipe's teacher, fine-tuned in another way.
+
+    Args:
+        sft (`dict`): Training arguments on top of the teacher's `sft`.
+        select (`str`, *optional*): As in the teacher.
+        folds (`int`, *optional*): Fine-tune this many teachers, each without one share of the training rows, and
+            cache every row with the one that did not see it.
+        fold_by (`str`): Column whose values stay together in a fold: `group`, or `id` for single rows.
+    """
+
+    sft: dict[str, Any] = field(default_factory=dict)
+    select: str | None = None
+    folds: int | None = None
+    fold_by: str = "group"
 
 
 @dataclass
@@ -106,27 +115,35 @@ class CaptureSpec:
         logprob_dtype (`str`): `float16` or `float32`.
         max_tokens_per_batch (`int`): Size of a teacher forward.
         shard_size (`int`): Rows a shard.
+        num_draws (`int`): Draws stored per position, for the `sampled` estimator.
+        vllm_url (`str`, *optional*): Score with the vLLM server at this address instead of in this process. It must
+            serve the teacher of this run.
+        vllm_model (`str`, *optional*): Name it is served under, when there are several.
     """
 
     k: int = 5
     logprob_dtype: str = "float16"
     max_tokens_per_batch: int = 8192
     shard_size: int = 1000
+    num_draws: int = 0
+    vllm_url: str | None = None
+    vllm_model: str | None = None
 
 
 @dataclass
 class RecalibrationSpec:
     """
+    How the rescale of the teacher is fitted on `validation`. Every arm without a `recalibration_value` gets the value
+    fitted on the target that it trains on: its own method, estimator, `top_k`, objective and lower bound.
+
     Args:
         objective (`str`): `ece` (the paper) or `nll`.
-        estimator (`str`): Target the value is fitted on: `topk`, `bucket` or `renormalized`.
         positions (`str`): `first` (the answer position of multiple choice) or `all`.
         n_bins (`int`): Bins of the ECE.
-        methods (`list[str]`): Methods to fit.
+        methods (`list[str]`): Methods to fit for the report, whether an arm needs them or not.
     """
 
     objective: str = "ece"
-    estimator: str = "topk"
     positions: str = "first"
     n_bins: int = 10
     methods: list[str] = field(default_factory=lambda: ["probability_temperature", "logit_temperature"])
@@ -139,14 +156,25 @@ class ArmSpec:
 
     Args:
         kind (`str`): `teacher`, `sft`, `distill` or `temperature_scaling`.
-        label (`str`, *optional*): Name in tables and figures.
+        label (`str`, *optional*): Name in tables and figures. With a grid, `{top_k}` and the like are filled in.
         of (`str`, *optional*): Arm that `temperature_scaling` is applied to.
         training (`dict`): Training arguments on top of the recipe's `training`.
         recalibration (`str`): Rescale of the teacher, for `distill`.
         recalibration_value (`float`, *optional*): Its value; fitted when not given.
         estimator (`str`): Estimator of the divergence, for `distill`.
         ce_weight (`float`): Weight of the hard-label cross-entropy, for `distill`.
+        top_k (`int`, *optional*): Entries of the cache to use, all by default; for `distill`.
+        student_temperature (`float`, *optional*): Of the `probability_softmax` estimator.
+        objective (`str`, *optional*): Objective of the fit, when it is another than the recipe's.
+        min_value (`float`, *optional*): Lower bound of the fitted value; 1 keeps a temperature from sharpening.
+        token_dropout (`float`): Share of the input tokens that a student does not see in training; for `sft` and
+            `distill`. `training.token_dropout_id` names the token put in their place.
+        select (`str`, *optional*): `nll` keeps the student of the epoch with the lowest negative log-likelihood on
+            `validation`, instead of the last.
+        teacher (`str`, *optional*): A name in the recipe's `teachers`; default is the teacher itself.
+        data (`list[str]`): Roles to train on; more than `train` for `distill` only.
         lora (`dict`, *optional*): `peft.LoraConfig` arguments; none trains all weights.
+        swept (`dict`): Filled in for the arms that a grid makes: key -> value.
     """
 
     kind: str
@@ -157,14 +185,24 @@ class ArmSpec:
     recalibration_value: float | None = None
     estimator: str = "topk"
     ce_weight: float = 0.0
+    top_k: int | None = None
+    student_temperature: float | None = None
+    objective: str | None = None
+    min_value: float | None = None
+    token_dropout: float = 0.0
+    select: str | None = None
+    teacher: str | None = None
+    data: list[str] = field(default_factory=lambda: ["train"])
     lora: dict[str, Any] | None = None
+    swept: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class EvaluationSpec:
     """
     Args:
-        splits (`list[str]`): Roles to evaluate on; the first is the in-domain one.
+        splits (`list[str]`): Roles to evaluate on; the first is the in-domain one. Roles with choices are scored at
+            the answer position, free text at every token of the reference answer.
         batch_size (`int`): Prompts a forward.
         n_bins (`int`): Equal-width bins of the ECE.
     """
@@ -180,10 +218,34 @@ class ReportSpec:
     Args:
         title (`str`, *optional*): Heading.
         notes (`list[str]`): What the numbers show and what they do not, printed under the table.
+        baselines (`list[str]`): Arms that the merged report compares every other arm with; default: fine-tuning and
+            plain distillation, with and without temperature scaling.
     """
 
     title: str | None = None
     notes: list[str] = field(default_factory=list)
+    baselines: list[str] = field(default_factory=list)
+
+
+@dataclass
+class HubSpec:
+    """
+    What the last stage shares.
+
+    Args:
+        namespace (`str`): User or organisation on the Hub. Repositories are called `<recipe>-<arm>`, and
+            `<recipe>-cache`.
+        private (`bool`): Visibility of repositories that are created.
+        arms (`list[str]`): Students to share; default: all of them.
+        cache (`bool`): Share the teacher cache too.
+        license (`str`, *optional*): Licence of students whose base model states none.
+    """
+
+    namespace: str
+    private: bool = True
+    license: str | None = None
+    arms: list[str] = field(default_factory=list)
+    cache: bool = True
 
 
 @dataclass
@@ -195,15 +257,25 @@ class Recipe:
         name (`str`): Short name, used for the output folder.
         task (`TaskSpec`), teacher (`ModelSpec`), student (`ModelSpec`): What is learned, by whom, from whom.
         arms (`dict[str, ArmSpec]`): Rows of the report.
+        teachers (`dict[str, TeacherSpec]`): Further teachers, for arms that name them.
         training (`dict`): Training arguments every student starts from (`SFTConfig` / `FirstDistillConfig` names, and
             `global_batch_size`, which is divided by the number of processes).
         tokenizer (`str`, *optional*): Name or folder; default is the task's own, or the teacher's.
         seed (`int`): Seed of generated data, models and training.
-        output_dir (`str`, *optional*): Default `outputs/<name>/seed-<seed>`.
+        seeds (`list[int]`): Run all of these, one folder each, and merge their reports.
+        grid (`dict[str, list]`): Dotted key -> values. A key of an arm (`arms.NAME.KEY`) makes one arm a value, which
+            share teacher and cache; any other key makes one run a value. Several keys make all combinations.
+        cases (`dict[str, dict]`): Name -> dotted keys and their values: variants of the experiment that differ in
+            several keys, such as tasks. One run a case. `arms.NAME: null` leaves an arm out of a case.
+        output_dir (`str`, *optional*): Default `outputs/<name>/seed-<seed>`; with `seeds`, `cases` or a grid of runs,
+            the folder of all runs, by default `outputs/<name>`.
+        hub (`HubSpec`, *optional*): Share the results as the last stage.
         num_threads (`int`, *optional*): CPU threads of torch. Tiny models run best on one: more threads spend their time
             waiting for each other, above all on a busy machine.
         report_to (`str`): Where training logs go, as in `TrainingArguments`.
         description (`str`): What the experiment is about.
+        reproduces (`list[str]`): Experiments of the paper that this recipe stands for, e.g. `E3`, or an ablation.
+        cell (`dict`): Filled in for the runs that `cases` and `grid` make: key -> value.
     """
 
     name: str
@@ -211,176 +283,26 @@ class Recipe:
     teacher: ModelSpec
     student: ModelSpec
     arms: dict[str, ArmSpec]
+    teachers: dict[str, TeacherSpec] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     capture: CaptureSpec = field(default_factory=CaptureSpec)
     recalibration: RecalibrationSpec = field(default_factory=RecalibrationSpec)
     evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
     report: ReportSpec = field(default_factory=ReportSpec)
+    hub: HubSpec | None = None
     tokenizer: str | None = None
     seed: int = 0
+    seeds: list[int] = field(default_factory=list)
+    grid: dict[str, Any] = field(default_factory=dict)
+    cases: dict[str, Any] = field(default_factory=dict)
     output_dir: str | None = None
     num_threads: int | None = None
     report_to: str = "none"
     description: str = ""
+    reproduces: list[str] = field(default_factory=list)
+    cell: dict[str, Any] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
+        """Folder of the run of one seed; of a recipe with `seeds` or a grid of runs, ask its [`cells`]."""
         return Path(self.output_dir) if self.output_dir else Path("outputs") / self.name / f"seed-{self.seed}"
-
-
-def load_recipe(
-    name: str, overrides: list[str] | None = None, *, seed: int | None = None, output_dir: str | None = None
-) -> Recipe:
-    """
-    Read and check a recipe.
-
-    Args:
-        name (`str`):
-            File, or name of a recipe that travels with the package.
-        overrides (`list[str]`, *optional*):
-            `"key.sub=value"`, values in YAML notation.
-        seed (`int`, *optional*), output_dir (`str`, *optional*):
-            Take the place of the recipe's own.
-
-    Raises:
-        `ValueError`: No such recipe, a key nobody knows (with the nearest known one), a value of the wrong type, or a
-            combination without a meaning.
-    """
-    path = recipe_path(name)
-    try:
-        data = read_yaml(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold a mapping of keys, got {type(data).__name__}.")
-    for override in overrides or []:
-        apply_override(data, override)
-    if seed is not None:
-        data["seed"] = seed
-    if output_dir is not None:
-        data["output_dir"] = output_dir
-    recipe = build(Recipe, data, str(path))
-    _check(recipe, str(path))
-    return recipe
-
-
-def apply_override(data: dict[str, Any], override: str) -> None:
-    """Set `key.sub=value` in nested mappings; whether the key exists is checked with the recipe."""
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ValueError(f"Override {override!r} must read key.sub=value, e.g. training.num_train_epochs=3.")
-    try:
-        value = read_yaml(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"The value of override {override!r} is not valid YAML: {error}") from None
-    *parents, last = key.split(".")
-    target = data
-    for parent in parents:
-        target = target.setdefault(parent, {})
-        if not isinstance(target, dict):
-            raise ValueError(f"Override {override!r}: {parent!r} holds a value, not a mapping.")
-    target[last] = value
-
-
-def build(cls: Any, data: Any, where: str) -> Any:
-    """A dataclass from a mapping; every key and type is checked, `where` names the place in messages."""
-    if cls is ModelSpec and isinstance(data, str):
-        data = {"name_or_path": data}
-    if cls is SplitSpec and isinstance(data, str):
-        data = {"split": data}
-    if not isinstance(data, dict):
-        raise ValueError(f"{where} must be a mapping, got {data!r}.")
-    hints = typing.get_type_hints(cls)
-    for key in data:
-        if key not in hints:
-            raise ValueError(f"{where}: unknown key {key!r}.{nearest(str(key), hints)}")
-    required = [
-        f.name
-        for f in dataclasses.fields(cls)
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    missing = [name for name in required if name not in data]
-    if missing:
-        raise ValueError(f"{where}: missing key {missing[0]!r}. Required here: {', '.join(required)}.")
-    return cls(**{key: _convert(value, hints[key], f"{where}: {key}") for key, value in data.items()})
-
-
-def nearest(name: str, known: typing.Iterable[str], *, list_known: bool = True) -> str:
-    """Hint for an unknown name."""
-    by_lower = {item.lower(): item for item in sorted(known)}
-    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.4)
-    hint = f" Did you mean {by_lower[close[0]]!r}?" if close else ""
-    return hint + (f" Known: {', '.join(by_lower.values())}." if list_known else "")
-
-
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in args:
-            return None
-        return _convert(value, next(arg for arg in args if arg is not type(None)), where)
-    if dataclasses.is_dataclass(hint):
-        return build(hint, value, where)
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise ValueError(f"{where} must be a mapping, got {value!r}.")
-        if dataclasses.is_dataclass(args[1]):
-            return {str(key): build(args[1], item, f"{where}.{key}") for key, item in value.items()}
-        return copy.deepcopy(value)
-    if origin is list:
-        if not isinstance(value, list) or not all(isinstance(item, args[0]) for item in value):
-            raise ValueError(f"{where} must be a list of {args[0].__name__}, got {value!r}.")
-        return list(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ValueError(f"{where} must be of type {hint.__name__}, got {value!r}.")
-    return value
-
-
-def _check(recipe: Recipe, where: str) -> None:
-    from .training.config import FirstDistillConfig
-
-    for role in ("train", "validation"):
-        if role not in recipe.task.splits:
-            raise ValueError(f"{where}: task.splits must name the rows for {role!r}.")
-    for role in recipe.evaluation.splits:
-        if role not in recipe.task.splits:
-            raise ValueError(
-                f"{where}: evaluation.splits names {role!r}, which task.splits does not hold "
-                f"({', '.join(recipe.task.splits)})."
-            )
-    if not recipe.evaluation.splits:
-        raise ValueError(f"{where}: evaluation.splits is empty; name at least one role to evaluate on.")
-    for name, model in (("teacher", recipe.teacher), ("student", recipe.student)):
-        if (model.name_or_path is None) == (model.architecture is None):
-            raise ValueError(
-                f"{where}: {name} needs either `name_or_path` (a pretrained model) or `architecture` (made from "
-                "scratch), not both."
-            )
-        if model.pretrain is not None and "pretrain" not in recipe.task.splits:
-            raise ValueError(f"{where}: {name}.pretrain needs rows: name task.splits.pretrain.")
-    if recipe.student.sft is not None:
-        raise ValueError(f"{where}: student.sft has no meaning; students are arms with their own training.")
-    for arm_name, arm in recipe.arms.items():
-        place = f"{where}: arms.{arm_name}"
-        if arm.kind not in ARM_KINDS:
-            raise ValueError(f"{place}.kind: unknown kind {arm.kind!r}.{nearest(arm.kind, ARM_KINDS)}")
-        if arm.kind == "temperature_scaling":
-            if arm.of not in recipe.arms or recipe.arms[str(arm.of)].kind == "temperature_scaling":
-                raise ValueError(
-                    f"{place}.of must name a trained arm, got {arm.of!r}.{nearest(str(arm.of), recipe.arms)}"
-                )
-        elif arm.of is not None:
-            raise ValueError(f"{place}.of only belongs to kind temperature_scaling.")
-    fields = {f.name for f in dataclasses.fields(FirstDistillConfig)} | {"global_batch_size"}
-    trainings = {"training": recipe.training}
-    trainings |= {f"arms.{name}.training": arm.training for name, arm in recipe.arms.items()}
-    for name, model in (("teacher", recipe.teacher), ("student", recipe.student)):
-        trainings |= {f"{name}.{part}": getattr(model, part) or {} for part in ("pretrain", "sft")}
-    for place, training in trainings.items():
-        for key in training:
-            if key not in fields:
-                raise ValueError(
-                    f"{where}: {place}: unknown training argument {key!r}.{nearest(key, fields, list_known=False)}"
-                )

@@ -56,7 +56,7 @@ def test_overrides_seed_and_folder():
         ("evaluation.splits=[tset]", "'tset', which task.splits does not hold"),
         ("capture.k=many", "capture: k must be of type int"),
         ("seed=true", "seed must be of type int"),
-        ("teacher.name_or_path=gpt2", "not both"),
+        ("teacher.architecture=null", "needs `name_or_path` (a pretrained model) or `architecture`"),
         ("student.sft={}", "students are arms"),
         ("seed", "must read key.sub=value"),
         ("seed.x=1", "holds a value, not a mapping"),

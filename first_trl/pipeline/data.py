@@ -1,0 +1,113 @@
+"""Stage `data`: rows of every role, checked, tokenised and counted."""
+
+from pathlib import Path
+from typing import Any, cast
+
+from datasets import Dataset
+
+from ..files import write_json
+from ..recipe import SplitSpec
+from ..tasks import get_task, tokenize_rows
+from ..tasks.base import TaskSplit
+from ..tasks.overlap import drop_overlap
+from .context import RunContext
+from .workspace import path_fingerprint
+
+
+def run_data(run: RunContext) -> None:
+    task = run.recipe.task
+    inputs = {
+        "task": task,
+        "seed": run.recipe.seed,
+        "tokenizer": path_fingerprint(run.recipe.tokenizer or run.recipe.teacher.name_or_path),
+        "files": [path_fingerprint(_path(run, spec)) for spec in task.splits.values()],
+        "evaluated": run.recipe.evaluation.splits,
+    }
+    run.keys["data"] = run.workspace.run("data", "data", inputs, lambda folder: _write(run, folder))
+
+
+def _path(run: RunContext, spec: SplitSpec) -> str | None:
+    return spec.path or (run.recipe.task.path if spec.task is None else None)
+
+
+def _load(run: RunContext, spec: SplitSpec) -> TaskSplit:
+    task = run.recipe.task
+    if spec.task is None:
+        source = get_task(task.name, **{**task.options, **(spec.options or {})})
+    else:
+        source = get_task(spec.task, **(spec.options or {}))
+    return source.load(
+        spec.split,
+        path=_path(run, spec),
+        revision=task.revision if spec.task is None else None,
+        limit=spec.limit,
+        seed=run.recipe.seed,
+    )
+
+
+def _write(run: RunContext, folder: Path) -> None:
+    if not run.is_main:
+        return
+    splits, evaluated = run.recipe.task.splits, run.recipe.evaluation.splits
+    loaded = {role: _load(run, spec) for role, spec in splits.items()}
+    rows = {role: split.dataset for role, split in loaded.items()}
+    overlapping: dict[str, int] = {}
+    for role, spec in splits.items():
+        if spec.unseen is not None:
+            rows["train"], dropped = drop_overlap(rows["train"], rows[role], by=spec.unseen)
+            overlapping[f"shares a {spec.unseen} with {role}"] = dropped
+    tokenizer = run.tokenizer()
+    counts = {}
+    for role, split in loaded.items():
+        reasons = dict(split.reasons)
+        if role == "train":
+            reasons |= {reason: number for reason, number in overlapping.items() if number}
+        counts[role] = {
+            "read": split.n_read,
+            "not_selected": split.n_not_selected,
+            "rows": len(rows[role]),
+            "dropped": reasons,
+            "choices": any(rows[role]["choices"]),
+        }
+        # Multiple choice is evaluated on the text of the rows, everything else works on tokens
+        if role in ("train", "validation") or role not in evaluated or not counts[role]["choices"]:
+            counts[role] |= _tokenize(run, role, rows[role], reasons, tokenizer, folder)
+        if role not in ("train", "pretrain"):
+            rows[role].save_to_disk(folder / "rows" / role)
+        run.workspace.say(f"    {role}: {_describe(counts[role])}")
+    write_json(folder / "counts.json", counts)
+
+
+def _tokenize(
+    run: RunContext, role: str, rows: Dataset, reasons: dict[str, int], tokenizer: Any, folder: Path
+) -> dict[str, Any]:
+    task = run.recipe.task
+    text = role == "pretrain"
+    unlabelled = not text and all(completion is None for completion in rows["completion"])
+    tokenized = tokenize_rows(
+        rows,
+        tokenizer,
+        max_length=task.max_length,
+        append_eos=task.append_eos and not text and not unlabelled,
+        supervise="all" if text else "answer_position" if unlabelled else "completion",
+        on_overflow="truncate_right" if text else cast(Any, task.on_overflow),
+    )
+    tokenized.dataset.save_to_disk(folder / "tokens" / role)
+    return {
+        "rows": tokenized.n_out,
+        "cut": tokenized.n_truncated,
+        "dropped": {**reasons, **tokenized.reasons},
+        "without_answer": len(tokenized.dataset) if unlabelled else 0,
+    }
+
+
+def _describe(count: dict[str, Any]) -> str:
+    parts = [f"{count['rows']} rows"]
+    if count.get("without_answer"):
+        parts.append("prompts without an answer")
+    if count["not_selected"]:
+        parts.append(f"{count['not_selected']} left out by limit")
+    if count.get("cut"):
+        parts.append(f"{count['cut']} cut to max_length")
+    parts += [f"{number} dropped ({reason})" for reason, number in count["dropped"].items()]
+    return ", ".join(parts)

@@ -1,0 +1,134 @@
+"""From a YAML file to a checked [`Recipe`]."""
+
+import copy
+import dataclasses
+import re
+import types
+import typing
+from typing import Any
+
+import yaml
+
+from ..resources import recipe_path
+from .check import check_recipe
+from .names import nearest
+from .schema import ModelSpec, Recipe, SplitSpec
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `1e-3` as text; learning rates are written that way."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def read_yaml(text: str) -> Any:
+    """Parse YAML with numbers such as `1e-3` as numbers. Raises `yaml.YAMLError`."""
+    return yaml.load(text, _Loader)
+
+
+def load_recipe(
+    name: str, overrides: list[str] | None = None, *, seed: int | None = None, output_dir: str | None = None
+) -> Recipe:
+    """
+    Read and check a recipe.
+
+    Args:
+        name (`str`):
+            File, or name of a recipe that travels with the package.
+        overrides (`list[str]`, *optional*):
+            `"key.sub=value"`, values in YAML notation.
+        seed (`int`, *optional*), output_dir (`str`, *optional*):
+            Take the place of the recipe's own.
+
+    Raises:
+        `ValueError`: No such recipe, a key nobody knows (with the nearest known one), a value of the wrong type, or a
+            combination without a meaning.
+    """
+    path = recipe_path(name)
+    try:
+        data = read_yaml(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold a mapping of keys, got {type(data).__name__}.")
+    for override in overrides or []:
+        apply_override(data, override)
+    if seed is not None:
+        data["seed"] = seed
+        # A seed that is asked for is the only one; its folder stays the one it has among the others
+        if "seeds" in data:
+            data["seeds"] = [seed]
+    if output_dir is not None:
+        data["output_dir"] = output_dir
+    recipe: Recipe = build(Recipe, data, str(path))
+    check_recipe(recipe, str(path))
+    return recipe
+
+
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Set `key.sub=value` in nested mappings; whether the key exists is checked with the recipe."""
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ValueError(f"Override {override!r} must read key.sub=value, e.g. training.num_train_epochs=3.")
+    try:
+        value = read_yaml(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"The value of override {override!r} is not valid YAML: {error}") from None
+    *parents, last = key.split(".")
+    target = data
+    for parent in parents:
+        target = target.setdefault(parent, {})
+        if not isinstance(target, dict):
+            raise ValueError(f"Override {override!r}: {parent!r} holds a value, not a mapping.")
+    target[last] = value
+
+
+def build(cls: Any, data: Any, where: str) -> Any:
+    """A dataclass from a mapping; every key and type is checked, `where` names the place in messages."""
+    if cls is ModelSpec and isinstance(data, str):
+        data = {"name_or_path": data}
+    if cls is SplitSpec and isinstance(data, str):
+        data = {"split": data}
+    if not isinstance(data, dict):
+        raise ValueError(f"{where} must be a mapping, got {data!r}.")
+    hints = typing.get_type_hints(cls)
+    for key in data:
+        if key not in hints:
+            raise ValueError(f"{where}: unknown key {key!r}.{nearest(str(key), hints)}")
+    required = [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    missing = [name for name in required if name not in data]
+    if missing:
+        raise ValueError(f"{where}: missing key {missing[0]!r}. Required here: {', '.join(required)}.")
+    return cls(**{key: _convert(value, hints[key], f"{where}: {key}") for key, value in data.items()})
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        return _convert(value, next(arg for arg in args if arg is not type(None)), where)
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, where)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} must be a mapping, got {value!r}.")
+        if dataclasses.is_dataclass(args[1]):
+            return {str(key): build(args[1], item, f"{where}.{key}") for key, item in value.items()}
+        return copy.deepcopy(value)
+    if origin is list:
+        if not isinstance(value, list) or not all(isinstance(item, args[0]) for item in value):
+            raise ValueError(f"{where} must be a list of {args[0].__name__}, got {value!r}.")
+        return list(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ValueError(f"{where} must be of type {hint.__name__}, got {value!r}.")
+    return value

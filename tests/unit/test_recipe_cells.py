@@ -1,0 +1,112 @@
+"""The runs a recipe stands for: seeds, cases, grids, and the arms that a grid makes."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from first_trl.recipe import cells, load_recipe, merged_folder
+
+
+def expand(*overrides, **options):
+    return cells(load_recipe("quickstart", list(overrides), **options))
+
+
+def test_a_plain_recipe_is_one_run_in_its_own_folder():
+    (run,) = expand()
+    assert run.folder == Path("outputs/quickstart/seed-0")
+    assert merged_folder(load_recipe("quickstart")) is None
+
+
+def test_seeds_make_one_folder_each_and_a_seed_that_is_asked_for_keeps_its_own():
+    assert [run.folder.name for run in expand("seeds=[3, 5]")] == ["seed-3", "seed-5"]
+    assert [run.seed for run in expand("seeds=[3, 5]")] == [3, 5]
+    (alone,) = expand("seeds=[3, 5]", seed=5)
+    assert alone.folder == Path("outputs/quickstart/seed-5")
+    (elsewhere,) = expand("seeds=[3, 5]", seed=5, output_dir="here")
+    assert elsewhere.folder == Path("here/seed-5")
+    assert merged_folder(load_recipe("quickstart", ["seeds=[3, 5]"], output_dir="here")) == Path("here")
+
+
+def test_a_grid_of_an_arm_stays_in_one_run():
+    (run,) = expand("grid={arms.first.recalibration_value: [0.1, 0.25], arms.direct.top_k: [1, 2]}")
+    assert run.folder == Path("outputs/quickstart/seed-0")
+    assert [name for name in run.arms if name.startswith("first@")] == [
+        "first@recalibration_value=0.1",
+        "first@recalibration_value=0.25",
+    ]
+    assert "first" not in run.arms
+    arm = run.arms["first@recalibration_value=0.25"]
+    assert (arm.recalibration_value, arm.swept) == (0.25, {"recalibration_value": 0.25})
+    # What is applied to a swept arm is applied to each of its values
+    scaled = run.arms["direct_ts@top_k=2"]
+    assert (scaled.of, scaled.swept) == ("direct@top_k=2", {"top_k": 2})
+    assert run.arms["first@recalibration_value=0.1"].label.endswith("recalibration_value = 0.1")
+
+
+def test_labels_take_the_values_they_name():
+    (run,) = expand('arms.first.label="c is {recalibration_value}"', "grid={arms.first.recalibration_value: [0.3]}")
+    assert run.arms["first@recalibration_value=0.3"].label == "c is 0.3"
+
+
+def test_other_keys_and_cases_make_runs():
+    runs = expand(
+        "seeds=[0, 1]",
+        "grid={training.learning_rate: [1e-3, 2e-3]}",
+        "cases={a: {}, b: {task: {name: digits, splits: {train: train, validation: validation, test: test}}, "
+        "teacher.pretrain: null, student.pretrain: null, evaluation.splits: [test], arms.first_lora: null}}",
+    )
+    assert len(runs) == 8
+    assert runs[0].folder == Path("outputs/quickstart/a,training.learning_rate=0.001/seed-0")
+    assert runs[0].cell == {"case": "a", "training.learning_rate": 1e-3}
+    last = runs[-1]
+    assert (last.task.name, last.training["learning_rate"], last.seed) == ("digits", 2e-3, 1)
+    assert last.task.splits["test"].split == "test"  # the short form of a file works in a case too
+    assert "first_lora" in runs[0].arms and "first_lora" not in last.arms
+    assert runs[0].task.name == "noisy_world"  # one case leaves the others alone
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("grid={arms.frist.top_k: [1]}", "grid.arms.frist.top_k must read arms.NAME.KEY. Did you mean 'first'"),
+        ("grid={arms.first.top_k: 3}", "grid.arms.first.top_k must be a list of values, got 3"),
+        ("grid={arms.first.top_k: []}", "must be a list of values, got []"),
+        ("grid={arms.first.topk: [1]}", "unknown key 'topk'. Did you mean 'top_k'"),
+        ("grid={arms.first.top_k: [6]}", "top_k must be from 1 to capture.k = 5, got 6"),
+        ("grid={trainig.learning_rate: [1]}", "there is no 'trainig' to change. Did you mean 'training'"),
+        ("cases={a: 3}", "cases.a must map dotted keys to values"),
+    ],
+)
+def test_mistakes_are_named(override, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        expand(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("arms.sft.estimator=bucket", "estimator has no meaning for kind sft, only for distill"),
+        ("arms.teacher.lora={r: 4}", "lora has no meaning for kind teacher, only for sft and distill"),
+        ("arms.first.teacher=early", "no teacher 'early'"),
+        ("arms.first.data=[test]", "choose roles of task.splits that nothing is evaluated on"),
+        ("arms.first.data=[]", "data is empty"),
+        ("arms.first.token_dropout=1.0", "token_dropout must be in [0, 1)"),
+        ("arms.first.select=ece", "select must be nll"),
+        ("teachers={early: {folds: 1}}", "folds must be at least 2"),
+        ("teachers={early: {fold_by: job}}", "fold_by must be group or id"),
+        ("task.splits.ood={split: ood, unseen: pair}", "unseen must be group or question"),
+        ("task.splits.validation={split: validation, unseen: group}", "only belongs to roles of evaluation.splits"),
+        ("hub={namespace: me, arms: [teacher]}", "which trains no student"),
+        ("report.baselines=[sfd]", "no arm 'sfd'. Did you mean 'sft'"),
+        ("student.lora={}", "student.lora has no meaning"),
+    ],
+)
+def test_combinations_without_a_meaning_are_refused(override, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_recipe("quickstart", [override])
+
+
+def test_a_teacher_of_folds_cannot_be_evaluated():
+    with pytest.raises(ValueError, match="made of folds"):
+        load_recipe("quickstart", ["teachers={cross: {folds: 4}}", "arms.teacher.teacher=cross"])
