@@ -97,6 +97,7 @@ def load_teacher_cache(
     """
     folder = Path(path_or_repo)
     options: dict[str, Any] = {}
+    homepage = ""
     if not folder.is_dir():
         if str(path_or_repo).count("/") != 1 or str(path_or_repo).startswith((".", "/", "~")):
             raise ValueError(
@@ -113,11 +114,14 @@ def load_teacher_cache(
         # The files themselves and not the card's configuration, which may name other splits with other columns
         pattern = f"hf://datasets/{path_or_repo}@{pulled.commit}/data/{split}-*.parquet"
         options = {"path": "parquet", "data_files": {split: pattern}, "token": token}
+        # The card of a student trained on it names the repository and the commit
+        homepage = f"https://huggingface.co/datasets/{path_or_repo}/tree/{pulled.commit}"
     manifest = load_manifest(folder, split)
     if not streaming or not options:
         files = complete_shards(folder, split)
         options = {"path": "parquet", "data_files": {split: [str(file) for file in files]}}
     dataset = datasets.load_dataset(split=split, streaming=streaming, **options)
+    dataset.info.homepage = homepage
     if streaming:
         dataset.info.description = json.dumps({"first_trl_manifest": json.loads(manifest.to_json())})
         return dataset

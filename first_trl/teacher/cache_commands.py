@@ -2,11 +2,10 @@
 
 import argparse
 import shutil
-import tempfile
 from pathlib import Path
 
 from ..cards import teacher_cache_card
-from ..hub import pull_folder, push_folder
+from ..hub import pull_folder
 from .cache import cache_size, load_manifest
 from .verify_folder import verify_cache_folder
 
@@ -82,25 +81,18 @@ def _card(args: argparse.Namespace) -> int:
 
 
 def _push(args: argparse.Namespace) -> int:
-    manifests = verify_cache_folder(args.source)
-    folder = Path(args.source).resolve()
-    with tempfile.TemporaryDirectory() as staged:
-        # The cache and its card, and nothing else that may lie in the folder
-        files = [Path("manifest", f"{split}.json") for split in manifests]
-        files += [Path("data", name) for manifest in manifests.values() for name in manifest.counts["shards"]]
-        for file in files:
-            (Path(staged) / file).parent.mkdir(exist_ok=True)
-            (Path(staged) / file).symlink_to(folder / file)
-        Path(staged, "README.md").write_text(_render(args, args.target), encoding="utf-8")
-        commit = push_folder(
-            staged,
-            args.target,
-            repo_type="dataset",
-            private=args.private,
-            revision=args.revision,
-            tag=args.tag,
-            commit_message=f"Teacher cache {', '.join(manifest.id for manifest in manifests.values())}",
-        )
+    from ..share import push_teacher_cache
+
+    commit = push_teacher_cache(
+        args.source,
+        args.target,
+        private=args.private,
+        revision=args.revision,
+        tag=args.tag,
+        license=args.license,
+        source_license=args.source_license,
+        teacher_license=args.teacher_license,
+    )
     print(f"{args.target} at {commit}")
     return 0
 

@@ -1,4 +1,4 @@
-"""Cards: the README of what is shared on the Hub, rendered from the templates in `model_cards/`."""
+"""Dataset card of a teacher cache."""
 
 import json
 import os
@@ -7,12 +7,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import yaml
-from jinja2 import Environment, StrictUndefined
 
-from .resources import template_path
-from .teacher.cache import cache_size, load_manifest, shard_paths
-from .teacher.manifest import Manifest
-from .teacher.schema import TAIL_LOGPROB, TOPK_IDS, TOPK_LOGPROBS
+from ..teacher.cache import cache_size, load_manifest, shard_paths
+from ..teacher.manifest import Manifest
+from ..teacher.schema import TAIL_LOGPROB, TOPK_IDS, TOPK_LOGPROBS
+from .render import public_name, render
 
 
 # Rows that stand for all when the size as JSON lines is estimated
@@ -22,12 +21,6 @@ _JSON_ROWS = 200
 def _shown(k: int) -> list[int]:
     """Numbers of kept tokens whose mass the card tells: the first five, and all."""
     return sorted({*range(1, min(k, 5) + 1), k})
-
-
-def render(template: str, **values: Any) -> str:
-    """Render a card template; a value that the template uses and nobody gave is an error."""
-    environment = Environment(undefined=StrictUndefined, trim_blocks=False, keep_trailing_newline=True)
-    return environment.from_string(template_path(template).read_text(encoding="utf-8")).render(**values)
 
 
 def teacher_cache_card(
@@ -68,19 +61,14 @@ def teacher_cache_card(
         "license": license,
         "tags": ["first_trl", "distillation", "teacher-logprobs", "trl", "calibration"],
         "task_categories": ["text-generation"],
-        "configs": [
-            {
-                "config_name": "default",
-                "data_files": [{"split": name, "path": f"data/{name}-*.parquet"} for name in names],
-            }
-        ],
+        "configs": _configs(folder, names),
     }
     return render(
         "teacher_cache.md.j2",
         metadata=yaml.safe_dump({k: v for k, v in metadata.items() if v is not None}, sort_keys=False).strip(),
         repo_id=repo_id,
         teacher=first.teacher,
-        teacher_name=first.teacher["name"],
+        teacher_name=public_name(first.teacher["name"]),
         backend=first.backend,
         tokenizer=first.tokenizer,
         head_size=first.head_size,
@@ -95,8 +83,27 @@ def teacher_cache_card(
         suggested_method=paper["method"] if paper else "none",
         suggested_value=paper["value"] if paper else None,
         splits=[_split(folder, name, manifest) for name, manifest in manifests.items()],
+        shows_gold=any(manifest.counts.get("rows_without_gold") for manifest in manifests.values()),
         fits=fits,
     )
+
+
+def _configs(folder: str | os.PathLike[str], names: list[str]) -> list[dict[str, Any]]:
+    """
+    One config a set of columns, since the splits of one config must have the same: the first is the default, another is
+    called after its first split.
+    """
+    by_columns: dict[tuple[str, ...], list[str]] = {}
+    for name in names:
+        columns = tuple(pq.read_schema(shard_paths(folder, name)[0]).names)
+        by_columns.setdefault(columns, []).append(name)
+    return [
+        {
+            "config_name": group[0] if number else "default",
+            "data_files": [{"split": name, "path": f"data/{name}-*.parquet"} for name in group],
+        }
+        for number, group in enumerate(by_columns.values())
+    ]
 
 
 def _split(folder: str | os.PathLike[str], name: str, manifest: Manifest) -> dict[str, Any]:
@@ -106,6 +113,7 @@ def _split(folder: str | os.PathLike[str], name: str, manifest: Manifest) -> dic
         "source": manifest.source["name"],
         "id": manifest.id,
         "rows": manifest.counts["rows"],
+        "without_gold": manifest.counts.get("rows_without_gold", 0),
         "positions": positions,
         "dropped": sum(value for key, value in manifest.counts.items() if key.startswith("dropped")),
         "truncated": manifest.counts.get("truncated", 0),
@@ -135,7 +143,12 @@ def _json_bytes(shard: Path) -> float:
 
 def _fit(split: str, method: str, fit: dict[str, Any]) -> dict[str, Any]:
     plain = {key: value for key, value in fit.items() if isinstance(value, int | float | str) and key != "value"}
+    # A fit of this package keeps its scores in points of the curve, the chosen one and the one without a rescale
+    for score in ("ece", "nll"):
+        if isinstance(fit.get("raw"), dict) and isinstance(fit.get("chosen"), dict):
+            plain[f"{score} raw"], plain[f"{score} after"] = fit["raw"][score], fit["chosen"][score]
     details = ", ".join(
         f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in plain.items()
     )
-    return {"split": split, "method": method, "value": fit.get("value"), "details": details}
+    value = fit["value"] if "value" in fit else (fit.get("recalibration") or {}).get("value")
+    return {"split": split, "method": method, "value": value, "details": details}

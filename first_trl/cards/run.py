@@ -1,0 +1,219 @@
+"""Cards of the students of a finished run, from its folder alone."""
+
+from pathlib import Path
+from typing import Any
+
+from ..teacher.manifest import Manifest
+from .license import License, find_license
+from .render import hub_id
+from .run_folder import Run
+from .student import Evaluation, StudentCard, cache_text, estimator_text, recalibration_text
+
+
+def write_student_cards(
+    run: str | Path,
+    *,
+    arms: list[str] | None = None,
+    repo_ids: dict[str, str] | None = None,
+    cache_repo: str | None = None,
+    cache_commit: str | None = None,
+    base_repo: str | None = None,
+    license: str | None = None,
+    token: str | None = None,
+) -> dict[str, Path]:
+    """
+    Write `README.md` and `reliability.png` beside the weights of a run's students.
+
+    Args:
+        run (`str` or `Path`):
+            Folder of a finished run.
+        arms (`list[str]`, *optional*):
+            Students; all by default.
+        repo_ids (`dict[str, str]`, *optional*):
+            Arm -> repository, for the examples.
+        cache_repo (`str`, *optional*), cache_commit (`str`, *optional*):
+            Where the teacher cache is shared.
+        base_repo (`str`, *optional*):
+            Where the students' base is shared, when the run has made it.
+        license (`str`, *optional*):
+            Licence of students whose base states none, as the Hub writes it.
+        token (`str`, *optional*):
+            Hub token, to read the licences of private base models.
+
+    Returns:
+        `dict[str, Path]`: Arm -> card.
+
+    Raises:
+        `ValueError`: The folder is no finished run, or an arm has no weights.
+    """
+    found = Run(run)
+    cards = {}
+    for arm in found.students if arms is None else arms:
+        card = _card(found, arm, license, token)
+        card.repo_id = (repo_ids or {}).get(arm)
+        if card.repo_id is not None:
+            card.name = card.repo_id.rsplit("/", 1)[-1]
+        if base_repo is not None:
+            card.base_model, card.base_description = base_repo, found.model_text("student")
+        # The students of other teachers learned from caches that stay with the run
+        if cache_repo is not None and card.distilled and not found.arms[arm].get("teacher"):
+            card.cache_repo = cache_repo
+            at = f" at commit `{cache_commit}`" if cache_commit else ""
+            card.cache = f"[{cache_repo}](https://huggingface.co/datasets/{cache_repo}){at}; {card.cache}"
+        cards[arm] = card.write(found.model(arm))
+    return cards
+
+
+def _card(run: Run, arm: str, license: str | None, token: str | None) -> StudentCard:
+    spec, recipe = run.arms[arm], run.recipe
+    distilled = spec["kind"] == "distill"
+    name = recipe["student"]["name_or_path"]
+    adapter = run.is_adapter(arm)
+    # Pre-trained further in this run, a model still descends from the one on the Hub, but no adapter fits that one
+    base = run.base_hub_id if adapter else hub_id(name)
+    found = find_license(name, token) or find_license(str(run.base_folder) if run.base_folder else None, token)
+    inherited, source = _license(run, found, license)
+    manifests = run.manifests(arm) if distilled else []
+    train = run.source("train")
+    prompt, choices = _example(run)
+    card = StudentCard(
+        name=f"{recipe['name']}-{arm}",
+        adapter=adapter,
+        distilled=distilled,
+        base_model=base,
+        base_description=_base_text(run, base),
+        facts=_facts(run, arm, train),
+        arguments=run.unit(arm).get("training") or {**recipe["training"], **spec["training"]},
+        datasets=[train["id"]] if train["id"] else [],
+        evaluations=_evaluations(run, arm),
+        baseline=_baseline(run, arm),
+        notes=[" ".join(note.split()) for note in (recipe.get("report") or {}).get("notes") or []],
+        license=inherited,
+        license_source=source,
+        prompt=prompt,
+        choices=choices,
+        versions=manifests[0].versions if manifests else {},
+    )
+    if distilled:
+        teacher = recipe["teacher"]
+        card.teacher = _teacher_text(run, manifests)
+        card.teacher_license = find_license(hub_id(teacher["name_or_path"]), token)
+        card.cache = cache_text(manifests)
+        card.recalibration = _recalibration_text(run, arm)
+        card.estimator = estimator_text(spec["estimator"])
+    return card
+
+
+def _base_text(run: Run, base: str | None) -> str:
+    if base is None:
+        return run.model_text("student")
+    return "" if base == run.base_hub_id else "pre-trained further in the same run"
+
+
+def _license(run: Run, found: License | None, given: str | None) -> tuple[License | None, str]:
+    if found is not None:
+        return found, "as its base model"
+    if given is not None:
+        return License(given), "chosen by the author of this repository"
+    if run.recipe["student"]["name_or_path"] is None:
+        return None, "the model was made from scratch, and its author has chosen no licence"
+    return None, "the card of the base model states no licence, or could not be read when this card was made"
+
+
+def _evaluations(run: Run, arm: str) -> list[Evaluation]:
+    evaluations = []
+    for index, role in enumerate(run.roles):
+        models = run.scored(role)
+        if run.label(arm) not in models:
+            continue
+        source = run.source(role)
+        evaluations.append(
+            Evaluation(
+                name=role,
+                models=models,
+                student=run.label(arm),
+                dataset_name=source["name"],
+                dataset_id=source["id"],
+                dataset_config=source["config"],
+                dataset_revision=source["revision"],
+                split=source["split"],
+                note="" if index == 0 else "Not the rows the recipe calls in-domain: out-of-domain or shifted.",
+            )
+        )
+    return evaluations
+
+
+def _baseline(run: Run, arm: str) -> str | None:
+    """What a reader compares with first: the student fine-tuned on labels, else the teacher."""
+    for kind in ("sft", "teacher"):
+        for name, spec in run.arms.items():
+            if spec["kind"] == kind and name != arm:
+                return run.label(name)
+    return None
+
+
+def _facts(run: Run, arm: str, train: dict[str, Any]) -> list[tuple[str, str]]:
+    spec, rows = run.arms[arm], run.report.get("rows") or {}
+    roles = spec.get("data") or ["train"]
+    counts = ", ".join(f"{rows[role]['rows']:,} rows of `{role}`" for role in roles if role in rows)
+    data = (
+        f"[{train['id']}](https://huggingface.co/datasets/{train['id']})" if train["id"] else f"task `{train['name']}`"
+    )
+    facts = [("Training data", f"{data}, split `{train['split']}`" + (f"; {counts}" if counts else ""))]
+    if spec.get("ce_weight"):
+        facts.append(("Weight of the labels", f"{spec['ce_weight']:g} (cross-entropy), the rest is the teacher's"))
+    if spec.get("top_k"):
+        facts.append(("Entries used", f"{spec['top_k']} of the {run.recipe['capture']['k']} in the cache"))
+    if spec.get("token_dropout"):
+        facts.append(("Token dropout", f"{spec['token_dropout']:g} of the input tokens, in training only"))
+    if spec.get("select") == "nll":
+        facts.append(("Epoch", "the one with the lowest negative log-likelihood on the validation rows"))
+    if spec.get("lora"):
+        facts.append(("LoRA", ", ".join(f"`{name}` {value}" for name, value in spec["lora"].items())))
+    seed = run.recipe.get("seed")
+    facts.append(("Recipe", f"`{run.recipe['name']}`, arm `{arm}`" + (f", seed {seed}" if seed is not None else "")))
+    return facts
+
+
+def _teacher_text(run: Run, manifests: list[Manifest]) -> str:
+    text = run.model_text("teacher")
+    if run.recipe["teacher"].get("sft"):
+        text += ", fine-tuned on the training rows"
+    if manifests:
+        parameters = manifests[0].teacher.get("parameters")
+        digests = list(dict.fromkeys(f"`{manifest.teacher['weights_digest']}`" for manifest in manifests))
+        text += f", {parameters:,} parameters" if parameters else ""
+        text += (
+            f" (digest of the weights {digests[0]})" if len(digests) == 1 else f"; {len(digests)} teachers, one a fold"
+        )
+    return text
+
+
+def _recalibration_text(run: Run, arm: str) -> str:
+    spec = run.arms[arm]
+    method, value = spec["recalibration"], spec["recalibration_value"]
+    if value is not None or method == "none":
+        return recalibration_text(method, value, "set by hand in the recipe")
+    fit = run.fit(arm)
+    if fit is None:
+        return recalibration_text(method, run.unit(arm).get("fitted"), "fitted on the validation rows")
+    how = (
+        f"fitted by {fit['objective'].upper()} on {fit['n']:,} positions of the validation rows, on the target "
+        f"`{fit['estimator']}`, which took the teacher's ECE there from {100 * fit['raw']['ece']:.1f} to "
+        f"{100 * fit['chosen']['ece']:.1f} %"
+    )
+    spread = fit.get("bootstrap")
+    if spread:
+        how += f" (95 % of bootstrap choices between {spread['low']:.3g} and {spread['high']:.3g})"
+    return recalibration_text(method, fit["recalibration"]["value"], how)
+
+
+def _example(run: Run) -> tuple[str, list[str]]:
+    """Prompt and choices of the first evaluated row, where the task brings its text: nobody's data enters a card."""
+    folder = run.folder / "data" / "rows" / run.roles[0]
+    if not run.source(run.roles[0])["bundled"] or not folder.is_dir():
+        return "...", [" A", " B"]
+    from datasets import load_from_disk
+
+    row = load_from_disk(str(folder))[0]
+    return str(row["prompt"]), [str(choice) for choice in row["choices"]]

@@ -1,0 +1,228 @@
+"""The folder of a finished run, as far as cards need it."""
+
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import yaml
+
+from ..calibration import CalibrationWarning
+from ..evaluation.predictions import MultipleChoiceResult
+from ..teacher.cache import load_manifest
+from ..teacher.manifest import Manifest
+from .render import hub_id, public_name
+from .scores import Scored, null_of_report, score_result, score_tokens, scores_of_report
+
+
+_TRAINED = ("sft", "distill")
+# Rows of a report that stand for no arm of the recipe
+_OTHER_LABELS = {"bayes": "True posterior (best possible)"}
+
+
+class Run:
+    """
+    What a run's folder says about its students.
+
+    Args:
+        folder (`Path`): Folder with `recipe.yaml`, `report/report.json` and `students/`.
+
+    Raises:
+        `ValueError`: It is no folder of a finished run.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        recipe, report = self.folder / "recipe.yaml", self.folder / "report" / "report.json"
+        for path in (recipe, report):
+            if not path.is_file():
+                raise ValueError(
+                    f"{self.folder} is no finished run: {path.relative_to(self.folder)} is missing. Give the folder "
+                    "of one seed, such as outputs/quickstart/seed-0, and finish it with `first-trl run` first."
+                )
+        self.recipe: dict[str, Any] = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+        self.report: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+        self.arms: dict[str, dict[str, Any]] = self.recipe["arms"]
+        self._scored: dict[str, dict[str, Scored]] = {}
+
+    @property
+    def students(self) -> list[str]:
+        """Arms with weights of their own."""
+        return [name for name, arm in self.arms.items() if arm["kind"] in _TRAINED]
+
+    def model(self, arm: str) -> Path:
+        """Folder of a student's weights."""
+        folder = self.folder / "students" / arm / "model"
+        if arm not in self.students:
+            raise ValueError(f"Arm {arm!r} has no weights of its own. Choose among {', '.join(self.students)}.")
+        if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+            raise ValueError(f"{folder} holds no model. Finish the run with `first-trl run` first.")
+        return folder
+
+    def is_adapter(self, arm: str) -> bool:
+        return (self.model(arm) / "adapter_config.json").is_file()
+
+    def label(self, arm: str) -> str:
+        given = self.report.get("labels", {}).get(arm) or self.arms.get(arm, {}).get("label")
+        return str(given or _OTHER_LABELS.get(arm, arm))
+
+    @property
+    def roles(self) -> list[str]:
+        return list(self.recipe["evaluation"]["splits"])
+
+    def scored(self, role: str) -> dict[str, Scored]:
+        """Label -> scores of every arm, in the order of the report."""
+        if role not in self._scored:
+            found = {arm: self._score(arm, role) for arm in self.report["results"]}
+            self._scored[role] = {self.label(arm): scored for arm, scored in found.items() if scored is not None}
+        return self._scored[role]
+
+    def _score(self, arm: str, role: str) -> Scored | None:
+        report = self.report["results"][arm].get(role)
+        if report is None:
+            return None
+        path = self.folder / "evaluate" / arm / f"{role}.parquet"
+        if not path.is_file():
+            return scores_of_report(report)
+        table, seed = pq.read_table(path), int(self.recipe.get("seed") or 0)
+        if report.get("unit") == "token":
+            return score_tokens({name: table[name].to_numpy() for name in table.column_names}, report, seed=seed)
+        rows = table.to_pylist()
+        n_bins = int(report["full_vocab"]["calibration"]["config"]["n_bins"])
+        with warnings.catch_warnings():
+            # What they say of small samples stands in the card
+            warnings.simplefilter("ignore", CalibrationWarning)
+            result = MultipleChoiceResult.from_rows(rows, n_bins=n_bins)
+        scored = score_result(result, seed=seed)
+        return replace(scored, calibration=scored.calibration | null_of_report(report))
+
+    # models
+
+    @property
+    def base_folder(self) -> Path | None:
+        """The students' base where only this run (or this machine) has it; `None` for a model on the Hub."""
+        made = self.folder / "base" / "student" / "model"
+        if made.is_dir():
+            return made
+        name = self.recipe["student"]["name_or_path"]
+        return Path(name) if name and Path(name).is_dir() else None
+
+    @property
+    def base_hub_id(self) -> str | None:
+        return None if self.base_folder is not None else hub_id(self.recipe["student"]["name_or_path"])
+
+    def teacher_folder(self, arm: str) -> Path:
+        """
+        Weights of a teacher that this run has fine-tuned or made.
+
+        Raises:
+            `ValueError`: There are none, they are several, or they are an adapter on a base that nobody else has.
+        """
+        name, spec = self.arms[arm].get("teacher"), self.recipe["teacher"]
+        folder = self.folder / (f"teacher-{name}" if name else "teacher") / "model"
+        if not name and not folder.is_dir():
+            folder = self.folder / "base" / "teacher" / "model"
+        if not folder.is_dir():
+            raise ValueError(
+                f"Arm {arm!r} has no weights in this run: its teacher is {spec['name_or_path']!r} as it is, or one "
+                "teacher a fold. Leave it out of `arms`."
+            )
+        own_base = (self.folder / "base" / "teacher").is_dir() or hub_id(spec["name_or_path"]) is None
+        if own_base and (folder / "adapter_config.json").is_file():
+            raise ValueError(
+                f"The teacher of arm {arm!r} is an adapter on a model that is on this machine alone. Push that model "
+                "first and name it in the recipe, or leave the teacher out of `arms`."
+            )
+        return folder
+
+    def model_text(self, role: str) -> str:
+        """The recipe's teacher or student in words."""
+        spec = self.recipe[role]
+        name = spec["name_or_path"]
+        revision = (spec.get("init_kwargs") or {}).get("revision")
+        at = f" at `{revision}`" if revision else ""
+        if name is None:
+            text = f"a `{spec['architecture']}` made from scratch"
+        elif hub_id(name):
+            text = f"[{name}](https://huggingface.co/{name}){at}"
+        else:
+            text = f"a local model, `{public_name(name)}`"
+        return text + (", pre-trained in the same run" if spec.get("pretrain") else "")
+
+    # cache
+
+    def cache_folder(self, arm: str | None = None) -> Path:
+        """Cache of an arm's teacher, or of the plain one; with folds, the folder above them."""
+        teacher = (self.arms[arm].get("teacher") if arm else None) or ""
+        return self.folder / (f"cache-{teacher}" if teacher else "cache")
+
+    def manifests(self, arm: str) -> list[Manifest]:
+        """Manifests of what an arm was trained on, over its roles and folds."""
+        folder = self.cache_folder(arm)
+        parts = sorted(folder.glob("fold-*")) or [folder]
+        roles = self.arms[arm].get("data") or ["train"]
+        return [
+            load_manifest(part, role)
+            for role in roles
+            for part in parts
+            if (part / "manifest" / f"{role}.json").is_file()
+        ]
+
+    def fit(self, arm: str) -> dict[str, Any] | None:
+        """The fitted rescale that an arm was trained with; `None` where there is none, or its value was given."""
+        spec = self.arms[arm]
+        if spec["recalibration"] == "none" or spec["recalibration_value"] is not None:
+            return None
+        suffix = f"-{spec['teacher']}" if spec.get("teacher") else ""
+        used = self.unit(arm).get("fitted")
+        # By the value that the student's own record holds; the fit's name tells targets and objectives apart
+        for path in sorted(self.folder.glob(f"recalibration{suffix}/*.json"), key=lambda path: len(path.name)):
+            if path.name == "unit.json":
+                continue
+            fit: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            same = fit.get("estimator") == spec["estimator"] and _same_k(fit, spec, self.recipe["capture"]["k"])
+            chosen = fit["recalibration"]
+            if chosen["method"] == spec["recalibration"] and (chosen["value"] == used if used is not None else same):
+                return fit
+        return None
+
+    def unit(self, arm: str) -> dict[str, Any]:
+        """Inputs of an arm's training, as the run recorded them."""
+        path = self.folder / "students" / arm / "unit.json"
+        inputs: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["inputs"] if path.is_file() else {}
+        return inputs
+
+    # data
+
+    def source(self, role: str) -> dict[str, Any]:
+        """Where the rows of a role come from: `name`, `id`, `config` and `revision` on the Hub, `split`, and `bundled`
+        for rows that the task brings with it."""
+        # Tasks import the tokenizer library, which the cards of a cache do not need
+        from ..tasks import get_task
+
+        task, spec = self.recipe["task"], self.recipe["task"]["splits"][role]
+        name = spec["task"] or task["name"]
+        options = {**(task["options"] if not spec["task"] else {}), **(spec["options"] or {})}
+        path = spec["path"] or (task["path"] if not spec["task"] else None)
+        benchmark = get_task(name, **options)
+        place: dict[str, Any] = {
+            "name": name,
+            "id": hub_id(path),
+            "config": benchmark.hub_config,
+            "revision": None,
+            "split": spec["split"],
+            "bundled": path is None and benchmark.hub_id is None,
+        }
+        if path is None:
+            place["id"] = benchmark.hub_id
+        if place["id"] is None:
+            place["config"] = None
+        elif not spec["task"]:
+            place["revision"] = task["revision"]
+        return place
+
+
+def _same_k(fit: dict[str, Any], spec: dict[str, Any], k: int) -> bool:
+    return (spec.get("top_k") or k) == fit.get("top_k", k)

@@ -1,0 +1,67 @@
+"""Cards of the models of a run that are no students: the fine-tuned teacher, the base of its adapters."""
+
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from .license import License, find_license
+from .render import hub_id, render
+from .run_folder import Run
+from .scores import METRICS
+
+
+def run_model_card(
+    run: Run, arm: str | None, repo_id: str, license: str | None = None, token: str | None = None
+) -> str:
+    """
+    Card of a fine-tuned teacher of a run, or of the base that its adapters need.
+
+    Args:
+        run ([`Run`]):
+            The run.
+        arm (`str`, *optional*):
+            Arm that stands for the teacher; `None` for the base.
+        repo_id (`str`):
+            Repository the card is for.
+        license (`str`, *optional*):
+            Licence of a model that inherits none.
+        token (`str`, *optional*):
+            Hub token, to read the licence of a private model.
+
+    Returns:
+        `str`: The card with its YAML header.
+    """
+    role = "student" if arm is None else "teacher"
+    spec = run.recipe[role]
+    origin = hub_id(spec["name_or_path"])
+    adapter = arm is not None and (run.teacher_folder(arm) / "adapter_config.json").is_file()
+    stated = find_license(spec["name_or_path"], token) or (License(license) if license else None)
+    optional: dict[str, Any] = {} if stated is None else dict(stated.metadata)
+    if origin:
+        optional["base_model_relation"] = "adapter" if adapter else "finetune"
+    data = ModelCardData(
+        base_model=origin,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=["first_trl", "trl"],
+        **optional,
+    )
+    tables = []
+    for name in run.roles if arm is not None else []:
+        scored = run.scored(name).get(run.label(str(arm)))
+        if scored is not None:
+            cells = [scored.scores[metric.key].shown(metric) for metric in METRICS if metric.key in scored.scores]
+            tables.append((name, f"{scored.n:,} {scored.unit}s", cells))
+    return render(
+        "teacher.md.j2",
+        metadata=data.to_yaml(),
+        is_teacher=arm is not None,
+        name=repo_id.rsplit("/", 1)[-1],
+        origin=run.model_text(role),
+        tuned=arm is not None and bool(spec.get("sft")),
+        recipe=run.recipe["name"],
+        seed=run.recipe.get("seed"),
+        metrics=METRICS,
+        tables=tables,
+        license=stated,
+    )

@@ -1,0 +1,320 @@
+"""Model card of a student, full or adapter, with or without an evaluation."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from .. import __version__
+from ..calibration import reliability_diagram
+from ..teacher.manifest import Manifest
+from .license import License
+from .render import cell, render
+from .scores import METRICS, Scored
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+DIAGRAM = "reliability.png"
+_SMALL_SAMPLE = 300
+_ECE_NOTE = "top label over the whole vocabulary, equal-width bins"
+_ESTIMATORS = {
+    "topk": "the kept probabilities, scaled to sum to one, against the student's whole vocabulary",
+    "bucket": "the kept probabilities and one bucket for all other tokens",
+    "renormalized": "ratios among the kept tokens only",
+    "sampled": "draws from the teacher, against the student's whole vocabulary",
+}
+_TASKS = {
+    "row": ("multiple-choice", "Multiple choice by the next token"),
+    "token": ("text-generation", "Next token of reference texts"),
+}
+_METHODS = {
+    "probability_temperature": "c",
+    "logit_temperature": "T",
+    "label_smoothing": "δ",
+    "log_label_smoothing": "δ",
+}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """
+    Models on one set of rows.
+
+    Args:
+        name (`str`): Heading, e.g. the role in a recipe.
+        models (`dict[str, Scored]`): Label -> scores: the student of the card and what it is compared with.
+        student (`str`): Label of the student.
+        dataset_name (`str`): Name of the data.
+        dataset_id (`str`, *optional*): Where it is on the Hub.
+        dataset_config (`str`, *optional*), dataset_revision (`str`, *optional*), split (`str`, *optional*): The part.
+        note (`str`): Anything a reader must know about these rows.
+    """
+
+    name: str
+    models: dict[str, Scored]
+    student: str
+    dataset_name: str
+    dataset_id: str | None = None
+    dataset_config: str | None = None
+    dataset_revision: str | None = None
+    split: str | None = None
+    note: str = ""
+
+    @property
+    def scored(self) -> Scored:
+        return self.models[self.student]
+
+
+@dataclass
+class StudentCard:
+    """
+    What a student's card says. Everything that is `None` is left out, or named as not known where a reader would look
+    for it.
+
+    Args:
+        name (`str`): Title.
+        repo_id (`str`, *optional*): Repository the card is for; enters the examples.
+        adapter (`bool`): Whether the repository holds a PEFT adapter instead of a whole model.
+        distilled (`bool`): Whether it learned from a teacher cache; a baseline that learned from labels did not.
+        base_model (`str`, *optional*): The base on the Hub; goes into the metadata.
+        base_description (`str`): The base in words.
+        teacher (`str`, *optional*), cache (`str`, *optional*), recalibration (`str`, *optional*), estimator (`str`,
+            *optional*): In words, Markdown allowed.
+        cache_repo (`str`, *optional*): The cache on the Hub; goes into the metadata.
+        facts (`list[tuple[str, str]]`): Further rows of the table of origins.
+        arguments (`dict`): Training arguments.
+        datasets (`list[str]`): Hub ids of the training data.
+        evaluations (`list[Evaluation]`): Empty when nothing was evaluated.
+        baseline (`str`, *optional*): Label drawn beside the student in the diagram.
+        notes (`list[str]`): What the figures show and what they do not.
+        license ([`License`], *optional*): Of the student.
+        license_source (`str`): Where it comes from, or why there is none.
+        teacher_license ([`License`], *optional*): Of the teacher.
+        tags (`list[str]`): Beside the standing ones.
+        prompt (`str`), choices (`list[str]`): For the example.
+        versions (`dict[str, str]`): Libraries.
+    """
+
+    name: str
+    repo_id: str | None = None
+    adapter: bool = False
+    distilled: bool = True
+    base_model: str | None = None
+    base_description: str = "not recorded"
+    teacher: str | None = None
+    teacher_license: License | None = None
+    cache: str | None = None
+    cache_repo: str | None = None
+    recalibration: str | None = None
+    estimator: str | None = None
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    arguments: dict[str, Any] = field(default_factory=dict)
+    datasets: list[str] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    baseline: str | None = None
+    notes: list[str] = field(default_factory=list)
+    license: License | None = None
+    license_source: str = ""
+    tags: list[str] = field(default_factory=list)
+    prompt: str = "..."
+    choices: list[str] = field(default_factory=lambda: [" A", " B"])
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def metadata(self) -> ModelCardData:
+        """The header, as the Hub's client writes and reads it."""
+        kind = ["distillation"] if self.distilled else []
+        datasets = list(dict.fromkeys([*self.datasets, *([self.cache_repo] if self.cache_repo else [])]))
+        optional: dict[str, Any] = {} if self.license is None else dict(self.license.metadata)
+        if self.base_model:
+            optional["base_model_relation"] = "adapter" if self.adapter else "finetune"
+        return ModelCardData(
+            base_model=self.base_model,
+            library_name="peft" if self.adapter else "transformers",
+            pipeline_tag="text-generation",
+            datasets=datasets or None,
+            metrics=[metric.key for metric in METRICS] if self.evaluations else None,
+            tags=["first_trl", *kind, "calibration", "trl", *(["lora"] if self.adapter else []), *self.tags],
+            model_name=self.name if self.evaluations else None,
+            eval_results=self._eval_results() or None,
+            **optional,
+        )
+
+    def _eval_results(self) -> list[EvalResult]:
+        results: list[EvalResult] = []
+        places = set()
+        for evaluation in self.evaluations:
+            kind = evaluation.dataset_id or evaluation.dataset_name.replace(" ", "_")
+            place = (kind, evaluation.dataset_config, evaluation.split, evaluation.dataset_revision)
+            # The Hub tells results apart by data set, config, split and revision
+            split = (
+                evaluation.split if place not in places else f"{evaluation.split or ''} ({evaluation.name})".strip()
+            )
+            places.add(place)
+            task = _TASKS[evaluation.scored.unit]
+            for metric in METRICS:
+                score = evaluation.scored.scores.get(metric.key)
+                if score is None:
+                    continue
+                arguments: dict[str, Any] = {}
+                if metric.key in ("ece", "trust"):
+                    arguments = {"n_bins": evaluation.scored.n_bins, "confidence": _ECE_NOTE}
+                if score.low is not None:
+                    arguments["interval_95"] = [score.low, score.high]
+                results.append(
+                    EvalResult(
+                        task_type=task[0],
+                        task_name=task[1],
+                        dataset_type=kind,
+                        dataset_name=f"{evaluation.dataset_name} ({evaluation.name})",
+                        dataset_config=evaluation.dataset_config,
+                        dataset_split=split,
+                        dataset_revision=evaluation.dataset_revision,
+                        metric_type=metric.key,
+                        metric_name=metric.name,
+                        metric_value=score.value,
+                        metric_args=arguments or None,
+                    )
+                )
+        return results
+
+    def diagram(self) -> "Figure | None":
+        """Reliability of the student, and of the baseline beside it; `None` without an evaluation."""
+        panels, columns = {}, 1
+        for evaluation in self.evaluations:
+            shown = [evaluation.student]
+            if self.baseline in evaluation.models and self.baseline != evaluation.student:
+                shown.append(str(self.baseline))
+            columns = max(columns, len(shown))
+            for label in shown:
+                panels[f"{label}, {evaluation.name}"] = evaluation.models[label].calibration
+        return reliability_diagram(panels, columns=columns) if panels else None
+
+    def write(self, folder: Path) -> Path:
+        """Write `README.md` and, where there is something to draw, `reliability.png`; returns the card."""
+        folder.mkdir(parents=True, exist_ok=True)
+        figure = self.diagram()
+        if figure is not None:
+            figure.savefig(folder / DIAGRAM, dpi=110)
+        else:
+            (folder / DIAGRAM).unlink(missing_ok=True)  # of an earlier model
+        card = folder / "README.md"
+        card.write_text(self.render(), encoding="utf-8")
+        return card
+
+    def render(self) -> str:
+        """The card with its YAML header."""
+        origins = [
+            ("Base model", self._base()),
+            ("Trained weights", "an adapter (PEFT); the base model is loaded beneath it" if self.adapter else "all"),
+            ("Teacher", self.teacher),
+            ("Teacher cache", self.cache),
+            ("Recalibration of the teacher", self.recalibration),
+            ("Estimator", self.estimator),
+            *self.facts,
+            ("Made with", ", ".join(f"{name} {version}" for name, version in self._versions().items())),
+        ]
+        first = self.evaluations[0] if self.evaluations else None
+        return render(
+            "student.md.j2",
+            metadata=self.metadata().to_yaml(),
+            card=self,
+            repo_id=self.repo_id or "path/or/repo",
+            origins=[(name, cell(text)) for name, text in origins if text],
+            arguments={name: value for name, value in self.arguments.items() if value is not None},
+            metrics=METRICS,
+            tables=[(evaluation, _table(evaluation), _remarks(evaluation)) for evaluation in self.evaluations],
+            figure=DIAGRAM,
+            n_bins=first.scored.n_bins if first else 10,
+            prompt=json.dumps(self.prompt, ensure_ascii=False),
+            choices=json.dumps(self.choices, ensure_ascii=False),
+        )
+
+    def _base(self) -> str:
+        if self.base_model is None:
+            return self.base_description
+        link = f"[{self.base_model}](https://huggingface.co/{self.base_model})"
+        return f"{link}, {self.base_description}" if self.base_description else link
+
+    def _versions(self) -> dict[str, str]:
+        return {"first_trl": __version__, **self.versions}
+
+
+def recalibration_text(method: str, value: float | None, how: str) -> str:
+    """`method` with its value and where the value comes from."""
+    if method == "none" or value is None:
+        return "none: the teacher's probabilities as they are"
+    return f"`{method}`, {_METHODS.get(method, 'value')} = {value:.4g}; {how}"
+
+
+def estimator_text(name: str) -> str:
+    """An estimator, and what it compares."""
+    return f"`{name}`: {_ESTIMATORS[name]}" if name in _ESTIMATORS else f"`{name}`"
+
+
+def cache_text(manifests: list[Manifest]) -> str | None:
+    """What a student learned from, over all caches it was given; `None` without a manifest."""
+    if not manifests:
+        return None
+    rows, positions = (sum(m.counts[name] for m in manifests) for name in ("rows", "positions"))
+    without = sum(m.counts.get("rows_without_gold", 0) for m in manifests)
+    ids = ", ".join(dict.fromkeys(f"`{manifest.id}`" for manifest in manifests))
+    kept = sum(m.kept_mass[-1] * m.counts["positions"] for m in manifests) / max(1, positions)
+    return (
+        f"manifest {ids}: the {manifests[0].k} most likely tokens at {positions:,} positions of {rows:,} rows"
+        + (f" ({without:,} without an answer)" if without else "")
+        + f", {100 * kept:.1f} % of the teacher's mass"
+    )
+
+
+def _table(evaluation: Evaluation) -> list[list[str]]:
+    rows = []
+    for label, scored in evaluation.models.items():
+        cells = [scored.scores[m.key].shown(m) if m.key in scored.scores else "" for m in METRICS]
+        name = cell(label)
+        rows.append([f"**{name}** (this model)" if label == evaluation.student else name, *cells])
+    return rows
+
+
+def _remarks(evaluation: Evaluation) -> list[str]:
+    scored = evaluation.scored
+    remarks = []
+    if evaluation.note:
+        remarks.append(evaluation.note)
+    if scored.null is not None:
+        mean, high = scored.null
+        ece = scored.scores["ece"].value
+        verdict = (
+            "an ECE in that range is no evidence of miscalibration"
+            if ece <= high
+            else f"the {100 * ece:.1f} % of this model is more than chance"
+        )
+        remarks.append(
+            f"Noise floor: a perfectly calibrated model with these confidences would show an ECE of "
+            f"{100 * mean:.1f} % on average and below {100 * high:.1f} % in 95 of 100 samples of {scored.n:,} {scored.unit}s; {verdict}."
+        )
+    if scored.n < _SMALL_SAMPLE:
+        remarks.append(f"Only {scored.n} {scored.unit}s: a binned calibration error is mostly sampling noise here.")
+    if scored.unit == "token":
+        remarks.append(
+            "Free text, every token of the reference given the ones before it. The intervals resample whole texts; the "
+            "noise floor takes tokens for independent and is too low for that."
+        )
+    if scored.options:
+        remarks.append(
+            f"Renormalised over the answer options: accuracy {100 * scored.options['accuracy']:.1f} %, "
+            f"ECE {100 * scored.options['ece']:.1f} %."
+        )
+    beaten = _better(evaluation)
+    if beaten:
+        remarks.append(f"Lower ECE than this model here: {', '.join(beaten)}.")
+    return remarks
+
+
+def _better(evaluation: Evaluation) -> list[str]:
+    ece = evaluation.scored.scores["ece"].value
+    return [label for label, scored in evaluation.models.items() if scored.scores["ece"].value < ece]
