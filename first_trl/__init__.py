@@ -20,6 +20,7 @@ _EXPORTS = {
     "calibration_report": "first_trl.calibration",
     "reliability_diagram": "first_trl.calibration",
     "evaluate_multiple_choice": "first_trl.evaluation.multiple_choice",
+    "answer_pipeline": "first_trl.inference",
 }
 
 __all__ = [*_EXPORTS, "__version__"]
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from first_trl.calibration import expected_calibration_error as expected_calibration_error
     from first_trl.calibration import reliability_diagram as reliability_diagram
     from first_trl.evaluation.multiple_choice import evaluate_multiple_choice as evaluate_multiple_choice
+    from first_trl.inference import answer_pipeline as answer_pipeline
     from first_trl.recalibration import Recalibration as Recalibration
     from first_trl.recalibration import fit_recalibration as fit_recalibration
     from first_trl.teacher.cache import load_teacher_cache as load_teacher_cache

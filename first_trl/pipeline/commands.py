@@ -1,6 +1,8 @@
 """`first-trl run`."""
 
 import argparse
+import dataclasses
+import json
 from pathlib import Path
 
 from ..recipe import STAGES, load_recipe
@@ -24,6 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="print the plan and stop: stages, models, memory, tokens, size of the cache, steps, what is finished "
         "and what would be pushed; reads configurations, loads no weights",
     )
+    parser.add_argument("--json", action="store_true", help="dry run: print the plan as JSON")
+    parser.add_argument("--processes", type=int, help="dry run: GPUs to plan for (default: the processes launched)")
+    parser.add_argument("--sharding", choices=("none", "fsdp2", "zero3"), help="dry run: how weights are divided")
+    parser.add_argument("--configs", help="dry run: folder of <org>--<name>/config.json to read before the Hub")
     parser.add_argument(
         "--smoke",
         action="store_true",
@@ -42,8 +48,11 @@ def main(args: argparse.Namespace) -> int:
         recipe = smoke_recipe(recipe, Path(args.output_dir or Path("outputs", "smoke", recipe.name)))
     if args.dry_run:
         from ..plan import format_plan, plan_recipe
+        from ..processes import process_state
 
-        print(format_plan(plan_recipe(recipe)))
+        plan = plan_recipe(recipe, processes=args.processes, sharding=args.sharding, configs=args.configs)
+        if process_state().is_main_process:
+            print(json.dumps(dataclasses.asdict(plan), indent=2) if args.json else format_plan(plan))
         return 0
     from .stages import run_recipe
 

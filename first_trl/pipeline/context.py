@@ -38,7 +38,8 @@ class RunContext:
     def tokenizer(self) -> Any:
         recipe = self.recipe
         name = recipe.tokenizer or recipe.teacher.name_or_path
-        tokenizer = get_task(recipe.task.name, **recipe.task.options).tokenizer()
+        task = get_task(recipe.task.name, **recipe.task.options)
+        tokenizer = task.tokenizer(path=recipe.task.path, revision=recipe.task.revision, seed=recipe.seed)
         if recipe.tokenizer is None and tokenizer is not None:
             return tokenizer
         if name is None:

@@ -19,10 +19,11 @@ counted. There are no choices (`gold == -1`) and no groups. The release has one 
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from .base import DropRow, Example, Task
 from .multiple_choice import required
+from .sizes import SplitSize
 from .template import check_template
 
 
@@ -43,6 +44,10 @@ class Alpaca(Task):
     name = "alpaca"
     hub_id = "tatsu-lab/alpaca"
     splits = {"train": "train"}
+    # Lengths are those of a random-looking tenth of the release.
+    published: ClassVar[dict[str, SplitSize]] = {
+        "train": SplitSize(52002, 110.5, 276.0, 28.5, 58.6, 692),
+    }
 
     def __post_init__(self) -> None:
         check_template("template", self.template, ("request", "instruction", "input"), ())
@@ -61,4 +66,5 @@ class Alpaca(Task):
         return Example(
             prompt=self.template.format(request=request, instruction=instruction, input=given),
             completion=self.completion.format(output=output),
+            question=request,
         )

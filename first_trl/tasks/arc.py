@@ -7,10 +7,11 @@ and the answer key follows. Rows have no group.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from .base import Example
 from .multiple_choice import MultipleChoice, labelled_choices, required
+from .sizes import SplitSize
 
 
 _CONFIGS = {"easy": "ARC-Easy", "challenge": "ARC-Challenge"}
@@ -31,6 +32,14 @@ class Arc(MultipleChoice):
     hub_id = "allenai/ai2_arc"
     splits = {"train": "train", "validation": "validation", "test": "test"}
     n_choices = (3, 5)
+    published: ClassVar[dict[str, SplitSize]] = {
+        "ARC-Easy/train": SplitSize(2251, 246.1, 2, 64.1, 1, 201),
+        "ARC-Easy/validation": SplitSize(570),
+        "ARC-Easy/test": SplitSize(2376, 247.9, 2, 64.6, 1, 205),
+        "ARC-Challenge/train": SplitSize(1119),
+        "ARC-Challenge/validation": SplitSize(299),
+        "ARC-Challenge/test": SplitSize(1172),
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,6 +13,7 @@ import numpy as np
 from datasets import Dataset, Features, List, ReadInstruction, Value
 from transformers import PreTrainedTokenizerBase
 
+from .sizes import SplitSize
 from .source import read_rows
 
 
@@ -22,8 +23,11 @@ _TASKS = {
     "arc": "arc:Arc",
     "boolq": "boolq:BoolQ",
     "commonsense_qa": "commonsense_qa:CommonsenseQA",
+    "custom": "custom:Custom",
+    "diabetes": "diabetes:Diabetes",
     "digits": "digits:Digits",
     "mmlu": "mmlu:MMLU",
+    "mmlu_category": "mmlu_category:MMLUCategory",
     "noisy_world": "noisy_world:NoisyWorld",
     "openbook_qa": "openbook_qa:OpenBookQA",
 }
@@ -36,6 +40,7 @@ FEATURES = Features(
         "choices": List(Value("string")),
         "gold": Value("int64"),
         "group": Value("string"),
+        "question": Value("string"),
     }
 )
 
@@ -53,6 +58,8 @@ class Example:
         gold (`int`): Index of the right answer in `choices`, -1 when there is none.
         group (`str`): Key of rows that belong together (a concept, a subject), `""` when the benchmark has none.
         posterior (`tuple[float, ...]` or `None`): True probability of every choice, where it is known.
+        question (`str`): The text that tells this question from others, without options and template. `""` takes the
+            prompt.
     """
 
     prompt: str
@@ -61,6 +68,7 @@ class Example:
     gold: int = -1
     group: str = ""
     posterior: tuple[float, ...] | None = None
+    question: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,8 +80,9 @@ class TaskSplit:
 
     Attributes:
         dataset ([`~datasets.Dataset`]): Columns `id` (`str`), `prompt` (`str`), `completion` (`str`, null where a row
-            is unlabelled), `choices` (`list[str]`), `gold` (`int64`, -1 = none), `group` (`str`) and, where the true
-            distribution over the choices is known, `posterior` (`list[float64]`).
+            is unlabelled), `choices` (`list[str]`), `gold` (`int64`, -1 = none), `group` (`str`), `question` (`str`,
+            what tells the question from others) and, where the true distribution over the choices is known,
+            `posterior` (`list[float64]`).
         n_read (`int`): Rows of the source, after a slice such as `"train[:90%]"`.
         n_not_selected (`int`): Usable rows left out because of `limit`.
         reasons (`dict[str, int]`): Why rows were dropped, with the count of each reason.
@@ -107,18 +116,29 @@ class Task:
     hub_id: ClassVar[str | None] = None
     # Our split name -> the name on the Hub.
     splits: ClassVar[dict[str, str]] = {}
+    # Sizes of the splits on the Hub, by our split name; "config/split" where configurations differ.
+    published: ClassVar[dict[str, SplitSize]] = {}
     # Splits of a benchmark that come without answers.
     unlabelled_splits: ClassVar[tuple[str, ...]] = ()
     # A split of the original release may be spread over one file per subject.
     many_files: ClassVar[bool] = False
+    # The first row of a CSV file names its columns (the original releases have no such row).
+    csv_header: ClassVar[bool] = False
+    # The rows are the user's own: there is no default place to read them from.
+    needs_path: ClassVar[bool] = False
 
     @property
     def hub_config(self) -> str | None:
         """Configuration of the Hub dataset, also the sub-folder looked for in a local copy."""
         return None
 
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """Tokenizer that belongs to a generated task; `None` for text that any tokenizer reads."""
+    def tokenizer(
+        self, path: str | None = None, revision: str | None = None, seed: int = 0
+    ) -> PreTrainedTokenizerBase | None:
+        """
+        Tokenizer that belongs to a task; `None` for text that any tokenizer reads. The arguments are those of
+        [`~Task.load`], for vocabularies that depend on the training rows.
+        """
         return None
 
     def example(self, row: dict[str, Any], *, split: str) -> Example:
@@ -136,6 +156,7 @@ class Task:
             config=self.hub_config,
             revision=revision,
             many_files=self.many_files,
+            csv_header=self.csv_header,
         )
 
     def load(
@@ -175,9 +196,15 @@ class Task:
             raise ValueError(f"Task {self.name!r} has no split {split!r}.{_nearest(name, self.splits)}")
         if limit is not None and limit < 1:
             raise ValueError(f"`limit` must be at least 1, got {limit}.")
-        if revision is not None and self.hub_id is None:
+        if self.needs_path and path is None:
+            raise ValueError(
+                f"Task {self.name!r} has no data of its own: give `path`, a file, a folder with one file per split, "
+                "or the id of a dataset on the Hub."
+            )
+        generated = self.hub_id is None and not self.needs_path
+        if revision is not None and generated:
             raise ValueError(f"Task {self.name!r} is generated, so `revision` has no meaning; remove it.")
-        if path is not None and self.hub_id is None:
+        if path is not None and generated:
             raise ValueError(f"Task {self.name!r} is generated, so `path` has no meaning; remove it.")
         source = list(enumerate(self.rows(name, path, revision, seed)))
         if name != split:
@@ -200,7 +227,8 @@ class Task:
                     "must be unique; rename one of them or remove the duplicate row."
                 )
             seen[row_id] = where
-            kept.append({"id": str(row_id), **{k: v for k, v in vars(example).items() if v is not None}})
+            values = {field: value for field, value in vars(example).items() if value is not None}
+            kept.append({**values, "id": str(row_id), "question": example.question or example.prompt})
         if not kept:
             raise ValueError(
                 f"Split {split!r} of task {self.name!r} has no usable rows ({len(source)} read, dropped: "

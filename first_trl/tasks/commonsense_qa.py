@@ -7,10 +7,11 @@ answers: its rows have `gold == -1` and no completion.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from .base import Example
 from .multiple_choice import MultipleChoice, labelled_choices, required
+from .sizes import SplitSize
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,11 @@ class CommonsenseQA(MultipleChoice):
     splits = {"train": "train", "validation": "validation", "test": "test"}
     unlabelled_splits = ("test",)
     n_choices = (5, 5)
+    published: ClassVar[dict[str, SplitSize]] = {
+        "train": SplitSize(9741, 165.2, 2, 52.0, 1, 106, key_bytes=25.5),
+        "validation": SplitSize(1221, 163.1, 2, 51.7, 1, 102, key_bytes=25.5),
+        "test": SplitSize(1140, 165.9, key_bytes=25.5),
+    }
 
     def example(self, row: dict[str, Any], *, split: str) -> Example:
         question = required(row, "question")

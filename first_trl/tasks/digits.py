@@ -72,7 +72,9 @@ class Digits(Task):
     name = "digits"
     splits = {split: split for split in (*SIZES, "ood", "ood_shift")}
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(
+        self, path: str | None = None, revision: str | None = None, seed: int = 0
+    ) -> PreTrainedTokenizerBase:
         """[`build_tokenizer`]'s tokenizer."""
         return build_tokenizer()
 

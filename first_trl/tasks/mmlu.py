@@ -8,10 +8,11 @@ CSV file per subject and split (question, four choices, letter of the answer) an
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from .base import DropRow, Example
 from .multiple_choice import LETTERS, MultipleChoice, required
+from .sizes import SplitSize
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,12 @@ class MMLU(MultipleChoice):
     splits = {"dev": "dev", "validation": "validation", "test": "test", "auxiliary_train": "auxiliary_train"}
     n_choices = (4, 4)
     many_files = True
+    published: ClassVar[dict[str, SplitSize]] = {
+        "dev": SplitSize(285, 429.9, 2, 107.2, 1, 548),
+        "validation": SplitSize(1531),
+        "test": SplitSize(14042, 486.1, 2, 116.0, 1, 1004),
+        "auxiliary_train": SplitSize(99842),
+    }
 
     @property
     def hub_config(self) -> str:

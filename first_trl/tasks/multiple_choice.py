@@ -74,6 +74,7 @@ class MultipleChoice(Task):
             choices=choices,
             gold=gold,
             group=group,
+            question=question,
         )
 
 

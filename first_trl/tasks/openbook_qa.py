@@ -6,10 +6,11 @@ Template, see [`~first_trl.tasks.multiple_choice.MultipleChoice`]: stem, `Answer
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from .base import Example
 from .multiple_choice import MultipleChoice, labelled_choices, required
+from .sizes import SplitSize
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,11 @@ class OpenBookQA(MultipleChoice):
     hub_id = "allenai/openbookqa"
     splits = {"train": "train", "validation": "validation", "test": "test"}
     n_choices = (4, 4)
+    published: ClassVar[dict[str, SplitSize]] = {
+        "train": SplitSize(4957, 161.9, 2, 48.5, 1, 122),
+        "validation": SplitSize(500),
+        "test": SplitSize(500, 166.1, 2, 49.3, 1, 115),
+    }
 
     @property
     def hub_config(self) -> str:

@@ -28,6 +28,7 @@ def read_rows(
     config: str | None = None,
     revision: str | None = None,
     many_files: bool = False,
+    csv_header: bool = False,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     Yields `(where, row)` for every row of a split, with no change to the row.
@@ -40,6 +41,8 @@ def read_rows(
         revision (`str`, *optional*): Revision on the Hub.
         many_files (`bool`, *optional*, defaults to `False`): Whether a split may be spread over several files in a
             folder. Shards of one Parquet file always may.
+        csv_header (`bool`, *optional*, defaults to `False`): Whether the first row of a CSV file names its columns.
+            Without it, a row is `{"file": name of the file, "cells": [...]}`.
 
     Raises:
         `ValueError`: when a file is missing, unreadable or of an unknown kind.
@@ -56,7 +59,7 @@ def read_rows(
     if revision is not None:
         raise ValueError(f"`revision` names a commit on the Hub, but {path!r} is local; remove one of the two.")
     for file in _split_files(local, split, config, many_files) if local.is_dir() else [local]:
-        yield from _file_rows(file)
+        yield from _file_rows(file, csv_header)
 
 
 def _looks_local(path: str) -> bool:
@@ -110,6 +113,11 @@ def _split_files(folder: Path, split: str, config: str | None, many_files: bool)
     return found
 
 
+def names_split(file: Path, split: str) -> bool:
+    """Whether the name of a file says that it holds this split."""
+    return any(_has_word(file, file.parent, word) for word in SPLIT_WORDS.get(split, (split,)))
+
+
 def _has_word(file: Path, folder: Path, word: str) -> bool:
     parts = [*file.relative_to(folder).parts[:-1], _stem(file) or ""]
     return any(word in re.split(r"[^a-z]+", part.lower()) for part in parts)
@@ -122,7 +130,7 @@ def _stem(file: Path) -> str | None:
     return None if suffix is None else name.removesuffix(suffix)
 
 
-def _file_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _file_rows(file: Path, csv_header: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     stem = _stem(file)
     if stem is None:
         raise ValueError(f"{str(file)!r} is not a {', '.join(_SUFFIXES)} file (also gzipped); convert it to one.")
@@ -135,12 +143,12 @@ def _file_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         else:
             raw = gzip.decompress(file.read_bytes()) if file.name.endswith(".gz") else file.read_bytes()
             text = raw.decode("utf-8-sig")
-            rows = {".jsonl": _jsonl, ".json": _json, ".csv": _csv}[suffix](text)
+            rows = {".jsonl": _jsonl, ".json": _json, ".csv": _csv_with_header if csv_header else _csv}[suffix](text)
         for i, row in rows:
             if not isinstance(row, dict):
                 raise ValueError(f"row {i} is {type(row).__name__}, not an object with named fields")
             # Which file a row stood in is part of the data where the release has one file per subject.
-            yield f"{file} row {i}", {"file": stem, **row} if suffix == ".csv" else row
+            yield f"{file} row {i}", {"file": stem, **row} if suffix == ".csv" and not csv_header else row
     except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError, ValueError, csv.Error) as error:
         raise ValueError(f"Cannot read {str(file)!r}: {error}. Give an undamaged UTF-8 {suffix} file.") from None
 
@@ -167,3 +175,19 @@ def _csv(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     for i, cells in enumerate(csv.reader(io.StringIO(text, newline=""))):
         if cells:
             yield i, {"cells": cells}
+
+
+def _csv_with_header(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of a CSV file by the names of its columns; an empty cell is an absent value."""
+    reader = csv.reader(io.StringIO(text, newline=""))
+    names = [name.strip() for name in next(reader, [])]
+    if len(set(names)) < len(names) or not all(names):
+        raise ValueError(f"the first row must name the columns, each differently: {names}")
+    rows = (cells for cells in reader if cells)
+    for i, cells in enumerate(rows):
+        if len(cells) != len(names):
+            raise ValueError(
+                f"row {i} has {len(cells)} cells under {len(names)} columns ({', '.join(names)}); put a text that "
+                'holds a comma or a line break into double quotes, and double the quotes inside it ("")'
+            )
+        yield i, {name: cell if cell.strip() else None for name, cell in zip(names, cells, strict=True)}

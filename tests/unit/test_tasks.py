@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 
+from first_trl.smoke.rows import DATA as SMOKE_DATA
 from first_trl.tasks import get_task, list_tasks
 
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
+FIXTURES = SMOKE_DATA
 DATA = Path(__file__).parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the benchmark files are not at {DATA}")
-COLUMNS = ["id", "prompt", "completion", "choices", "gold", "group"]
+COLUMNS = ["id", "prompt", "completion", "choices", "gold", "group", "question"]
 
 
 def question(n: int = 5, key: str | None = "B", labels: str = "ABCDE", stem: str = "Which one?") -> dict:
@@ -34,8 +35,11 @@ def test_registry_knows_every_task_and_names_the_nearest():
         "arc",
         "boolq",
         "commonsense_qa",
+        "custom",
+        "diabetes",
         "digits",
         "mmlu",
+        "mmlu_category",
         "noisy_world",
         "openbook_qa",
     ]
@@ -61,6 +65,7 @@ def test_prompt_is_the_documented_one():
         "choices": [" A", " B", " C", " D", " E"],
         "gold": 3,
         "group": "kettle",
+        "question": "Where would you most likely put a kettle to heat it?",
     }
 
 
@@ -249,6 +254,7 @@ def test_boolq_passages(tmp_path):
         "Question: has the volcano thrown out lava recently?\nAnswer:"
     )
     assert (row["completion"], row["choices"], row["gold"], row["group"]) == (" no", [" yes", " no"], 1, "Volcano")
+    assert row["question"] == "has the volcano thrown out lava recently"
     path = write(tmp_path / "x.jsonl", {"question": "is it so", "answer": True})
     with pytest.raises(ValueError, match=r"'passage' is missing.*with_passage=False"):
         get_task("boolq").load("train", path=path)
@@ -295,6 +301,7 @@ def test_alpaca_prompt_and_counted_drops(tmp_path):
     ]
     assert loaded.dataset[0]["completion"] == "Lima"
     assert (loaded.dataset[0]["choices"], loaded.dataset[0]["gold"]) == ([], -1)
+    assert loaded.dataset["question"][:] == ["Name the capital.\n\nInput:\nPeru", "Say hello."]
 
 
 LABELLED = {"id": Value("string"), "answerKey": Value("string")}
