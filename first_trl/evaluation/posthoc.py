@@ -1,5 +1,6 @@
-"""Post-hoc temperature of a language model, fitted at the answer position over the whole vocabulary."""
+"""Post-hoc temperature of a language model, fitted over the whole vocabulary at answers or at every supervised token."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from datasets import Dataset
 from ..calibration.temperature import TemperatureFit, equal_width_ece, search_temperature
 from .multiple_choice import read_multiple_choice_rows
 from .next_token import next_token_logits
+from .supervised import read_supervised_rows, supervised_logits
 
 
 # 1/T in quarter octaves from 1/16 to 16. The Brier score at T reads 2/T, one octave up, so T stops at 1/8.
@@ -28,34 +30,32 @@ def fit_posthoc_temperature(
     disable_tqdm: bool = False,
 ) -> TemperatureFit:
     """
-    Temperature scaling of a trained model (Guo et al. 2017), on the full-vocabulary softmax at the answer position.
+    Temperature scaling of a trained model (Guo et al. 2017), on the full-vocabulary softmax at the answer position of
+    multiple choice, or at every supervised token of tokenised rows.
 
-    One pass over the data and 66 numbers a row are enough: for each row the log-partition log Σ exp(z/T) and its slope are
+    One pass over the data and 66 numbers an answer are enough: for each the log-partition log Σ exp(z/T) and its slope are
     kept at 33 temperatures and interpolated between them (cubic Hermite in log T), so the logits `[N, V]` are never held.
     The temperature agrees with the one fitted on the logits to about four digits.
 
     Args:
         model, processing_class, dataset, batch_size, max_length, n_bins, disable_tqdm:
-            As in [`evaluate_multiple_choice`]. Rows without an answer are left out.
+            As in [`evaluate_multiple_choice`]; rows without an answer are left out. Where the dataset has `input_ids` and
+            `labels`, as in [`evaluate_token_level`].
         objective (`str`, *optional*, defaults to `"nll"`):
             `"nll"` or `"ece"` (of the most likely token against the gold answer's).
 
     Returns:
-        [`TemperatureFit`]: pass its `temperature` to [`evaluate_multiple_choice`]. T is searched from 1/8 to 16.
+        [`TemperatureFit`]: pass its `temperature` to the evaluation. T is searched from 1/8 to 16.
 
     Warns:
         `UserWarning`: below 1000 rows, when the ECE does not improve, when the end of the range is reached.
     """
-    rows = read_multiple_choice_rows(model, processing_class, dataset, max_length=max_length)
-    labelled = np.flatnonzero(rows.gold >= 0)
-    gold_token = np.array([rows.choice_tokens[i][rows.gold[i]] for i in labelled])
-    prompts = [rows.prompt_ids[i] for i in labelled]
-    n = len(prompts)
+    gold_token, batches = _gold_and_logits(
+        model, processing_class, dataset, max_length=max_length, batch_size=batch_size, disable_tqdm=disable_tqdm
+    )
+    n = len(gold_token)
     partition, slope = np.empty((n, len(_LOG_BETAS))), np.empty((n, len(_LOG_BETAS)))
     gold_logit, correct = np.empty(n), np.empty(n, dtype=bool)
-    batches = next_token_logits(
-        model, prompts, batch_size=batch_size, disable_tqdm=disable_tqdm, desc="Fitting the temperature"
-    )
     for index, logits in batches:
         best = logits.max(dim=-1, keepdim=True)
         z = logits - best.values
@@ -87,6 +87,20 @@ def fit_posthoc_temperature(
         }
 
     return search_temperature(scores, n, objective=objective, low=_LOW, high=_HIGH)
+
+
+def _gold_and_logits(
+    model: Any, processing_class: Any, dataset: Dataset, *, max_length: int | None, **options: Any
+) -> tuple[np.ndarray, Iterator[tuple[np.ndarray, torch.Tensor]]]:
+    """The right token of every position to fit on, and batches of the logits there."""
+    options["desc"] = "Fitting the temperature"
+    if {"input_ids", "labels"} <= set(dataset.column_names):
+        tokenised = read_supervised_rows(model, processing_class, dataset, max_length=max_length)
+        return tokenised.token, supervised_logits(model, tokenised, **options)
+    rows = read_multiple_choice_rows(model, processing_class, dataset, max_length=max_length)
+    labelled = np.flatnonzero(rows.gold >= 0)
+    gold_token = np.array([rows.choice_tokens[i][rows.gold[i]] for i in labelled])
+    return gold_token, next_token_logits(model, [rows.prompt_ids[i] for i in labelled], **options)
 
 
 def _hermite(values: np.ndarray, slopes: np.ndarray, x: float) -> np.ndarray:

@@ -148,8 +148,8 @@ def _markdown(
             around = f" ({spread['low']:.2f} to {spread['high']:.2f})" if spread else ""
             lines.append(
                 f"| {name} | {_symbol(fit)} = {fit['recalibration']['value']:.3g}{around} | "
-                f"{100 * fit['raw']['ece']:.1f} | {100 * fit['chosen']['ece']:.1f} | {fit['raw']['nll']:.3f} | "
-                f"{fit['chosen']['nll']:.3f} |"
+                f"{100 * fit['raw']['ece']:.1f} | {100 * fit['chosen']['ece']:.1f} | {_nll(fit['raw'])} | "
+                f"{_nll(fit['chosen'])} |"
             )
         lines += [
             "",
@@ -177,6 +177,11 @@ def _markdown(
     seconds = sum(entry["seconds"] for entry in timings)
     lines += ["", f"Time of all units, kept ones included: {seconds:.0f} s.", ""]
     return "\n".join(lines)
+
+
+def _nll(point: dict[str, Any]) -> str:
+    # No label is among the kept tokens, or one has the probability 0
+    return "–" if point["nll"] is None else f"{point['nll']:.3f}"
 
 
 def _left_out(sample: dict[str, Any]) -> list[str]:
@@ -225,7 +230,8 @@ def _curve_figure(name: str, fit: dict[str, Any]) -> "Figure":
     axes.set(xlabel=symbol, ylabel="teacher's validation ECE, %", title=f"Recalibration: {name.replace('_', ' ')}")
     axes.set_ylim(bottom=0)
     second = axes.twinx()
-    second.plot(values, [point["nll"] for point in points], color="tab:green", alpha=0.6, linewidth=1)
+    likelihoods = [np.nan if point["nll"] is None else point["nll"] for point in points]
+    second.plot(values, likelihoods, color="tab:green", alpha=0.6, linewidth=1)
     second.set_ylabel("NLL", color="tab:green")
     axes.legend(fontsize=7, loc="upper left")
     axes.grid(alpha=0.3)

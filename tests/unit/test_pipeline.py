@@ -13,6 +13,7 @@ from datasets import load_dataset
 
 from first_trl.calibration import expected_calibration_error
 from first_trl.cli import main
+from first_trl.smoke.rows import DATA as SMOKE_DATA
 
 
 TINY = [
@@ -130,7 +131,7 @@ def test_missing_file_and_answers_of_two_tokens(tmp_path, capsys, stories):
     common = ["--output-dir", str(tmp_path), f"teacher.name_or_path={stories}", f"student.name_or_path={stories}"]
     assert main(["run", "commonsense_qa", f"task.path={tmp_path}/absent.jsonl", *common]) == 2
     assert "absent.jsonl" in capsys.readouterr().err
-    fixture = Path(__file__).parents[1] / "fixtures" / "commonsense_qa"
+    fixture = SMOKE_DATA / "commonsense_qa"
     assert main(["run", "commonsense_qa", f"task.path={fixture}", *common, "--stage", "data"]) == 0
     model_options = ["teacher.init_kwargs={}", "student.init_kwargs={}", "teacher.sft=null", "task.max_length=512"]
     status = main(["run", "commonsense_qa", f"task.path={fixture}", *common, *model_options])
