@@ -34,6 +34,8 @@ BAYES_LABEL = "True posterior (best possible)"
 
 def role_title(role: str, index: int) -> str:
     """Heading of an evaluation role; the first one is in-domain."""
+    if role == "validation":
+        return "`validation` (what temperatures and epochs were chosen on: for choices, not for claims)"
     return f"`{role}` ({'in-domain' if index == 0 else 'out-of-domain or shifted'})"
 
 

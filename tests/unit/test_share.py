@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from first_trl.cards.run_folder import Run
 from first_trl.cli import main
 from first_trl.resources import recipe_path
-from first_trl.share import _prefix, _repo_name, push_run, write_student_cards
+from first_trl.share import push_run, repo_name, repo_prefix, write_student_cards
 from tests.hub_server import HubServer, run_client
 from tests.unit.test_pipeline import TINY
 
@@ -224,13 +223,12 @@ def test_mistakes_are_named(run, tmp_path, capsys):
         write_student_cards(run)
 
 
-def test_names_of_repositories(run):
-    assert _repo_name("quickstart", "first@recalibration_value=0.3,top_k=2") == (
+def test_names_of_repositories():
+    assert repo_name("quickstart", "first@recalibration_value=0.3,top_k=2") == (
         "quickstart-first-recalibration_value-0.3-top_k-2"
     )
     with pytest.raises(ValueError, match="too long"):
-        _repo_name("x" * 96, "first")
-    found = Run(run)
-    assert _prefix(found) == "quickstart"
-    found.recipe |= {"seed": 3, "cell": {"case": "obqa", "training.learning_rate": 0.1}}
-    assert _prefix(found) == "quickstart-obqa-training.learning_rate-0.1-seed-3"
+        repo_name("x" * 96, "first")
+    assert repo_prefix("quickstart", {}, 0) == "quickstart"
+    cell = {"case": "obqa", "training.learning_rate": 0.1}
+    assert repo_prefix("quickstart", cell, 3) == "quickstart-obqa-training.learning_rate-0.1-seed-3"
