@@ -1,6 +1,7 @@
 """The processes of a launch."""
 
 import os
+from datetime import timedelta
 
 import torch
 from accelerate import PartialState
@@ -17,9 +18,11 @@ def process_state() -> PartialState:
     Raises:
         `RuntimeError`: Something asked for the state before, in the way that overlooks the others.
     """
-    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    state = PartialState(cpu=cpu)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
+    # Others wait while one process reads data, evaluates or uploads, which takes longer than the usual ten minutes
+    patience = {"timeout": timedelta(days=1)} if launched > 1 else {}
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu=cpu, **patience)
     if launched > 1 and state.num_processes == 1:
         raise RuntimeError(
             f"{launched} processes were launched but this one runs alone: `PartialState()` was created without "

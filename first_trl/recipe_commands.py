@@ -1,6 +1,7 @@
 """`first-trl recipes`."""
 
 import argparse
+from pathlib import Path
 
 from .recipe import cells, load_recipe
 from .resources import recipe_names, recipe_path
@@ -22,6 +23,8 @@ def main(args: argparse.Namespace) -> int:
             runs = cells(recipe)
             print(f"{name}: valid, {len(runs)} run{'s' * (len(runs) > 1)} of {len(runs[0].arms)} arms")
             continue
+        path = recipe_path(str(name)).resolve()
+        shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
         stands_for = f"[{', '.join(recipe.reproduces)}] " if recipe.reproduces else ""
-        print(f"{name}  ({recipe_path(str(name))})\n    {stands_for}{' '.join(recipe.description.split())}")
+        print(f"{name}  ({shown})\n    {stands_for}{' '.join(recipe.description.split())}")
     return 0

@@ -19,7 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change recipe keys, values as in YAML")
     parser.add_argument("--stage", choices=STAGES, help="run only this stage; the ones before it must be finished")
     parser.add_argument("--seed", type=int, help="seed of generated data, models and training; only this one is run")
-    parser.add_argument("--output-dir", help="folder of the run (default: outputs/<recipe>/seed-<seed>)")
+    parser.add_argument(
+        "--output-dir",
+        help="folder of the run (default: outputs/<recipe>/seed-<seed>), of all runs of a recipe with seeds, cases or a grid",
+    )
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -40,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the recipe."""
+    if not args.dry_run and (args.json or args.processes or args.sharding or args.configs):
+        raise ValueError("--json, --processes, --sharding and --configs belong to --dry-run.")
     # Read and checked before torch is imported: a typo is answered at once
     recipe = load_recipe(args.recipe, args.overrides, seed=args.seed, output_dir=args.output_dir)
     if args.smoke:

@@ -51,23 +51,25 @@ def _write(run: RunContext, folder: Path) -> None:
     splits, evaluated = run.recipe.task.splits, run.recipe.evaluation.splits
     loaded = {role: _load(run, spec) for role, spec in splits.items()}
     rows = {role: split.dataset for role, split in loaded.items()}
-    overlapping: dict[str, int] = {}
+    # What students train on, and what temperatures and epochs are chosen on
+    used = dict.fromkeys(["train", "validation", *(role for arm in run.recipe.arms.values() for role in arm.data)])
+    overlapping: dict[str, dict[str, int]] = {role: {} for role in used}
     for role, spec in splits.items():
-        if spec.unseen is not None:
-            rows["train"], dropped = drop_overlap(rows["train"], rows[role], by=spec.unseen)
-            overlapping[f"shares a {spec.unseen} with {role}"] = dropped
+        for other in used if spec.unseen is not None else ():
+            rows[other], dropped = drop_overlap(rows[other], rows[role], by=str(spec.unseen))
+            if dropped:
+                overlapping[other][f"shares a {spec.unseen} with {role}"] = dropped
     tokenizer = run.tokenizer()
     counts = {}
     for role, split in loaded.items():
-        reasons = dict(split.reasons)
-        if role == "train":
-            reasons |= {reason: number for reason, number in overlapping.items() if number}
+        reasons = {**split.reasons, **overlapping.get(role, {})}
         counts[role] = {
             "read": split.n_read,
             "not_selected": split.n_not_selected,
             "rows": len(rows[role]),
             "dropped": reasons,
             "choices": any(rows[role]["choices"]),
+            "domain": _domain(run, role),
         }
         # Multiple choice is evaluated on the text of the rows, everything else works on tokens
         if role in ("train", "validation") or role not in evaluated or not counts[role]["choices"]:
@@ -78,12 +80,26 @@ def _write(run: RunContext, folder: Path) -> None:
     write_json(folder / "counts.json", counts)
 
 
+def _domain(run: RunContext, role: str) -> str:
+    """What a score on the rows of a role is a score of."""
+    spec = run.recipe.task.splits[role]
+    if role == "validation":
+        return "validation"
+    shifted = spec.task is not None or spec.unseen == "group" or role not in run.recipe.evaluation.splits[:1]
+    return "out-of-domain" if shifted else "in-domain"
+
+
 def _tokenize(
     run: RunContext, role: str, rows: Dataset, reasons: dict[str, int], tokenizer: Any, folder: Path
 ) -> dict[str, Any]:
     task = run.recipe.task
     text = role == "pretrain"
     unlabelled = not text and all(completion is None for completion in rows["completion"])
+    if unlabelled and role in ("train", "validation"):
+        raise ValueError(
+            f"The rows of {role!r} have no answers. Train and choose on rows with answers; further prompts go into a role "
+            "of their own, which an arm names in `data`."
+        )
     tokenized = tokenize_rows(
         rows,
         tokenizer,

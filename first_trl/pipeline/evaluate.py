@@ -12,15 +12,13 @@ from ..evaluation.multiple_choice import evaluate_multiple_choice
 from ..evaluation.posthoc import fit_posthoc_temperature
 from ..evaluation.token_level import evaluate_token_level
 from ..files import write_json
-from ..recipe import ArmSpec
+from ..recipe import BAYES, ArmSpec
 from .context import RunContext
 from .reference import true_posterior
-from .teachers import teacher_model, teacher_of
+from .teachers import base_model, teacher_model, teacher_of
 from .training import load_trained
 
 
-# Row of the report for tasks whose true answer distribution is known
-BAYES = "bayes"
 # Draws of a perfectly calibrated model, for the ECE that it would show by chance
 _NULL_DRAWS = 200
 
@@ -39,8 +37,7 @@ def run_evaluate(run: RunContext) -> None:
         run.keys[f"evaluate/{name}"] = run.workspace.run(
             "evaluate", f"evaluate/{name}", inputs, partial(_evaluate, run, name, arm, source)
         )
-    first = run.recipe.evaluation.splits[0]
-    if "posterior" in run.rows(first).column_names:
+    if all("posterior" in run.rows(role).column_names for role in run.recipe.evaluation.splits):
         inputs = {"evaluation": run.recipe.evaluation, "data": run.keys["data"], "arm": BAYES}
         run.keys[f"evaluate/{BAYES}"] = run.workspace.run(
             "evaluate", f"evaluate/{BAYES}", inputs, partial(_evaluate_bayes, run)
@@ -53,13 +50,20 @@ def _evaluate(run: RunContext, name: str, arm: ArmSpec, source: ArmSpec, folder:
     if source.kind == "teacher":
         model = teacher_model(run, teacher_of(run, source))
     else:
-        model = load_trained(run.folder / "students" / (arm.of or name) / "model", **run.recipe.student.init_kwargs)
+        folder_of_model = run.folder / "students" / (arm.of or name)
+        model = load_trained(folder_of_model, run.recipe.student, lambda: base_model(run, "student"))
     tokenizer = run.tokenizer()
     options: dict[str, Any] = {"batch_size": run.recipe.evaluation.batch_size, "disable_tqdm": True}
     temperature = 1.0
     if arm.kind == "temperature_scaling":
-        rows = run.rows("validation") if run.has_choices("validation") else run.tokens("validation")
-        temperature = fit_posthoc_temperature(model, tokenizer, rows, **options).temperature
+        choices = run.has_choices("validation")
+        temperature = fit_posthoc_temperature(
+            model,
+            tokenizer,
+            run.rows("validation") if choices else run.tokens("validation"),
+            max_length=run.recipe.task.max_length if choices else None,
+            **options,
+        ).temperature
         write_json(folder / "temperature.json", {"temperature": temperature, "objective": "nll"})
     options |= {"temperature": temperature, "n_bins": run.recipe.evaluation.n_bins}
     for role in run.recipe.evaluation.splits:

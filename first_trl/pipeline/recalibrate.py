@@ -66,7 +66,7 @@ def run_recalibrate(run: RunContext) -> None:
         inputs = {
             "fits": fits(run, teacher),
             "recalibration": [spec.positions, spec.n_bins],
-            "cache": [run.keys[f"cache{teacher.suffix}{part}"] for part in teacher.parts],
+            "cache": [run.keys.get(f"cache{teacher.suffix}{part}") for part in teacher.parts],
             "seed": run.recipe.seed,
         }
         if not inputs["fits"]:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_json
+from ..recipe import BAYES
 from ..report import write_report
 from ..share import push_run, write_student_cards
 from ..teacher.cache import cache_size, load_manifest
 from .context import RunContext
-from .evaluate import BAYES
-from .recalibrate import fit_path, fits
+from .recalibrate import fit_of, fit_path, fits
 from .teachers import captured_roles, teacher_of, teachers
 from .workspace import content_key
 
@@ -20,22 +20,22 @@ def run_report(run: RunContext) -> None:
     recipe = run.recipe
     arms = [name for name in (*recipe.arms, BAYES) if f"evaluate/{name}" in run.keys]
     recalibrated = [run.keys[key] for key in run.keys if key.startswith("recalibration")]
+    recipe_key = content_key(asdict(recipe) | {"output_dir": None, "hub": None, "merge": None})
     inputs = {
-        "report": recipe.report,
-        "arms": recipe.arms,
+        "recipe": recipe_key,
         "results": {name: run.keys[f"evaluate/{name}"] for name in arms},
         "recalibration": recalibrated,
-        "description": recipe.description,
-        "models": [recipe.teacher, recipe.student],
     }
-    run.keys["report"] = run.workspace.run("report", "report", inputs, lambda folder: _write(run, arms, folder))
+    run.keys["report"] = run.workspace.run(
+        "report", "report", inputs, lambda folder: _write(run, arms, recipe_key, folder)
+    )
     report = run.folder / "report" / "report.md"
     run.workspace.say("")
     run.workspace.say(report.read_text(encoding="utf-8") if report.is_file() else "")
     run.workspace.say(f"Report: {report}")
 
 
-def _write(run: RunContext, arms: list[str], folder: Path) -> None:
+def _write(run: RunContext, arms: list[str], recipe_key: str, folder: Path) -> None:
     if not run.is_main:
         return
     root, recipe = run.folder, run.recipe
@@ -66,7 +66,8 @@ def _write(run: RunContext, arms: list[str], folder: Path) -> None:
             "arms": {name: _describe_arm(run, name) for name in recipe.arms},
             "costs": {name: _cost(run, name) for name in recipe.arms},
             "models": {"teacher": _model(recipe.teacher), "student": _model(recipe.student)},
-            "recipe_key": content_key(asdict(recipe) | {"output_dir": None, "hub": None}),
+            "recipe_key": recipe_key,
+            "highlight": recipe.report.highlight,
         },
     )
     write_student_cards(root)
@@ -76,7 +77,7 @@ def run_share(run: RunContext) -> None:
     hub = run.recipe.hub
     if hub is None:
         return
-    inputs = {"hub": hub, "report": run.keys["report"]}
+    inputs = {"hub": hub, "report": run.keys["report"], "run": [run.recipe.name, run.recipe.cell, run.recipe.seed]}
 
     def work(folder: Path) -> None:
         if run.is_main:
@@ -106,7 +107,14 @@ def _model(spec: Any) -> dict[str, Any]:
 
 def _describe_arm(run: RunContext, name: str) -> dict[str, Any]:
     arm = asdict(run.recipe.arms[name])
-    return {**arm, "base": name.split("@")[0], "values": arm["swept"]}
+    fit = fit_of(run, run.recipe.arms[name])
+    teacher = teacher_of(run, run.recipe.arms[name])
+    return {
+        **arm,
+        "base": name.split("@")[0],
+        "values": arm["swept"],
+        "fit": None if fit is None else f"{fit_path(run, teacher, fit).stem}{teacher.suffix}",
+    }
 
 
 def _cost(run: RunContext, name: str) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """The stages of a recipe, in order, for each of its runs."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 import yaml
 from transformers.utils import logging as hf_logging
 
+from ..files import write_atomically
 from ..processes import process_state
 from ..recipe import STAGES, Recipe, cells, merged_folder, nearest
 from ..report import write_merged_report
@@ -49,12 +51,16 @@ def run_recipe(recipe: Recipe, stage: str | None = None) -> Path:
     if stage is not None and stage not in STAGES:
         raise ValueError(f"Unknown stage {stage!r}.{nearest(stage, STAGES)}")
     runs = cells(recipe)
+    # Every training ends with collections that walk over all modules loaded so far, which takes longer than the training
+    # of a tiny model
+    gc.collect()
+    gc.freeze()
     for run in runs:
         _run_one(run, stage)
     merged = merged_folder(recipe)
     if merged is None:
         return runs[0].folder
-    if len(runs) > 1 and stage in (None, "report", "share"):
+    if recipe.merge and len(runs) > 1 and stage in (None, "report", "share"):
         state = process_state()
         if state.is_main_process:
             write_merged_report([run.folder for run in runs], merged / "report")
@@ -68,7 +74,7 @@ def _run_one(recipe: Recipe, stage: str | None) -> None:
     run.workspace.say(f"{recipe.name}, seed {recipe.seed} -> {recipe.folder}")
     if run.is_main:
         recipe.folder.mkdir(parents=True, exist_ok=True)
-        (recipe.folder / "recipe.yaml").write_text(yaml.safe_dump(asdict(recipe), sort_keys=False))
+        write_atomically(recipe.folder / "recipe.yaml", yaml.safe_dump(asdict(recipe), sort_keys=False))
     if recipe.num_threads is not None:
         torch.set_num_threads(recipe.num_threads)
     bars = datasets.is_progress_bar_enabled()

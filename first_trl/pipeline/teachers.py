@@ -14,7 +14,7 @@ from ..teacher.backends import TransformersBackend, VLLMBackend
 from ..teacher.cache import load_teacher_cache
 from ..teacher.capture import add_teacher_topk
 from .context import RunContext
-from .training import load_trained, make_model, train_sft
+from .training import load_trained, make_model, place, train_sft
 from .workspace import path_fingerprint
 
 
@@ -39,10 +39,12 @@ class Teacher:
 
 
 def teachers(run: RunContext) -> list[Teacher]:
-    """Every teacher of the recipe, the plain one first."""
+    """The recipe's teacher and the further ones that an arm names."""
     spec = run.recipe.teacher
     plain = Teacher("", spec.sft, spec.select, None, "group")
-    return [plain, *(_variant(name, spec, variant) for name, variant in run.recipe.teachers.items())]
+    named = {arm.teacher for arm in run.recipe.arms.values()}
+    variants = run.recipe.teachers.items()
+    return [plain, *(_variant(name, spec, variant) for name, variant in variants if name in named)]
 
 
 def teacher_of(run: RunContext, arm: ArmSpec) -> Teacher:
@@ -93,7 +95,7 @@ def base_model(run: RunContext, role: str) -> Any:
     spec = getattr(run.recipe, role)
     if spec.pretrain is None and not spec.from_scratch:
         return make_model(spec, None, run.recipe.seed, role)
-    return load_trained(run.folder / "base" / role / "model", **spec.init_kwargs)
+    return load_trained(run.folder / "base" / role, spec, lambda: None)
 
 
 # teachers
@@ -156,8 +158,9 @@ def fold_numbers(run: RunContext, teacher: Teacher, role: str) -> np.ndarray:
 def teacher_model(run: RunContext, teacher: Teacher, part: str = "") -> Any:
     """A fine-tuned teacher on this process's device."""
     if teacher.sft is None:
-        return base_model(run, "teacher").to(run.workspace.state.device).eval()
-    return load_trained(run.folder / f"teacher{teacher.suffix}{part}" / "model", **run.recipe.teacher.init_kwargs)
+        return place(base_model(run, "teacher"))
+    folder = run.folder / f"teacher{teacher.suffix}{part}"
+    return load_trained(folder, run.recipe.teacher, lambda: base_model(run, "teacher"))
 
 
 # caches
@@ -166,6 +169,8 @@ def teacher_model(run: RunContext, teacher: Teacher, part: str = "") -> Any:
 def captured_roles(run: RunContext, teacher: Teacher) -> list[str]:
     """Roles that a teacher is run over: what its students train on, and what its rescale is fitted on."""
     arms = [arm for arm in run.recipe.arms.values() if arm.kind == "distill" and (arm.teacher or "") == teacher.name]
+    if teacher.name and not arms:
+        return []  # evaluated only
     # The plain teacher's cache is part of the result, whether an arm uses it or not
     roles = dict.fromkeys(["train", "validation"] if not teacher.name else ["validation"])
     for arm in arms:
@@ -175,7 +180,7 @@ def captured_roles(run: RunContext, teacher: Teacher) -> list[str]:
 
 def run_capture(run: RunContext) -> None:
     for teacher in teachers(run):
-        for fold, part in enumerate(teacher.parts):
+        for fold, part in enumerate(teacher.parts if captured_roles(run, teacher) else []):
             inputs = {
                 "capture": run.recipe.capture,
                 "roles": captured_roles(run, teacher),
@@ -210,13 +215,18 @@ def _capture(run: RunContext, teacher: Teacher, fold: int, folder: Path) -> None
 
 def _served_teacher(run: RunContext, teacher: Teacher, part: str, url: str, served: str | None) -> VLLMBackend:
     folder = run.folder / f"teacher{teacher.suffix}{part}" / "model"
-    path = folder if teacher.sft is not None else run.recipe.teacher.name_or_path
+    how = f"vllm serve {folder if teacher.sft is not None else run.recipe.teacher.name_or_path} --max-logprobs 20"
+    if teacher.sft is not None and run.recipe.teacher.lora is not None:
+        how = (
+            f"vllm serve {run.recipe.teacher.name_or_path} --max-logprobs 20 --enable-lora --lora-modules "
+            f"teacher={folder}\n(and capture.vllm_model=teacher)"
+        )
     try:
         return VLLMBackend(url, served)
     except OSError as error:
         raise ValueError(
-            f"No vLLM server answers at {url} ({error}). Serve the teacher, for example with\n"
-            f"  vllm serve {path} --max-logprobs 20\nand run the same command again: what is finished is kept."
+            f"No vLLM server answers at {url} ({error}). Serve the teacher, for example with\n  {how}\nand run the same "
+            "command again: what is finished is kept."
         ) from None
 
 

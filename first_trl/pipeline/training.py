@@ -5,16 +5,17 @@ import gc
 import json
 import shutil
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM, LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from ..files import write_json
+from ..files import write_atomically, write_json
 from ..processes import process_state
 from ..recipe import ArmSpec, ModelSpec, Recipe
 from ..training.config import FirstDistillConfig
@@ -36,10 +37,26 @@ def make_model(spec: ModelSpec, tokenizer: Any, seed: int, role: str) -> Any:
     return AutoModelForCausalLM.from_config(config)
 
 
-def load_trained(folder: Path, **init_kwargs: Any) -> Any:
-    """A trained model of a run, adapter or full, on this process's device and ready for inference."""
-    loader = AutoPeftModelForCausalLM if (folder / "adapter_config.json").is_file() else AutoModelForCausalLM
-    return loader.from_pretrained(folder, **init_kwargs).to(process_state().device).eval()
+def load_trained(folder: Path, spec: ModelSpec, base: Callable[[], Any]) -> Any:
+    """
+    The model that was trained into a unit's folder, on this process's device and ready for inference.
+
+    Args:
+        folder (`Path`): Folder of the unit; its model is in `model`.
+        spec ([`ModelSpec`]): What it was trained from; its `init_kwargs` serve again.
+        base (`Callable`): Makes the model an adapter belongs to: the very one it was trained on, whatever revision and
+            settings that was loaded with.
+    """
+    if (folder / "model" / "adapter_config.json").is_file():
+        return place(PeftModel.from_pretrained(base(), folder / "model"))
+    options = {key: value for key, value in spec.init_kwargs.items() if key != "revision"}
+    return place(AutoModelForCausalLM.from_pretrained(folder / "model", **options))
+
+
+def place(model: Any) -> Any:
+    """On this process's device and in evaluation mode; a model that was loaded onto devices stays where it is."""
+    placed = getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False)
+    return (model if placed else model.to(process_state().device)).eval()
 
 
 def train_sft(
@@ -148,8 +165,9 @@ def training_arguments(
             "load_best_model_at_end": True,
             "metric_for_best_model": "eval_loss",
             "greater_is_better": False,
-            "per_device_eval_batch_size": 64,
         }
+        # The trainer's default of 8 is for the memory of training; a recipe may say otherwise
+        values.setdefault("per_device_eval_batch_size", values.get("per_device_train_batch_size", 8))
     return cls(**values)
 
 
@@ -169,17 +187,19 @@ def _lora(options: dict[str, Any] | None) -> LoraConfig | None:
 
 
 def _train_and_save(trainer: Any, folder: Path) -> None:
-    checkpoints = folder / "checkpoints"
-    # The trainer's state is the last file of a checkpoint: one without it was cut off while it was written
-    whole = [path.parent for path in checkpoints.glob("checkpoint-*/trainer_state.json")]
-    last = max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
-    trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    trainer.save_model(str(folder / "model"))
+    checkpoints, log = folder / "checkpoints", folder / "training_log.json"
+    # The log is written last: with it the model is whole, and what is left of the checkpoints may be anything
+    if not log.is_file():
+        # The trainer's state is the last file of a checkpoint: one without it was cut off while it was written
+        whole = [path.parent for path in checkpoints.glob("checkpoint-*/trainer_state.json")]
+        last = max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        trainer.save_model(str(folder / "model"))
+        if trainer.is_world_process_zero():
+            if trainer.args.load_best_model_at_end:
+                write_json(folder / "selection.json", _selection(trainer.state))
+            write_atomically(log, json.dumps(trainer.state.log_history, indent=2))
     if trainer.is_world_process_zero():
-        history = json.dumps(trainer.state.log_history, indent=2)
-        (folder / "training_log.json").write_text(history, encoding="utf-8")
-        if trainer.args.load_best_model_at_end:
-            write_json(folder / "selection.json", _selection(trainer.state))
         # Checkpoints serve resuming; the model is saved
         shutil.rmtree(checkpoints, ignore_errors=True)
     trainer.accelerator.free_memory()

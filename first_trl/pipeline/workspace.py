@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -65,6 +64,8 @@ class Workspace:
             )
         if self.state.is_main_process:
             if found.get("key") != key and folder.is_dir():
+                # The marker first: killed in between, the rest must not pass for what it was
+                marker.unlink(missing_ok=True)
                 shutil.rmtree(folder)
             folder.mkdir(parents=True, exist_ok=True)
             write_json(marker, {"key": key, "status": "running", "inputs": inputs})
@@ -90,8 +91,8 @@ def content_key(value: Any) -> str:
 
 def path_fingerprint(path: str | None) -> Any:
     """Names, sizes and times of the files behind a local path; the name alone for what is on the Hub."""
-    if path is None or not os.path.exists(path):
+    root = Path(path or "").expanduser()
+    if path is None or not root.exists():
         return path
-    root = Path(path)
     files = sorted(file for file in root.rglob("*") if file.is_file()) if root.is_dir() else [root]
     return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]

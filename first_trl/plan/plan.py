@@ -217,6 +217,8 @@ class _Sizer:
         spec, plans = self.recipe.capture, []
         for teacher in teachers(self.context):
             roles = captured_roles(self.context, teacher)
+            if not roles:
+                continue  # evaluated only
             splits = [self.splits[role] for role in roles]
             note = f"{teacher.folds} folds, each by the teacher that did not see it" if teacher.folds else ""
             sizes = [

@@ -11,7 +11,7 @@ from ..pipeline.evaluate import run_evaluate
 from ..pipeline.recalibrate import fits, run_recalibrate
 from ..pipeline.reporting import run_report, run_share
 from ..pipeline.students import run_students
-from ..pipeline.teachers import run_capture, run_pretrain, run_teacher, teachers
+from ..pipeline.teachers import captured_roles, run_capture, run_pretrain, run_teacher, teachers
 from ..pipeline.workspace import Workspace, content_key
 from ..recipe import Recipe
 from .schema import UnitPlan
@@ -62,7 +62,8 @@ def plan_units(recipe: Recipe) -> list[UnitPlan]:
             break
     units = []
     for stage, unit in _units(run):
-        left = "changed" if _marker(recipe.folder / unit) else "to do"
+        # Whether a unit behind the break has changed cannot be told before the ones in front are finished
+        left = "unchecked" if _marker(recipe.folder / unit) else "to do"
         units.append(UnitPlan(stage, unit, reader.found.get(unit, left)))
     return units
 
@@ -77,7 +78,7 @@ def _units(run: RunContext) -> list[tuple[str, str]]:
     everyone = teachers(run)
     parts = [(teacher, part) for teacher in everyone for part in teacher.parts]
     units += [("teacher", f"teacher{who.suffix}{part}") for who, part in parts if who.sft is not None]
-    units += [("capture", f"cache{who.suffix}{part}") for who, part in parts]
+    units += [("capture", f"cache{who.suffix}{part}") for who, part in parts if captured_roles(run, who)]
     units += [("recalibrate", f"recalibration{who.suffix}") for who in everyone if fits(run, who)]
     units += [("students", f"students/{name}") for name, arm in recipe.arms.items() if arm.kind in ("sft", "distill")]
     units += [("evaluate", f"evaluate/{name}") for name in recipe.arms]

@@ -12,7 +12,8 @@ class UnitPlan:
     Args:
         stage (`str`), unit (`str`): Stage and subfolder.
         status (`str`): `done` (from these very settings), `changed` (done or begun from other settings, to be redone),
-            `running` (begun, will be continued) or `to do`.
+            `running` (begun, will be continued), `unchecked` (there, but whether it is from these settings cannot be told
+            before what it depends on is finished) or `to do`.
     """
 
     stage: str

@@ -10,6 +10,9 @@ _UNKNOWN = "unknown"
 _GROUPS = ("weights", "gradients", "optimizer", "activations")
 
 
+_BEGUN = ("done", "running", "changed", "unchecked")
+
+
 def format_plan(plan: Plan) -> str:
     """
     A plan for reading: one table a section, and what several grid values have in common only once.
@@ -52,14 +55,13 @@ def _sections(plan: Plan, setting: SettingPlan) -> list[tuple[str, list[str]]]:
 def _runs(runs: list[RunPlan]) -> list[str]:
     rows = []
     for run in runs:
-        counted = [
-            f"{run.count(status)} {status}" for status in ("done", "running", "changed", "to do") if run.count(status)
-        ]
+        statuses = (*_BEGUN, "to do")
+        counted = [f"{run.count(status)} {status}" for status in statuses if run.count(status)]
         rows.append([_cell(run.cell) or "-", str(run.seed), run.folder, ", ".join(counted)])
     lines = _table(["cell", "seed", "folder", "units"], rows)
     # One run is told unit by unit, many only where they are neither whole nor untouched
     for run in runs:
-        begun = run.count("done") + run.count("running") + run.count("changed")
+        begun = sum(run.count(status) for status in _BEGUN)
         if len(runs) > 1 and (begun == 0 or run.count("done") == len(run.units)):
             continue
         if len(runs) > 1:

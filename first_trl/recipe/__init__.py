@@ -4,6 +4,7 @@ from .cells import cells, merged_folder
 from .names import nearest
 from .read import load_recipe
 from .schema import (
+    BAYES,
     STAGES,
     ArmSpec,
     CaptureSpec,
@@ -20,6 +21,7 @@ from .schema import (
 
 
 __all__ = [
+    "BAYES",
     "STAGES",
     "ArmSpec",
     "CaptureSpec",

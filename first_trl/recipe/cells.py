@@ -35,11 +35,14 @@ def cells(recipe: Recipe) -> list[Recipe]:
             for seed in recipe.seeds or [recipe.seed]:
                 data = dataclasses.asdict(recipe) | {"seeds": [], "grid": {}, "cases": {}, "seed": seed}
                 for key, value in (copy.deepcopy(changes) | values).items():
-                    _set(data, key, value, recipe.name)
+                    _set(data, key, value, f"{recipe.name}: {'grid' if key in values else f'cases.{case}'}")
                 data["arms"] = {name: arm for name, arm in data["arms"].items() if arm is not None}
                 data["cell"] = ({"case": case} if case is not None else {}) | values
                 data["output_dir"] = str(_folder(recipe, data["cell"], seed))
                 found.append(_finish(data, of_arms, recipe.name))
+    folders = [run.output_dir for run in found]
+    if twice := next((folder for folder in folders if folders.count(folder) > 1), None):
+        raise ValueError(f"{recipe.name}: two runs have the folder {twice}. Give each seed and value once.")
     return found
 
 
@@ -63,7 +66,7 @@ def _suffix(values: dict[str, Any]) -> str:
 
 
 def _text(value: Any) -> str:
-    text = f"{value:g}" if isinstance(value, float) else str(value)
+    text = f"{value:.12g}" if isinstance(value, float) else str(value)
     return "".join(character if character.isalnum() or character in "._+-" else "_" for character in text)
 
 
@@ -72,7 +75,7 @@ def _set(data: dict[str, Any], key: str, value: Any, where: str) -> None:
     target: Any = data
     for parent in parents:
         if not isinstance(target, dict) or not isinstance(target.get(parent), dict):
-            raise ValueError(f"{where}: grid.{key}: there is no {parent!r} to change.{nearest(parent, target)}")
+            raise ValueError(f"{where}.{key}: there is no {parent!r} to change.{nearest(parent, target)}")
         target = target[parent]
     target[last] = value
 
@@ -105,11 +108,14 @@ def _expand_arms(arms: dict[str, Any], grid: dict[str, list[Any]], where: str) -
                 copied["of"] = f"{arm['of']}@{_suffix(swept)}"
             else:
                 for key, value in swept.items():
-                    _set(copied, key, value, where)
+                    _set(copied, key, value, f"{where}: grid.arms.{name}")
             copied["swept"] = swept
             if swept:
                 copied["label"] = _label(arm["label"] or name, swept)
-            expanded[f"{name}@{_suffix(swept)}" if swept else name] = copied
+            made = f"{name}@{_suffix(swept)}" if swept else name
+            if made in expanded:
+                raise ValueError(f"{where}: the grid makes the arm {made!r} twice. Give each value once.")
+            expanded[made] = copied
     return expanded
 
 

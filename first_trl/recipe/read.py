@@ -5,6 +5,7 @@ import dataclasses
 import re
 import types
 import typing
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -54,18 +55,39 @@ def load_recipe(
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path} must hold a mapping of keys, got {type(data).__name__}.")
+    data = _unshare(data)
     for override in overrides or []:
         apply_override(data, override)
     if seed is not None:
         data["seed"] = seed
         # A seed that is asked for is the only one; its folder stays the one it has among the others
-        if "seeds" in data:
+        if data.get("seeds"):
             data["seeds"] = [seed]
+            data["merge"] = False
     if output_dir is not None:
         data["output_dir"] = output_dir
     recipe: Recipe = build(Recipe, data, str(path))
     check_recipe(recipe, str(path))
+    _resolve_paths(recipe)
     return recipe
+
+
+def _resolve_paths(recipe: Recipe) -> None:
+    """
+    Local files and folders by their whole path: a run is continued, reported and shared from other working folders too,
+    where a relative name would be taken for a repository on the Hub.
+    """
+    recipe.task.path = _absolute(recipe.task.path)
+    for split in recipe.task.splits.values():
+        split.path = _absolute(split.path)
+    for model in (recipe.teacher, recipe.student):
+        model.name_or_path = _absolute(model.name_or_path)
+    recipe.tokenizer = _absolute(recipe.tokenizer)
+
+
+def _absolute(name: str | None) -> str | None:
+    path = None if name is None else Path(name).expanduser()
+    return name if path is None or not path.exists() else str(path.resolve())
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:
@@ -77,13 +99,32 @@ def apply_override(data: dict[str, Any], override: str) -> None:
         value = read_yaml(text)
     except yaml.YAMLError as error:
         raise ValueError(f"The value of override {override!r} is not valid YAML: {error}") from None
-    *parents, last = key.split(".")
     target = data
+    parents = key.split(".")
+    if parents[0] == "cases" and len(parents) > 2:
+        target, parents = _case_target(data, override, parents)
+    *parents, last = parents
     for parent in parents:
         target = target.setdefault(parent, {})
         if not isinstance(target, dict):
             raise ValueError(f"Override {override!r}: {parent!r} holds a value, not a mapping.")
     target[last] = value
+
+
+def _case_target(data: dict[str, Any], override: str, parents: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """
+    Where an override of a case goes. A case maps dotted keys to values: the override is put into the value of the longest
+    of them that leads to it, else it is a dotted key of its own.
+    """
+    _, name, *rest = parents
+    case = (data.get("cases") or {}).get(name)
+    if not isinstance(case, dict):
+        raise ValueError(f"Override {override!r}: there is no case {name!r}.{nearest(name, data.get('cases') or {})}")
+    for count in range(len(rest) - 1, 0, -1):
+        value = case.get(".".join(rest[:count]))
+        if isinstance(value, dict):
+            return value, rest[count:]
+    return case, [".".join(rest)]
 
 
 def build(cls: Any, data: Any, where: str) -> Any:
@@ -107,6 +148,13 @@ def build(cls: Any, data: Any, where: str) -> Any:
     if missing:
         raise ValueError(f"{where}: missing key {missing[0]!r}. Required here: {', '.join(required)}.")
     return cls(**{key: _convert(value, hints[key], f"{where}: {key}") for key, value in data.items()})
+
+
+def _unshare(value: Any) -> Any:
+    """A copy in which nothing is the same object twice: YAML aliases are, and an override of one must leave the others."""
+    if isinstance(value, dict):
+        return {key: _unshare(item) for key, item in value.items()}
+    return [_unshare(item) for item in value] if isinstance(value, list) else value
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:

@@ -6,6 +6,8 @@ from typing import Any
 
 
 STAGES = ("data", "pretrain", "teacher", "capture", "recalibrate", "students", "evaluate", "report", "share")
+# Row of the report for tasks whose true answer distribution is known
+BAYES = "bayes"
 ARM_KINDS = ("teacher", "sft", "distill", "temperature_scaling")
 
 
@@ -18,10 +20,10 @@ class SplitSpec:
         split (`str`): Split of the task, slices allowed: `"train[:90%]"`.
         task (`str`, *optional*): Another task than the recipe's, e.g. for out-of-domain evaluation.
         path (`str`, *optional*): Hub id, file or folder, when it is another than the task's.
-        options (`dict`, *optional*): Options of that other task.
+        options (`dict`, *optional*): Options of that other task, or on top of the task's own.
         limit (`int`, *optional*): Keep this many rows, drawn at random.
-        unseen (`str`, *optional*): `group` or `question`: the guarantee that no training row shares it with this
-            role. Training rows that do are dropped and counted.
+        unseen (`str`, *optional*): `group` or `question`: the guarantee that no row that students train on, or that
+            anything is chosen on, shares it with this role. Rows that do are dropped and counted.
     """
 
     split: str
@@ -220,11 +222,14 @@ class ReportSpec:
         notes (`list[str]`): What the numbers show and what they do not, printed under the table.
         baselines (`list[str]`): Arms that the merged report compares every other arm with; default: fine-tuning and
             plain distillation, with and without temperature scaling.
+        highlight (`list[str]`): Arms whose wins and losses against the baselines the merged report sums up over all
+            cases.
     """
 
     title: str | None = None
     notes: list[str] = field(default_factory=list)
     baselines: list[str] = field(default_factory=list)
+    highlight: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -236,7 +241,7 @@ class HubSpec:
         namespace (`str`): User or organisation on the Hub. Repositories are called `<recipe>-<arm>`, and
             `<recipe>-cache`.
         private (`bool`): Visibility of repositories that are created.
-        arms (`list[str]`): Students to share; default: all of them.
+        arms (`list[str]`): Students to share; default: all but the points of a sweep.
         cache (`bool`): Share the teacher cache too.
         license (`str`, *optional*): Licence of students whose base model states none.
     """
@@ -275,6 +280,7 @@ class Recipe:
         report_to (`str`): Where training logs go, as in `TrainingArguments`.
         description (`str`): What the experiment is about.
         reproduces (`list[str]`): Experiments of the paper that this recipe stands for, e.g. `E3`, or an ablation.
+        merge (`bool`): Merge the reports of all runs at the end. A run of one seed leaves that to the run of all.
         cell (`dict`): Filled in for the runs that `cases` and `grid` make: key -> value.
     """
 
@@ -300,6 +306,7 @@ class Recipe:
     report_to: str = "none"
     description: str = ""
     reproduces: list[str] = field(default_factory=list)
+    merge: bool = True
     cell: dict[str, Any] = field(default_factory=dict)
 
     @property

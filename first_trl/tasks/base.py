@@ -220,7 +220,8 @@ class Task:
                 continue
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
-            row_id = (row.get("id") if isinstance(row, dict) else None) or f"{self.name}-{name}-{index}"
+            row_id = row.get("id") if isinstance(row, dict) else None
+            row_id = f"{self.name}-{name}-{index}" if row_id in (None, "") else row_id
             if row_id in seen:
                 raise ValueError(
                     f"{where}: id {row_id!r} was already used by {seen[row_id]}. Predictions are joined by id, so ids "

@@ -402,7 +402,15 @@ def resolve_recalibration(args: FirstDistillConfig, train_dataset: Any) -> Recal
             "one. Fit it on a validation cache with `fit_recalibration`, keep it with "
             "`first_trl.teacher.cache.store_recalibration`, or set `recalibration_value`."
         )
-    return Recalibration.from_dict(fits[0]["recalibration"])
+    manifest, fit = fitted[0], fits[0]
+    trained = (args.top_k or manifest.k, args.estimator == "bucket")
+    if trained != (fit.get("top_k") or manifest.k, fit.get("estimator", args.estimator) == "bucket"):
+        raise ValueError(
+            f"The cache's fit of {args.recalibration!r} is for top_k={fit.get('top_k')} and "
+            f"estimator={fit.get('estimator')!r}, this student trains on top_k={trained[0]} and "
+            f"estimator={args.estimator!r}. Fit that target with `fit_recalibration` and set `recalibration_value`."
+        )
+    return Recalibration.from_dict(fit["recalibration"])
 
 
 def _hard_labels_without_gold(dataset: Dataset | IterableDataset, dataset_name: str, ce_weight: float) -> ValueError:

@@ -140,16 +140,19 @@ def test_mixed_rows_and_costs_are_counted(run):
 def test_rows_that_share_a_group_with_an_evaluation_role_are_dropped(tmp_path, capsys):
     data = yaml.safe_load(recipe_path("quickstart").read_text())
     data["task"]["splits"]["test"] = {"split": "test", "limit": 20, "unseen": "group"}
-    data["arms"] = {"teacher": {"kind": "teacher"}}
+    data["task"]["splits"]["unlabelled"] = {"split": "unlabelled", "limit": 120}
+    data["arms"] = {"plus": {"kind": "distill", "data": ["train", "unlabelled"]}}
     path = tmp_path / "unseen.yaml"
     path.write_text(yaml.safe_dump(data))
     limits = [word for word in TINY if "splits.test" not in word]
     assert main(["run", str(path), *limits, "--stage", "data", "--output-dir", str(tmp_path / "run")]) == 0
     groups = set(load_from_disk(str(tmp_path / "run" / "data" / "rows" / "test"))["group"])
-    train = load_from_disk(str(tmp_path / "run" / "data" / "tokens" / "train"))
-    counts = json.loads((tmp_path / "run" / "data" / "counts.json").read_text())["train"]
-    assert not groups & set(train["group"])
-    assert counts["dropped"]["shares a group with test"] == 96 - len(train) > 0
+    counts = json.loads((tmp_path / "run" / "data" / "counts.json").read_text())
+    for role, read in (("train", 96), ("validation", 64), ("unlabelled", 120)):
+        rows = load_from_disk(str(tmp_path / "run" / "data" / "tokens" / role))
+        assert not groups & set(rows["group"])
+        assert counts[role]["dropped"]["shares a group with test"] == read - len(rows) > 0
+    assert [counts[role]["domain"] for role in ("test", "validation")] == ["out-of-domain", "validation"]
     assert "shares a group with test" in capsys.readouterr().out
 
 

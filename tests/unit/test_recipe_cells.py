@@ -110,3 +110,80 @@ def test_combinations_without_a_meaning_are_refused(override, message):
 def test_a_teacher_of_folds_cannot_be_evaluated():
     with pytest.raises(ValueError, match="made of folds"):
         load_recipe("quickstart", ["teachers={cross: {folds: 4}}", "arms.teacher.teacher=cross"])
+
+
+def test_an_override_reaches_into_a_case_and_leaves_the_rest_of_it():
+    (whole,) = [run for run in cells(load_recipe("beyond_study", seed=40)) if run.cell == {"case": "digits"}]
+    overrides = ["cases.digits.training.num_train_epochs=2", "cases.digits.teacher.sft.num_train_epochs=3"]
+    overrides += ["cases.digits.task.max_length=32", "cases.digits.capture.k=7"]
+    (run,) = [run for run in cells(load_recipe("beyond_study", overrides, seed=40)) if run.cell == {"case": "digits"}]
+    assert run.training == whole.training | {"num_train_epochs": 2}
+    assert run.teacher.sft == whole.teacher.sft | {"num_train_epochs": 3}
+    assert (run.task.max_length, run.task.splits) == (32, whole.task.splits)
+    assert run.capture.k == 7
+    with pytest.raises(ValueError, match="there is no case 'digit'. Did you mean 'digits'"):
+        load_recipe("beyond_study", ["cases.digit.training.num_train_epochs=2"])
+
+
+def test_an_override_of_one_arm_leaves_its_yaml_siblings_alone():
+    recipe = load_recipe("beyond_study", ["arms.plus.training.max_steps=10"])
+    assert recipe.arms["plus"].training == {"max_steps": 10}
+    assert recipe.arms["plus_topk"].training == {"max_steps": 608}
+
+
+def test_only_the_run_of_all_seeds_merges():
+    assert load_recipe("quickstart_study").merge
+    assert not load_recipe("quickstart_study", seed=0).merge
+
+
+def test_no_two_runs_share_a_folder_and_no_two_arms_a_name():
+    with pytest.raises(ValueError, match="two runs have the folder"):
+        expand("seeds=[1, 1]")
+    with pytest.raises(ValueError, match="makes the arm 'first@top_k=2' twice"):
+        expand("grid={arms.first.top_k: [2, 2]}")
+    (run,) = expand("grid={arms.first.recalibration_value: [0.3, 0.3000001]}")
+    assert sum(name.startswith("first@") for name in run.arms) == 2
+
+
+def test_local_names_are_kept_whole(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-teacher").mkdir()
+    (tmp_path / "questions.csv").write_text("question,A,B,answer\n")
+    names = ["teacher.name_or_path=my-teacher", "student.name_or_path=org/model", "task.path=questions.csv"]
+    recipe = load_recipe("my_questions", names)
+    assert recipe.teacher.name_or_path == str(tmp_path / "my-teacher")
+    assert recipe.student.name_or_path == "org/model"
+    assert recipe.task.path == str(tmp_path / "questions.csv")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("arms.first.recalibration=logit_temprature", "Did you mean 'logit_temperature'"),
+        ("arms.first.estimator=buckett", "Did you mean 'bucket'"),
+        ("arms.first.estimator=sampled", "needs draws: set capture.num_draws"),
+        ("arms.first.recalibration_value=-3", "needs a finite temperature above 0"),
+        ("arms.direct.min_value=1.0", "min_value has no effect without `recalibration`"),
+        ("arms.label_smoothing.objective=nll", "is about a fit, and recalibration_value is given"),
+        ("arms.first.student_temperature=0.5", "belongs to the estimator probability_softmax"),
+        ("recalibration.objective=eec", "Did you mean 'ece'"),
+        ("recalibration.methods=[logit]", "Did you mean 'logit_temperature'"),
+        ("capture.k=0", "capture.k must be at least 1"),
+        ("capture.logprob_dtype=float61", "Did you mean 'float16'"),
+        ("task.on_overflow=dorp", "Did you mean 'drop'"),
+        ("evaluation.batch_size=0", "evaluation.batch_size must be at least 1"),
+        ("training.token_dropout=0.3", "is a key of the arm itself: arms.NAME.token_dropout"),
+        ("arms.first.training.top_k=3", "is a key of the arm itself: arms.NAME.top_k"),
+        ("training.hub_token=hf_x", "log in with `hf auth login`"),
+        ("arms.bayes={kind: sft}", "'bayes' is the row of the true posterior"),
+    ],
+)
+def test_a_typo_is_answered_before_the_teacher_is_trained(override, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_recipe("quickstart", [override])
+
+
+def test_one_server_cannot_be_several_teachers():
+    options = ["teachers={other: {select: nll}}", "capture.vllm_url=http://127.0.0.1:8000"]
+    with pytest.raises(ValueError, match="serves one teacher, and `teachers` names more"):
+        load_recipe("quickstart", options)
