@@ -75,6 +75,7 @@ def reliability_diagram(
     null_band: bool = True,
     counts: bool = True,
     suptitle: str | None = None,
+    min_count: int = 0,
 ) -> "Figure":
     """
     Draw accuracy against confidence.
@@ -101,6 +102,8 @@ def reliability_diagram(
             Whether to draw the strip of counts.
         suptitle (`str`, *optional*):
             Title of the figure.
+        min_count (`int`, defaults to 0):
+            Bins of a panel with fewer examples are hatched in grey: neither their accuracy nor their gap is shown.
 
     Returns:
         `matplotlib.figure.Figure`: save it with `figure.savefig("reliability.png", dpi=150)`.
@@ -126,7 +129,7 @@ def reliability_diagram(
         _draw_overlay(*pairs[0], panels)
     else:
         for panel, (axis, strip) in zip(panels, pairs, strict=True):
-            _draw_panel(axis, strip, panel, null_band)
+            _draw_panel(axis, strip, panel, null_band, min_count)
         if axes is None:
             _add_legend(figure)
     return figure
@@ -187,7 +190,7 @@ def _add_legend(figure: "Figure") -> None:
     for axis in figure.axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    order = [label for label in _LEGEND if label in handles]
+    order = [*(label for label in _LEGEND if label in handles), *(label for label in handles if label not in _LEGEND)]
     width = figure.get_figwidth()
     figure.legend(
         [handles[label] for label in order],
@@ -214,10 +217,14 @@ def _used(bins: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if row["accuracy"] is not None]
 
 
-def _draw_panel(axis: Any, strip: Any, panel: Mapping[str, Any], null_band: bool) -> None:
+def _draw_panel(axis: Any, strip: Any, panel: Mapping[str, Any], null_band: bool, min_count: int) -> None:
     _style(axis)
     for row in _used(panel["bins"]):
         left, width = row["lower"], row["upper"] - row["lower"]
+        if row["count"] < min_count:
+            axis.bar(left, row["confidence"], width, align="edge", color="#F4F4F4", edgecolor="#B5B5B5",
+                     hatch="////", linewidth=0.6, label=f"fewer than {min_count} examples", zorder=2)  # fmt: skip
+            continue
         low, high = sorted((row["accuracy"], row["confidence"]))
         over = row["gap"] >= 0
         axis.bar(left, low, width, align="edge", color=_BAR, edgecolor="white", linewidth=0.6, zorder=2)

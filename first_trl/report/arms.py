@@ -3,15 +3,17 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .collect import Run, is_number
-from .metrics import BAYES, BAYES_LABEL
+from .collect import FinishedRun, is_number
+from .metrics import BAYES, BAYES_LABEL, key_title
 
 
 # Keys whose numbers mean something else for every method
 _OF_METHOD = ("recalibration_value", "min_value")
+# Keys of an arm that change nothing about the target whose fit a sweep of values is compared with
+_NOT_OF_TARGET = frozenset({"recalibration_value", "label", "swept", "base", "values", "fit"})
 
 
-def describe_arms(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+def describe_arms(runs: Sequence[FinishedRun]) -> dict[str, dict[str, Any]]:
     """
     Every arm that some run of a cell has, in the order of the tables, the true posterior last.
 
@@ -32,7 +34,7 @@ def describe_arms(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
         arms[name] = {
             "label": label or (BAYES_LABEL if name == BAYES else name),
             "kind": kind,
-            "recalibration": spec.get("recalibration"),
+            "recalibration": source.get("recalibration"),
             "base": spec.get("base", name),
             "values": spec.get("values", {}),
             "swept": False,
@@ -46,7 +48,7 @@ def describe_arms(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
     return arms
 
 
-def default_baselines(arms: Mapping[str, Any], runs: Sequence[Run]) -> list[str]:
+def default_baselines(arms: Mapping[str, Any], runs: Sequence[FinishedRun]) -> list[str]:
     """
     The arms that a reader wants every other one compared with, told by their settings: fine-tuning on the labels,
     distillation from the teacher as it is, and both with temperature scaling. Points of a sweep are no baselines.
@@ -75,7 +77,7 @@ def _is_plain(spec: Mapping[str, Any]) -> bool:
     )
 
 
-def check_baselines(asked: Sequence[str], runs: Sequence[Run]) -> None:
+def check_baselines(asked: Sequence[str], runs: Sequence[FinishedRun]) -> None:
     """
     Raises:
         `ValueError`: A baseline that no run has.
@@ -101,22 +103,67 @@ def find_sweeps(arms: Mapping[str, Any]) -> list[dict[str, Any]]:
         ((key, value),) = arm["values"].items()
         if is_number(value):
             curves.setdefault((key, arm["base"]), {})[value] = name
-    return [
-        {
-            "key": key,
-            "base": base,
-            "label": _curve_label(base, [(value, arms[name]["label"]) for value, name in points.items()], key),
-            "method": arms[next(iter(points.values()))]["recalibration"] if key in _OF_METHOD else None,
-            "points": [{"value": value, "arm": points[value]} for value in sorted(points)],
-        }
-        for (key, base), points in curves.items()
-        if len(points) > 1
-    ]
+    sweeps = []
+    for (key, base), points in curves.items():
+        if len(points) < 2:
+            continue
+        method = arms[next(iter(points.values()))]["recalibration"] if key in _OF_METHOD else None
+        labels = [(value, arms[name]["label"]) for value, name in points.items()]
+        sweeps.append(
+            {
+                "key": key,
+                "base": base,
+                "label": _curve_label(base, labels, (key, key_title(key, method))),
+                "method": method,
+                "points": [{"value": value, "arm": points[value]} for value in sorted(points)],
+            }
+        )
+    return sweeps
 
 
-def _curve_label(base: str, labels: Sequence[tuple[float, str]], key: str) -> str:
+def fit_beside(sweep: Mapping[str, Any], runs: Sequence[FinishedRun]) -> str | None:
+    """
+    The fit that would have chosen the value which a sweep sets by hand: that of the same arm without the value, else
+    the one fit of the same method, target, objective and teacher.
+
+    Returns:
+        `str`: Its name among the fits of the run; `None` for other sweeps, and where there is no or more than one.
+    """
+    if sweep["key"] != "recalibration_value":
+        return None
+    name = sweep["points"][0]["arm"]
+    run = next(run for run in runs if name in run.arms)
+    point = run.arms[name]
+    point = run.arms.get(str(point.get("of")), point)
+    target = {key: value for key, value in point.items() if key not in _NOT_OF_TARGET}
+    for spec in run.arms.values():
+        own = {key: value for key, value in spec.items() if key not in _NOT_OF_TARGET}
+        if own == target and not spec["values"] and spec.get("fit"):
+            return str(spec["fit"])
+    teachers = {spec["teacher"] for spec in run.arms.values() if spec.get("teacher")}
+    kept = (run.recipe.get("capture") or {}).get("k") or len(run.data.get("kept_mass") or [])
+    wanted = {
+        "method": point.get("recalibration"),
+        "estimator": point.get("estimator") or "topk",
+        "top_k": point.get("top_k") or kept,
+        "min_value": point.get("min_value"),
+        "objective": point.get("objective") or (run.recipe.get("recalibration") or {}).get("objective") or "ece",
+        "teacher": point.get("teacher"),
+    }
+    found = []
+    for name, fit in (run.data.get("recalibration") or {}).items():
+        own = {key: fit.get(key, wanted[key]) for key in ("estimator", "top_k", "min_value", "objective")}
+        own["method"] = fit["recalibration"]["method"]
+        # The fits of a further teacher bear its name at the end
+        own["teacher"] = next((teacher for teacher in sorted(teachers) if name.endswith(f"-{teacher}")), None)
+        if own == wanted:
+            found.append(name)
+    return found[0] if len(found) == 1 else None
+
+
+def _curve_label(base: str, labels: Sequence[tuple[float, str]], names: Sequence[str]) -> str:
     """What the labels of the points have in common, when they follow one pattern."""
-    for pattern in (f", {key} = {{}}", "{}"):
+    for pattern in (*(f", {name} = {{}}" for name in names), "{}"):
         stems = set()
         for value, label in labels:
             before, found, after = label.rpartition(pattern.format(f"{value:g}"))

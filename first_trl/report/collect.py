@@ -39,9 +39,7 @@ _FREE_LEAVES = frozenset(
         "shard_size",
         "vllm_url",
         "vllm_model",
-        "per_device_train_batch_size",
         "per_device_eval_batch_size",
-        "gradient_accumulation_steps",
         "gradient_checkpointing",
         "dataloader_num_workers",
         "logging_steps",
@@ -50,12 +48,15 @@ _FREE_LEAVES = frozenset(
         "save_total_limit",
     ]
 )
+# Where one number says how many rows make a step, how they are cut into pieces changes nothing
+_STEP_SIZE = "global_batch_size"
+_PIECES = frozenset({"per_device_train_batch_size", "gradient_accumulation_steps"})
 # Models and files may lie elsewhere on another machine
 _PLACES = frozenset({"name_or_path", "path", "tokenizer"})
 
 
 @dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """
     One finished run.
 
@@ -137,7 +138,7 @@ def find_runs(folders: Iterable[Path | str]) -> list[Path]:
     return sorted(found)
 
 
-def load_runs(folders: Sequence[Path], relative_to: Path) -> list[Run]:
+def load_runs(folders: Sequence[Path], relative_to: Path) -> list[FinishedRun]:
     """
     Read runs, sorted by cell (numbers by size) and seed.
 
@@ -150,7 +151,7 @@ def load_runs(folders: Sequence[Path], relative_to: Path) -> list[Run]:
     return runs
 
 
-def _load(folder: Path, relative_to: Path) -> Run:
+def _load(folder: Path, relative_to: Path) -> FinishedRun:
     file = folder / "report" / "report.json"
     data = _read_json(file)
     missing = [key for key in ("recipe", "seed", "n_bins", "results") if key not in data]
@@ -159,7 +160,7 @@ def _load(folder: Path, relative_to: Path) -> Run:
     recipe_file = folder / "recipe.yaml"
     recipe = yaml.safe_load(recipe_file.read_text(encoding="utf-8")) if recipe_file.is_file() else None
     name = Path(os.path.relpath(folder.resolve(), relative_to.resolve())).as_posix()
-    return Run(folder, name, data, recipe if isinstance(recipe, dict) else {})
+    return FinishedRun(folder, name, data, recipe if isinstance(recipe, dict) else {})
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -183,7 +184,7 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def check_runs(runs: Sequence[Run]) -> None:
+def check_runs(runs: Sequence[FinishedRun]) -> None:
     """
     Refuse runs whose numbers must not be averaged or compared.
 
@@ -191,8 +192,8 @@ def check_runs(runs: Sequence[Run]) -> None:
         `ValueError`: Different recipes, bins, settings or arms, or one cell and seed twice.
     """
     first = runs[0]
-    cells: dict[str, Run] = {}
-    seen: dict[tuple[str, int], Run] = {}
+    cells: dict[str, FinishedRun] = {}
+    seen: dict[tuple[str, int], FinishedRun] = {}
     for run in runs:
         if run.recipe_name != first.recipe_name:
             raise ValueError(
@@ -213,7 +214,7 @@ def check_runs(runs: Sequence[Run]) -> None:
             _check_pair(reference, run)
 
 
-def _check_pair(reference: Run, run: Run) -> None:
+def _check_pair(reference: FinishedRun, run: FinishedRun) -> None:
     """Two seeds of one cell."""
     changed = _first_change(
         {key: value for key, value in reference.recipe.items() if key not in _FREE},
@@ -238,13 +239,22 @@ def _first_change(one: Mapping[str, Any], two: Mapping[str, Any], where: str = "
     for key in one:
         if key not in two or key in _FREE_LEAVES:
             continue
+        if key in _PIECES and one.get(_STEP_SIZE) is not None and two.get(_STEP_SIZE) is not None:
+            continue
         left, right = one[key], two[key]
         if isinstance(left, Mapping) and isinstance(right, Mapping):
             if (inner := _first_change(left, right, f"{where}{key}.")) is not None:
                 return inner
         elif key in _PLACES and isinstance(left, str) and isinstance(right, str):
-            if Path(left).name != Path(right).name:
+            if not _same_place(left, right):
                 return f"{where}{key}", left, right
         elif left != right:
             return f"{where}{key}", left, right
     return None
+
+
+def _same_place(one: str, two: str) -> bool:
+    # Two names on the Hub are two models; a folder may be a copy of what bears its name
+    if Path(one).is_absolute() or Path(two).is_absolute():
+        return Path(one).name == Path(two).name
+    return one == two

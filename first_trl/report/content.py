@@ -6,8 +6,9 @@ from typing import Any
 
 from . import tables
 from .document import Fold, Heading, Items, Paragraph, Part, Picture, Table
+from .highlight import highlight_parts
 from .merged import MergedCell, MergedReport
-from .metrics import role_title, score_meaning
+from .metrics import key_title, role_title, score_meaning
 
 
 def slug(text: str) -> str:
@@ -40,7 +41,7 @@ def write_parts(merged: MergedReport) -> list[Part]:
             if not merged.models and cell.models:
                 parts.append(Items(_models(cell.models)))
         parts += _cell_parts(merged, cell, 3 if several else 2)
-    return [*parts, Heading(2, "Runs"), tables.run_table(merged)]
+    return [*parts, *highlight_parts(merged), Heading(2, "Runs"), tables.run_table(merged)]
 
 
 def table_parts(parts: Sequence[Part]) -> list[Part]:
@@ -115,7 +116,7 @@ def _cell_parts(merged: MergedReport, cell: MergedCell, level: int) -> list[Part
     start = prefix(merged, cell)
     for index, (role, about) in enumerate(cell.roles.items()):
         title = f"`{role}`" + (f", {cell.title}" if len(merged.cells) > 1 and cell.title else "")
-        parts.append(Heading(level, role_title(role, index)))
+        parts.append(Heading(level, role_title(role, index, about["domain"])))
         parts += _given(tables.score_table(cell, role, "full_vocab", title))
         parts.append(Paragraph(score_meaning(about["sample"], merged.n_bins) + _rows(about)))
         if missing := tables.missing_lines(cell):
@@ -144,7 +145,8 @@ def _cell_parts(merged: MergedReport, cell: MergedCell, level: int) -> list[Part
 def _sweep_parts(merged: MergedReport, cell: MergedCell, level: int) -> list[Part]:
     parts: list[Part] = []
     for key, method in dict.fromkeys((sweep["key"], sweep["method"]) for sweep in cell.sweeps):
-        parts.append(Heading(level, f"Sweep of `{key}`" + (f" ({method.replace('_', ' ')})" if method else "")))
+        about = f" ({method.replace('_', ' ')})" if method else f" (`{key}`)"
+        parts.append(Heading(level, f"Sweep of {key_title(key, method)}{about}"))
         for role in cell.roles:
             parts += _picture(merged, prefix(merged, cell) + sweep_figure(key, method, role))
             for sweep in cell.sweeps:

@@ -1,4 +1,4 @@
-"""The parts of a merged report, before they become Markdown, LaTeX or HTML."""
+"""The parts of a report, before they become Markdown, LaTeX or HTML."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .metrics import METHOD_SYMBOLS
+from .metrics import METHOD_SYMBOLS, key_title
 
 
 if TYPE_CHECKING:
@@ -17,9 +17,8 @@ if TYPE_CHECKING:
 
 
 # Okabe-Ito colours: told apart in print and by colour-blind readers
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = "osD^v<>ph"
-_REFERENCE_STYLES = ((0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (8, 3)))
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINE_STYLES = ((0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (8, 3)))
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
@@ -57,7 +56,7 @@ def sweep_figure(cell: "MergedCell", sweeps: Sequence[Mapping[str, Any]], role: 
     panels = figure.subplots(1, 2)
     values: list[float] = []
     for index, sweep in enumerate(sweeps):
-        colour = _COLOURS[index % len(_COLOURS)]
+        colour = COLOURS[index % len(COLOURS)]
         points = [point for point in sweep["points"] if "full_vocab" in cell.results[point["arm"]].get(role, {})]
         values += [point["value"] for point in points]
         for axes, metric in zip(panels, ("ece", "accuracy"), strict=True):
@@ -75,8 +74,7 @@ def sweep_figure(cell: "MergedCell", sweeps: Sequence[Mapping[str, Any]], role: 
         return None
     _references(cell, panels, role)
     _chosen(cell, panels, sweeps)
-    key, method = sweeps[0]["key"], sweeps[0]["method"]
-    symbol = METHOD_SYMBOLS.get(method, key) if key == "recalibration_value" else key
+    symbol = key_title(sweeps[0]["key"], sweeps[0]["method"])
     for axes, title in zip(panels, ("ECE, %", "accuracy, %"), strict=True):
         axes.set(xlabel=symbol, ylabel=title)
         axes.grid(alpha=0.3)
@@ -87,7 +85,8 @@ def sweep_figure(cell: "MergedCell", sweeps: Sequence[Mapping[str, Any]], role: 
             axes.set_xticks(ticks, [f"{value:g}" for value in ticks])
             axes.minorticks_off()
     panels[0].set_ylim(bottom=0)
-    figure.suptitle(f"{role}: {key}", fontsize=12)
+    one = f"{sweeps[0]['label']}, " if len(sweeps) == 1 else ""
+    figure.suptitle(f"{role}: {one}ECE and accuracy over {symbol}", fontsize=12)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="outside lower center", ncols=1 if len(labels) == 1 else 3, fontsize=9, frameon=False
@@ -101,83 +100,67 @@ def _references(cell: "MergedCell", panels: Sequence["Axes"], role: str) -> None
         for name, arm in cell.arms.items()
         if arm["baseline"] and not arm["swept"] and arm["kind"] in ("sft", "distill")
     ]
-    for index, (name, arm) in enumerate(plain[: len(_REFERENCE_STYLES)]):
+    curves = panels[0].get_legend_handles_labels()[1]
+    for index, (name, arm) in enumerate(plain[: len(LINE_STYLES)]):
+        label = f"{arm['label']}, not swept" if arm["label"] in curves else arm["label"]
         for axes, metric in zip(panels, ("ece", "accuracy"), strict=True):
             summary = cell.results[name].get(role, {}).get("full_vocab", {}).get(metric)
             if summary:
                 axes.axhline(
                     100 * summary["mean"],
                     color="#555555",
-                    linestyle=_REFERENCE_STYLES[index],
+                    linestyle=LINE_STYLES[index],
                     linewidth=1.1,
-                    label=arm["label"],
+                    label=label,
                 )
 
 
 def _chosen(cell: "MergedCell", panels: Sequence["Axes"], sweeps: Sequence[Mapping[str, Any]]) -> None:
-    """Where validation put the value that is swept here."""
-    fit = cell.fits.get(str(sweeps[0]["method"]))
-    if fit is None or sweeps[0]["key"] != "recalibration_value":
-        return
-    value = fit["value"]
-    text = f"fitted on validation, {fit['symbol']} = {value['mean']:.3g}"
-    for axes in panels:
-        axes.axvline(value["mean"], color="#B22222", linewidth=1, label=text)
-        if value["sd"]:
-            axes.axvspan(value["mean"] - value["sd"], value["mean"] + value["sd"], color="#B22222", alpha=0.1, lw=0)
+    """Where validation put the values that are swept here: mean and range over the seeds."""
+    several = len({sweep.get("fit") for sweep in sweeps}) > 1
+    drawn: set[str] = set()
+    for index, sweep in enumerate(sweeps):
+        name = sweep.get("fit")
+        if name is None or name in drawn or name not in cell.fits:
+            continue
+        drawn.add(name)
+        fit = cell.fits[name]
+        value, given = fit["value"]["mean"], fit["value"]["values"].values()
+        low, high = min(given), max(given)
+        text = f"fitted on validation, {fit['symbol']} = {value:.3g}"
+        text += f" ({low:.3g} to {high:.3g} over the seeds)" if high > low else ""
+        text += f": {sweep['label']}" if several else ""
+        # One line belongs to all curves; of several, each has the colour of its curve
+        colour = COLOURS[index % len(COLOURS)] if several else "#B22222"
+        for axes in panels:
+            axes.axvline(value, color=colour, linewidth=1, linestyle="--" if several else "-", label=text)
+            if high > low:
+                axes.axvspan(low, high, color=colour, alpha=0.1, linewidth=0)
 
 
-def scatter_figure(cell: "MergedCell", role: str) -> "Figure":
-    """Accuracy against ECE, one point an arm and its spread; the points of a sweep are small and joined."""
+def curve_figure(name: str, fit: Mapping[str, Any]) -> "Figure":
+    """The teacher's validation ECE and NLL over the values that a fit chose from."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.6, 5.4), layout="constrained")
+    figure = Figure(figsize=(5.6, 4.2), layout="constrained")
     axes = figure.subplots()
-    handles: list[Any] = []
-    names = [name for name in cell.arms if not cell.arms[name]["swept"] and _position(cell, name, role)]
-    for index, name in enumerate(names):
-        x, y, x_sd, y_sd = _position(cell, name, role) or (0.0, 0.0, 0.0, 0.0)
-        colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[(index // len(_COLOURS) + index) % len(_MARKERS)]
-        bars = axes.errorbar(
-            x,
-            y,
-            xerr=x_sd or None,
-            yerr=y_sd or None,
-            color=colour,
-            marker=marker,
-            markersize=7,
-            markeredgecolor="white",
-            elinewidth=0.9,
-            linestyle="none",
-            label=cell.arms[name]["label"],
-            zorder=3,
-        )
-        handles.append(bars)
-    for index, sweep in enumerate(cell.sweeps):
-        places = [place for point in sweep["points"] if (place := _position(cell, point["arm"], role))]
-        if places:
-            handles += axes.plot(
-                [place[0] for place in places],
-                [place[1] for place in places],
-                color="#888888",
-                linestyle=_REFERENCE_STYLES[index % len(_REFERENCE_STYLES)],
-                marker=".",
-                markersize=4,
-                linewidth=0.8,
-                label=f"{sweep['label']}: sweep of {sweep['key']}",
-                zorder=2,
-            )
-    axes.set(xlabel="ECE, %  (left is better)", ylabel="accuracy, %  (up is better)", title=role)
-    axes.set_xlim(left=0)
+    points = sorted(fit["curve"], key=lambda point: point["value"])
+    values = [point["value"] for point in points]
+    symbol = METHOD_SYMBOLS[fit["recalibration"]["method"]]
+    chosen = fit["recalibration"]["value"]
+    axes.plot(values, [100 * point["ece"] for point in points], marker=".", color=COLOURS[0], label="ECE (left)")
+    axes.axhline(100 * fit["raw"]["ece"], color=COLOURS[0], linestyle=":", label="ECE without rescale")
+    axes.axvline(
+        chosen, color="#B22222", linewidth=1, label=f"chosen {symbol} = {chosen:.3g} (by {fit['objective'].upper()})"
+    )
+    axes.set(xlabel=symbol, ylabel="teacher's validation ECE, %", title=f"Choice of {symbol}: {name}")
+    axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+    second = axes.twinx()
+    # No label among the kept tokens, or one with the probability 0, leaves the NLL open
+    likelihoods = [np.nan if point["nll"] is None else point["nll"] for point in points]
+    second.plot(values, likelihoods, color=COLOURS[2], linewidth=1.2, linestyle="--", label="NLL (right)")
+    second.set_ylabel("teacher's validation NLL", color=COLOURS[2])
+    handles = [*axes.get_lines(), *second.get_lines()]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8.5, frameon=False)
     return figure
-
-
-def _position(cell: "MergedCell", name: str, role: str) -> tuple[float, float, float, float] | None:
-    scores = cell.results[name].get(role, {}).get("full_vocab", {})
-    if not scores.get("ece") or not scores.get("accuracy"):
-        return None
-    ece, accuracy = scores["ece"], scores["accuracy"]
-    return 100 * ece["mean"], 100 * accuracy["mean"], 100 * (ece["sd"] or 0), 100 * (accuracy["sd"] or 0)

@@ -1,4 +1,4 @@
-"""A merged report as Markdown."""
+"""A report as Markdown."""
 
 import re
 from collections.abc import Sequence

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .arms import check_baselines, default_baselines, describe_arms, find_sweeps
-from .collect import Run, cell_title, default_parent, find_runs, load_runs
+from .arms import check_baselines, default_baselines, describe_arms, find_sweeps, fit_beside
+from .collect import FinishedRun, cell_title, default_parent, find_runs, load_runs
 from .merged import MergedCell, MergedReport
-from .metrics import HIGHER_IS_BETTER, METHOD_SYMBOLS, METRICS, READINGS
+from .metrics import HIGHER_IS_BETTER, METHOD_SYMBOLS, METRICS, READINGS, role_domain
 from .statistics import holds_zero, paired_difference, summarize
 
 
@@ -46,7 +46,7 @@ def merge_runs(
     runs = load_runs(found, Path(relative_to) if relative_to is not None else default_parent(found))
     asked = list(dict.fromkeys(baselines)) or list(runs[0].text("baselines") or [])
     check_baselines(asked, runs)
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, list[FinishedRun]] = {}
     for run in runs:
         groups.setdefault(cell_title(run.cell), []).append(run)
     first = runs[0]
@@ -61,14 +61,15 @@ def merge_runs(
             {"run": run.name, "seed": run.seed, "cell": run.cell, "recipe_key": run.data.get("recipe_key")}
             for run in runs
         ],
-        baselines=asked,
+        baselines=list(dict.fromkeys(baselines)),
         models=_shared_models(runs),
         cells=[_merge_cell(group, asked) for group in groups.values()],
         figures={},
+        highlight=list(first.text("highlight") or []),
     )
 
 
-def _merge_cell(runs: list[Run], asked: list[str]) -> MergedCell:
+def _merge_cell(runs: list[FinishedRun], asked: list[str]) -> MergedCell:
     arms = describe_arms(runs)
     compared = [name for name in asked if name in arms] if asked else default_baselines(arms, runs)
     for name, arm in arms.items():
@@ -81,12 +82,12 @@ def _merge_cell(runs: list[Run], asked: list[str]) -> MergedCell:
         title=cell_title(first.cell),
         seeds=[run.seed for run in runs],
         runs=[run.name for run in runs],
-        roles={role: _describe_role(runs, role) for role in roles},
+        roles={role: _describe_role(runs, role, index) for index, role in enumerate(roles)},
         arms=arms,
         results=results,
         differences=_differences(arms, results, compared),
         best={role: _best(arms, results, role) for role in roles},
-        sweeps=find_sweeps(arms),
+        sweeps=[{**sweep, "fit": fit_beside(sweep, runs)} for sweep in find_sweeps(arms)],
         fits=_fits(runs),
         temperatures=_by_name({run.name: run.data.get("posthoc_temperatures") or {} for run in runs}),
         kept_mass=_kept_mass(runs),
@@ -95,14 +96,16 @@ def _merge_cell(runs: list[Run], asked: list[str]) -> MergedCell:
     )
 
 
-def _describe_role(runs: list[Run], role: str) -> dict[str, Any]:
+def _describe_role(runs: list[FinishedRun], role: str, index: int) -> dict[str, Any]:
     reports = [arm[role] for run in runs for arm in run.data["results"].values() if role in arm]
     sizes = [report["n"] for report in reports if "n" in report]
     sample = {key: reports[0][key] for key in ("unit", "chance_accuracy") if reports[0].get(key)}
-    return {"n": [min(sizes), max(sizes)] if sizes else None, "sample": sample}
+    domains = [(run.data.get("rows") or {}).get(role, {}).get("domain") for run in runs]
+    domain = role_domain(role, index, next(filter(None, domains), None))
+    return {"n": [min(sizes), max(sizes)] if sizes else None, "sample": sample, "domain": domain}
 
 
-def _scores(runs: list[Run], arm: str, role: str) -> dict[str, Any]:
+def _scores(runs: list[FinishedRun], arm: str, role: str) -> dict[str, Any]:
     """Summaries of one arm on one role; a number that a run lacks is missing, not zero."""
     reports = {run.name: run.data["results"][arm][role] for run in runs if role in run.data["results"].get(arm, {})}
     scores: dict[str, Any] = {}
@@ -188,7 +191,7 @@ def _reading(results: Mapping[str, Any], name: str, role: str, reading: str) -> 
     return scores
 
 
-def _fits(runs: list[Run]) -> dict[str, dict[str, Any]]:
+def _fits(runs: list[FinishedRun]) -> dict[str, dict[str, Any]]:
     names = dict.fromkeys(name for run in runs for name in run.data.get("recalibration") or {})
     found = {}
     for name in names:
@@ -213,19 +216,19 @@ def _by_name(given: Mapping[str, Mapping[str, float | None]]) -> dict[str, dict[
     return {name: summarize(column) for name, column in columns.items() if column}
 
 
-def _kept_mass(runs: list[Run]) -> list[dict[str, Any]]:
+def _kept_mass(runs: list[FinishedRun]) -> list[dict[str, Any]]:
     masses = {run.name: run.data["kept_mass"] for run in runs if run.data.get("kept_mass")}
     ranks = min((len(mass) for mass in masses.values()), default=0)
     return [summarize({name: float(mass[rank]) for name, mass in masses.items()}) for rank in range(ranks)]
 
 
-def _costs(runs: list[Run]) -> dict[str, dict[str, Any]]:
+def _costs(runs: list[FinishedRun]) -> dict[str, dict[str, Any]]:
     costs = {run.name: run.data.get("costs") or {} for run in runs}
     names = dict.fromkeys(name for given in costs.values() for name in given)
     return {name: _by_name({run: given.get(name) or {} for run, given in costs.items()}) for name in names}
 
 
-def _shared_models(runs: Sequence[Run]) -> dict[str, Any]:
+def _shared_models(runs: Sequence[FinishedRun]) -> dict[str, Any]:
     models = [_without_places(run.data.get("models") or {}) for run in runs]
     return models[0] if all(model == models[0] for model in models) else {}
 

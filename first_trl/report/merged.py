@@ -1,6 +1,6 @@
 """What a merged report holds."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .collect import MERGED_FORMAT
@@ -15,8 +15,8 @@ class MergedCell:
         cell (`dict`): Grid key -> value; empty for a recipe without a grid of runs.
         title (`str`): The same in words.
         seeds (`list[int]`), runs (`list[str]`): What was merged, in one order.
-        roles (`dict`): Evaluation role -> `n` (`[lowest, highest]` number of scored rows or tokens) and one `sample`
-            of what does not vary.
+        roles (`dict`): Evaluation role -> `n` (`[lowest, highest]` number of scored rows or tokens), one `sample` of
+            what does not vary, and `domain` (`in-domain`, `out-of-domain` or `validation`).
         arms (`dict`): Arm -> `label`, `kind`, `recalibration`, `base`, `values` (of a grid), `swept` (point of a
             curve), `reference` (teacher or true posterior: no student), `baseline` (others are compared with it) and
             `missing` (runs without it).
@@ -26,7 +26,8 @@ class MergedCell:
             [`paired_difference`] returns them.
         best (`dict`): Role -> reading -> metric -> `arms` (best mean among the students that have every seed) and
             `level` (those whose paired difference to the best has an interval that holds 0).
-        sweeps (`list[dict]`): `key`, `base`, `label`, `method` and the `points` (`value`, `arm`), by value.
+        sweeps (`list[dict]`): `key`, `base`, `label`, `method`, the `points` (`value`, `arm`), by value, and the `fit` that
+            chooses such a value.
         fits (`dict`): Fit -> `method`, `symbol` and the summaries of `value`, `raw_ece`, `ece`, `raw_nll`, `nll`.
         temperatures (`dict`): Arm -> summary of its post-hoc temperature.
         kept_mass (`list[dict]`): Summary of the teacher's mass in its 1, 2, ... most likely tokens.
@@ -69,10 +70,12 @@ class MergedReport:
         seeds (`list[int]`): All seeds.
         runs (`list[dict]`): `run` (folder), `seed`, `cell` and `recipe_key` (content hash of its recipe): where every
             number comes from.
-        baselines (`list[str]`): Arms that were asked for as baselines; empty = chosen by their settings.
+        baselines (`list[str]`): Arms that the caller asked for as baselines; empty = those of the recipe, or chosen by
+            their settings. What an arm was compared with stands in its cell.
         models (`dict`): What all runs share.
         cells (`list[MergedCell]`): One a combination of grid values.
         figures (`dict[str, str]`): File -> caption, filled in when the report is written.
+        highlight (`list[str]`): Arms whose wins and losses against the baselines are summed up over all cells.
     """
 
     recipe: str
@@ -86,6 +89,7 @@ class MergedReport:
     models: dict[str, Any]
     cells: list[MergedCell]
     figures: dict[str, str]
+    highlight: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+from ..recipe.schema import BAYES as BAYES
+
 
 class Metric(NamedTuple):
     """One column: its key in a report, its heading, and how its values are printed."""
@@ -20,6 +22,8 @@ METRICS = (
     Metric("brier", "Brier", 1, 3),
 )
 HIGHER_IS_BETTER = frozenset({"accuracy", "trust"})
+# Bins of a diagram with fewer rows tell nothing
+FEW_ROWS = 10
 READINGS = ("full_vocab", "options")
 METHOD_SYMBOLS = {
     "probability_temperature": "c",
@@ -27,16 +31,39 @@ METHOD_SYMBOLS = {
     "label_smoothing": "δ",
     "log_label_smoothing": "δ",
 }
-# The row of tasks whose true answer distribution is known: no student can be it, so it never wins
-BAYES = "bayes"
+_KEY_SYMBOLS = {"top_k": "k"}
+# No student can be the true posterior, so it never wins
 BAYES_LABEL = "True posterior (best possible)"
 
 
-def role_title(role: str, index: int) -> str:
-    """Heading of an evaluation role; the first one is in-domain."""
-    if role == "validation":
-        return "`validation` (what temperatures and epochs were chosen on: for choices, not for claims)"
-    return f"`{role}` ({'in-domain' if index == 0 else 'out-of-domain or shifted'})"
+def role_domain(role: str, index: int, domain: str | None = None) -> str:
+    """
+    What a score on an evaluation role is a score of: `in-domain`, `out-of-domain` or `validation`.
+
+    Args:
+        role (`str`): Its name.
+        index (`int`): Its place among the roles; tells where the data do not.
+        domain (`str`, *optional*): What the data of the run say.
+    """
+    if domain is not None:
+        return domain
+    return "validation" if role == "validation" else "in-domain" if index == 0 else "out-of-domain"
+
+
+def role_title(role: str, index: int, domain: str | None = None) -> str:
+    """Heading of an evaluation role; arguments as in [`role_domain`]."""
+    found = role_domain(role, index, domain)
+    if found == "validation":
+        return f"`{role}` (what temperatures and epochs were chosen on: for choices, not for claims)"
+    return f"`{role}` ({found})"
+
+
+def key_title(key: str, method: str | None = None) -> str:
+    """What a key that is swept stands for: `c` for the value of the probability temperature."""
+    if method is not None:
+        symbol = METHOD_SYMBOLS.get(method, method)
+        return f"lower bound of {symbol}" if key == "min_value" else symbol
+    return _KEY_SYMBOLS.get(key, key.replace("_", " "))
 
 
 def number(value: float, metric: Metric, *, sign: bool = False) -> str:

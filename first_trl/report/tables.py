@@ -1,11 +1,11 @@
-"""The tables of a merged report."""
+"""The tables of the cells of a merged report."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .document import Table, Value
 from .merged import MergedCell, MergedReport
-from .metrics import BAYES, METRICS, Metric, number
+from .metrics import BAYES, METRICS, Metric, key_title, number
 from .statistics import holds_zero
 
 
@@ -68,7 +68,7 @@ def difference_table(cell: MergedCell, baseline: str, role: str, title: str) -> 
     rows: list[list[Value | str]] = []
     for name in names:
         found = [cell.difference(name, baseline, role, metric.key) for metric in METRICS]
-        cells = [_difference(one, metric) for one, metric in zip(found, METRICS, strict=True)]
+        cells = [difference_value(one, metric) for one, metric in zip(found, METRICS, strict=True)]
         rows.append([cell.arms[name]["label"], *cells])
     label = cell.arms[baseline]["label"]
     return Table(f"{title}: arm minus {label}, paired by seed.", ["arm", *(m.title for m in METRICS)], rows)
@@ -84,8 +84,9 @@ def sweep_table(cell: MergedCell, sweep: Mapping[str, Any], role: str, title: st
         scores = cell.results[point["arm"]][role]["full_vocab"]
         row: list[Value | str] = [f"{point['value']:g}", *(spread(scores.get(m.key), m) for m in METRICS)]
         rows.append([*row, _seeds(cell, scores)])
-    caption = f"{sweep['label']}, {title}: {_over(cell)} for each `{sweep['key']}`."
-    return Table(caption, [f"`{sweep['key']}`", *(metric.title for metric in METRICS), "seeds"], rows)
+    symbol = key_title(sweep["key"], sweep["method"])
+    caption = f"{sweep['label']}, {title}: {_over(cell)} for each {symbol}."
+    return Table(caption, [symbol, *(metric.title for metric in METRICS), "seeds"], rows)
 
 
 def seed_table(cell: MergedCell, role: str, title: str) -> Table:
@@ -181,7 +182,8 @@ def _score(cell: MergedCell, name: str, role: str, reading: str, metric: Metric)
     return Value(spread(summary, metric), name in best["arms"], LEVEL_MARK if name in best["level"] else "")
 
 
-def _difference(found: Mapping[str, Any] | None, metric: Metric) -> Value:
+def difference_value(found: Mapping[str, Any] | None, metric: Metric) -> Value:
+    """A paired difference with its interval, bold where that leaves out 0."""
     if found is None:
         return Value(NOTHING)
     text = number(found["mean"], metric, sign=True)

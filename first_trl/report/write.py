@@ -13,13 +13,15 @@ from ..calibration import calibration_report, reliability_diagram
 from ..files import write_atomically, write_json
 from .collect import MERGED_FORMAT, default_parent, find_runs
 from .content import prefix, slug, sweep_figure, table_parts, write_parts
-from .figures import mass_figure, save_figure, scatter_figure
+from .figures import mass_figure, save_figure
 from .figures import sweep_figure as draw_sweep
 from .html import to_html
 from .latex import to_latex
 from .markdown import to_markdown
 from .merge import merge_runs
 from .merged import MergedCell, MergedReport
+from .metrics import FEW_ROWS, key_title
+from .scatter import scatter_figure
 
 
 def write_merged_report(
@@ -88,22 +90,29 @@ def _draw(merged: MergedReport, output: Path) -> dict[str, str]:
         start = prefix(merged, cell)
         over = f"mean ± standard deviation over {len(cell.runs)} seeds" if len(cell.runs) > 1 else "one seed"
         for role in cell.roles:
-            caption = f"Accuracy against ECE on `{role}`, {over}."
+            caption = f"Accuracy against ECE on `{role}`, {over}. Arms set the scale: curves may leave the picture."
             save(f"{start}accuracy_ece_{slug(role)}.png", caption, scatter_figure(cell, role))
             panels, left_out = _pooled(merged, cell, role, output.resolve().parent)
             if panels:
-                caption = f"Reliability on `{role}`, rows of all seeds pooled."
+                caption = f"Reliability on `{role}`."
+                if len(cell.runs) > 1:
+                    caption = (
+                        f"Reliability on `{role}`, rows of all seeds pooled. The ECE of a panel is that of the pooled "
+                        "rows. It is not the mean of the table, and mostly lower: deviations of single seeds cancel."
+                    )
+                caption += f" Hatched: fewer than {FEW_ROWS} rows."
                 if left_out:
                     caption += f" Without predictions and left out: {', '.join(left_out)}."
                 title = f"{merged.recipe}, {role}: accuracy against confidence"
-                save(f"{start}reliability_{slug(role)}.png", caption, reliability_diagram(panels, suptitle=title))
+                diagram = reliability_diagram(panels, suptitle=title, min_count=FEW_ROWS)
+                save(f"{start}reliability_{slug(role)}.png", caption, diagram)
         for key, method in dict.fromkeys((sweep["key"], sweep["method"]) for sweep in cell.sweeps):
             sweeps = [sweep for sweep in cell.sweeps if (sweep["key"], sweep["method"]) == (key, method)]
             # Six curves with their bands are what one can tell apart; the tables have them all
             for role in cell.roles:
                 figure = draw_sweep(cell, sweeps[:6], role)
                 if figure is not None:
-                    caption = f"ECE and accuracy on `{role}` against `{key}`, {over}."
+                    caption = f"ECE and accuracy on `{role}` against {key_title(key, method)}, {over}."
                     save(start + sweep_figure(key, method, role), caption, figure)
         if cell.kept_mass:
             means = np.array([one["mean"] for one in cell.kept_mass])

@@ -5,6 +5,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from first_trl.calibration import expected_calibration_error
+from first_trl.calibration import calibration_report, expected_calibration_error, reliability_diagram
 from first_trl.cli import main
-from first_trl.report import MergedReport, merge_runs, write_merged_report
+from first_trl.report import MergedReport, merge_runs, write_merged_report, write_report
 from first_trl.report.content import table_parts, write_parts
 from first_trl.report.latex import escape, to_latex
 from first_trl.report.markdown import to_markdown
@@ -316,20 +317,45 @@ def test_settings_of_two_seeds_must_agree(tmp_path: Path) -> None:
         "seed": 0,
         "output_dir": "here",
         "teacher": {"name_or_path": "/one/model"},
-        "training": {"num_train_epochs": 2, "per_device_train_batch_size": 4},
+        "training": {"num_train_epochs": 2, "per_device_train_batch_size": 4, "global_batch_size": 32},
     }
     write_run(tmp_path / "seed-0", 0, recipe=recipe)
     other = {
         "seed": 1,
         "output_dir": "there",
         "teacher": {"name_or_path": "/two/model"},
-        "training": {"num_train_epochs": 2, "per_device_train_batch_size": 8},
+        "training": {"num_train_epochs": 2, "per_device_train_batch_size": 8, "global_batch_size": 32},
     }
     write_run(tmp_path / "seed-1", 1, recipe=other)
     merge_runs([tmp_path])
     other["training"]["num_train_epochs"] = 3
     (tmp_path / "seed-1" / "recipe.yaml").write_text(yaml.safe_dump(other))
     with pytest.raises(ValueError, match=r"training.num_train_epochs = 2, seed-1 with 3: these are different"):
+        merge_runs([tmp_path])
+    # Without a number of rows a step, the batch size says how many there are
+    other["training"] = {"num_train_epochs": 2, "per_device_train_batch_size": 8}
+    (tmp_path / "seed-1" / "recipe.yaml").write_text(yaml.safe_dump(other))
+    with pytest.raises(ValueError, match=r"training.per_device_train_batch_size = 4, seed-1 with 8"):
+        merge_runs([tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "same"),
+    [
+        ("/one/model", "/two/model", True),
+        ("someone/model", "/two/model", True),
+        ("someone/model", "another/model", False),
+        ("someone/model", "model", False),
+        ("/one/model", "/one/other", False),
+    ],
+)
+def test_two_models_of_one_name_are_two(tmp_path: Path, one: str, two: str, same: bool) -> None:
+    for seed, name in enumerate((one, two)):
+        write_run(tmp_path / f"seed-{seed}", seed, recipe={"student": {"name_or_path": name}})
+    if same:
+        assert len(merge_runs([tmp_path]).runs) == 2
+        return
+    with pytest.raises(ValueError, match=rf"student.name_or_path = '{one}', seed-1 with '{two}'"):
         merge_runs([tmp_path])
 
 
@@ -393,13 +419,14 @@ def test_sweeps_become_curves(tmp_path: Path) -> None:
     assert set(by_key) == {"recalibration_value", "top_k"}  # names are no numbers
     assert [point["value"] for point in by_key["recalibration_value"]["points"]] == [0.1, 0.3, 1.0]
     assert [point["value"] for point in by_key["top_k"]["points"]] == [2, 10, 100]
-    assert by_key["recalibration_value"]["label"] == "FIRST, c" and by_key["top_k"]["label"] == "K"
+    assert by_key["recalibration_value"]["label"] == "FIRST" and by_key["top_k"]["label"] == "K"
     assert by_key["recalibration_value"]["method"] == "probability_temperature"
     # The point of a sweep with the lowest ECE would win; it was chosen on the rows it is reported on
     assert cell.results["first@recalibration_value=0.3"]["test"]["full_vocab"]["ece"]["mean"] < 0.01
     assert cell.best["test"]["full_vocab"]["ece"]["arms"] == ["first"]
     text = write_merged_report([tmp_path]).read_text()
-    caption = "FIRST, c, `test`: mean over 2 seeds ± standard deviation for each `recalibration_value`."
+    caption = "FIRST, `test`: mean over 2 seeds ± standard deviation for each c."
+    assert "## Sweep of c (probability temperature)" in text and "## Sweep of k (`top_k`)" in text
     assert row(text, caption, "0.1")[1] == "10.5 ± 0.7"
     for name in ("sweep_recalibration_value_probability_temperature_test", "sweep_top_k_ood", "kept_mass"):
         assert (tmp_path / "report" / f"{name}.png").stat().st_size > 5000
@@ -408,7 +435,7 @@ def test_sweeps_become_curves(tmp_path: Path) -> None:
 
 
 def test_curves_show_the_numbers(tmp_path: Path) -> None:
-    from first_trl.report.figures import scatter_figure, sweep_figure
+    from first_trl.report.figures import sweep_figure
 
     write_sweep(tmp_path)
     (cell,) = merge_runs([tmp_path]).cells
@@ -416,16 +443,248 @@ def test_curves_show_the_numbers(tmp_path: Path) -> None:
     figure = sweep_figure(cell, [sweep], "test")
     assert figure is not None
     lines = {line.get_label(): line for line in figure.axes[0].lines}
-    assert list(lines["FIRST, c"].get_xdata()) == [0.1, 0.3, 1.0]
-    assert lines["FIRST, c"].get_ydata() == pytest.approx([10.5, 0.5, 35.5])
+    assert list(lines["FIRST"].get_xdata()) == [0.1, 0.3, 1.0]
+    assert lines["FIRST"].get_ydata() == pytest.approx([10.5, 0.5, 35.5])
     assert lines["SFT"].get_ydata() == pytest.approx([20.5, 20.5])
     assert "DIRECT" in lines and "SFT_TS" not in lines
     (fitted,) = (line for label, line in lines.items() if "fitted on validation" in label)
     assert fitted.get_xdata()[0] == pytest.approx(0.305)
-    axes = scatter_figure(cell, "test").axes[0]
-    points = {container.get_label(): container.lines[0].get_xydata()[0] for container in axes.containers}
-    assert points["FIRST"] == pytest.approx([3.0, 62.5])
-    assert "FIRST, c = 0.1" not in points
+    assert fitted.get_label() == "fitted on validation, c = 0.305 (0.3 to 0.31 over the seeds)"
+    assert figure.get_suptitle() == "test: FIRST, ECE and accuracy over c"
+    assert figure.axes[0].get_xlabel() == "c"
+
+
+def test_the_fit_of_a_sweep_is_that_of_its_target(tmp_path: Path) -> None:
+    """A plain fit keeps the bare name of its method; the arm that is swept trains on another target."""
+    common = {"kind": "distill", "recalibration": "probability_temperature", "estimator": "topk", "top_k": 2}
+    arms: dict[str, dict[str, Any]] = {"first": {**common, "fit": "fit-b"}, "late": {**common, "min_value": 0.1}}
+    arms["plain"] = {**common, "top_k": 3, "fit": "probability_temperature"}
+    arms["selected"] = {**common, "teacher": "selected"}
+    for value in (0.1, 0.5):
+        arms[f"c@recalibration_value={value}"] = {
+            **common,
+            "recalibration_value": value,
+            "values": {"recalibration_value": value},
+            "fit": None,
+        }
+    details = {"estimator": "topk", "objective": "ece", "min_value": None, "raw": {"ece": 0.1, "nll": 1.0}}
+    details |= {"chosen": {"ece": 0.02, "nll": 0.9}}
+    method = "probability_temperature"
+    fits = {
+        "probability_temperature": (3, 0.24, {}),
+        "fit-b": (2, 0.35, {}),
+        "fit-nll": (2, 0.5, {"objective": "nll"}),
+        "fit-min": (2, 0.6, {"min_value": 0.1}),
+        "fit-selected": (2, 0.7, {}),
+    }
+    recalibration = {
+        name: {"recalibration": {"method": method, "value": value}, "top_k": k, **details, **more}
+        for name, (k, value, more) in fits.items()
+    }
+    values = dict.fromkeys(arms, (0.5, 0.1))
+    write_run(tmp_path / "seed-0", 0, arms=arms, values=values, recalibration=recalibration)
+
+    def fit() -> Any:
+        (sweep,) = merge_runs([tmp_path]).cells[0].sweeps
+        return sweep["fit"]
+
+    assert fit() == "fit-b"
+    # Reports of an older version do not name the fit of an arm
+    edit(tmp_path / "seed-0", lambda data: [spec.pop("fit", None) for spec in data["arms"].values()])
+    assert fit() == "fit-b"
+    edit(tmp_path / "seed-0", lambda data: data["recalibration"].update(again=data["recalibration"]["fit-b"]))
+    assert fit() is None
+    from first_trl.report.figures import sweep_figure
+
+    (cell,) = merge_runs([tmp_path]).cells
+    figure = sweep_figure(cell, cell.sweeps, "test")
+    assert figure is not None and "fitted" not in str([line.get_label() for line in figure.axes[0].lines])
+
+
+def test_points_of_the_scatter_are_numbered_and_told_apart(tmp_path: Path) -> None:
+    from first_trl.report.scatter import scatter_figure
+
+    write_sweep(tmp_path)
+    for seed in range(2):
+        best = {"test": scores(0.95, 0.001)}
+        edit(tmp_path / f"seed-{seed}", lambda data, best=best: data["results"].update(bayes=best))
+    (cell,) = merge_runs([tmp_path]).cells
+    figure = scatter_figure(cell, "test")
+    axes = figure.axes[0]
+    points = {container.get_label(): container.lines[0] for container in axes.containers}
+    assert points["5  FIRST"].get_xydata()[0] == pytest.approx([3.0, 62.5])
+    assert [text.get_text() for text in axes.texts] == [str(index + 1) for index in range(len(points))]
+    assert not [label for label in points if "c = 0.1" in label]
+    looks = {(line.get_color(), line.get_marker()) for line in points.values()}
+    assert len(looks) == len(points) == len(KINDS) + 2
+    # Nothing is above the teacher's 90: the true posterior at 95 does not set the scale, and its numbers are told
+    assert axes.get_ylim()[1] < 95
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert "True posterior (best possible), not drawn: accuracy 95.0, ECE 0.1" in legend
+    assert "FIRST over c" in legend
+
+
+def test_numbers_of_points_in_one_place_stay_apart() -> None:
+    from matplotlib.figure import Figure
+
+    from first_trl.report.scatter import _number
+
+    figure = Figure(figsize=(5, 4))
+    axes = figure.subplots()
+    points = [(0.5, 0.5)] * 3 + [(0.51, 0.5), (0.5, 0.51)]
+    _number(figure, axes, points)
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) == 5
+    for index, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[index + 1 :])
+
+
+@pytest.mark.filterwarnings("ignore::first_trl.calibration.CalibrationWarning")
+def test_bins_with_few_rows_are_hatched() -> None:
+    confidence = [0.15] * 9 + [0.55] * 10
+    given = calibration_report(confidence, [1] * 9 + [1] * 5 + [0] * 5, n_bins=10)
+    axes = reliability_diagram(given, min_count=10).axes[0]
+    hatched = [patch for patch in axes.patches if patch.get_hatch()]
+    assert [patch.get_height() for patch in hatched] == pytest.approx([0.15])
+    marks = [line for line in axes.lines if line.get_label() == "accuracy of the bin"]
+    assert [line.get_ydata()[0] for line in marks] == [0.5]
+    assert not [patch for patch in reliability_diagram(given).axes[0].patches if patch.get_hatch()]
+
+
+def test_what_a_role_stands_for_is_told_by_its_data(study: Path) -> None:
+    assert "## `test` (in-domain)" in markdown(study) and "## `ood` (out-of-domain)" in markdown(study)
+    rows = {"test": {"domain": "out-of-domain"}, "ood": {"domain": "validation"}}
+    edit(study / "seed-1", lambda data: data.update(rows=rows))
+    text = markdown(study)
+    assert "## `test` (out-of-domain)" in text and "## `ood` (what temperatures and epochs were chosen on" in text
+
+
+def test_wins_and_losses_over_all_cells(tmp_path: Path) -> None:
+    rows = {"test": {"domain": "in-domain"}, "ood": {"domain": "out-of-domain"}}
+    for case, shift in (("easy", 0.0), ("hard", 0.3)):
+        for seed in range(3):
+            values = {name: (ACCURACY[name][seed], ECE[name][seed]) for name in KINDS}
+            values["first"] = (values["first"][0] - shift, values["first"][1] + shift)
+            extra = {"cell": {"case": case}, "rows": rows, "highlight": ["first"], "baselines": ["sft", "sft_ts"]}
+            write_run(tmp_path / case / f"seed-{seed}", seed, values=values, **extra)
+    text = markdown(tmp_path)
+    assert text.index("## hard") < text.index("## FIRST: wins and losses") < text.index("## Runs")
+    part = text[text.index("## FIRST: wins and losses") :]
+    assert "| baseline | `test` NLL | `test` Accuracy % | `test` ECE % | `ood` ECE % | `ood` NLL |" in part
+    easy = row(part, "easy: FIRST minus each baseline, paired by seed.", "SFT")
+    assert easy[1:3] == ["**+8.3 [+1.2, +15.5] 3/3**", "**−18.0 [−20.5, −15.5] 3/3**"]
+    assert row(part, "hard: FIRST minus each baseline, paired by seed.", "SFT")[2].endswith("0/3**")
+    count = re.search(r"\*(Number of baselines that FIRST is better than[^*]*)\*", part)
+    assert count is not None
+    # SFT and SFT_TS have the same accuracy; the ECE of SFT_TS is .05 against .02, .04, .03
+    assert row(part, count[1], "easy") == ["2 / 0 / 0", "2 / 0 / 0", "1 / 1 / 0", "1 / 1 / 0", "2 / 0 / 0"]
+    assert row(part, count[1], "hard")[1:3] == ["0 / 0 / 2", "0 / 0 / 2"]
+    for folder in tmp_path.glob("*/*"):
+        edit(folder, lambda data: data.pop("highlight"))
+    assert "wins and losses" not in markdown(tmp_path)
+
+
+def test_only_baselines_of_the_command_are_told_again(study: Path) -> None:
+    for seed in range(3):
+        edit(study / f"seed-{seed}", lambda data: data.update(baselines=["sft"]))
+    text = markdown(study)
+    assert "with `first-trl report DIR`." in text and "arm minus SFT, paired" in text
+    asked = to_markdown(write_parts(merge_runs([study], baselines=["direct"])))
+    assert "with `first-trl report DIR --baseline direct`." in asked
+
+
+def test_pooled_numbers_are_told_from_means(predicted: Path) -> None:
+    figures = json.loads((write_merged_report([predicted]).parent / "report.json").read_text())["figures"]
+    assert "It is not the mean of the table" in figures["reliability_test.png"]
+    alone = write_merged_report([predicted / "seed-0"], predicted / "alone").parent / "report.json"
+    assert "mean of the table" not in json.loads(alone.read_text())["figures"]["reliability_test.png"]
+
+
+def fit_of_run(message: str | None) -> dict[str, Any]:
+    point = {"ece": 0.1, "nll": 1.0}
+    return {
+        "recalibration": {"method": "probability_temperature", "value": 0.3},
+        "objective": "ece",
+        "raw": point,
+        "chosen": {"ece": 0.02, "nll": None},
+        "bootstrap": {"low": 0.2, "high": 0.4},
+        "curve": [{"value": value, **point} for value in (0.1, 0.3, 1.0)],
+        "messages": [] if message is None else [message],
+    }
+
+
+def test_report_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from first_trl.report import run as module
+
+    drawn: dict[str, Any] = {}
+    original = module.reliability_diagram
+
+    def spy(panels: Any, **options: Any) -> Any:
+        drawn.update(panels)
+        return original(panels, **options)
+
+    monkeypatch.setattr(module, "reliability_diagram", spy)
+    rng = np.random.default_rng(0)
+    calibration = calibration_report(rng.random(300), rng.integers(0, 2, 300), n_bins=10)
+    calibration["config"] = {"n_bins": 10}
+    one = {**scores(0.5, 0.2), "n_truncated": 3, "n_unlabelled": 2}
+    one["full_vocab"]["calibration"] = calibration
+    specs = {"first": {}, "c@recalibration_value=0.1": {"recalibration_value": 0.1}}
+    specs["c@recalibration_value=1"] = {"recalibration_value": 1.0}
+    recipe = SimpleNamespace(
+        name="tiny",
+        seed=7,
+        description="About.",
+        arms={
+            name: SimpleNamespace(label=None, swept=swept, recalibration="probability_temperature")
+            for name, swept in specs.items()
+        },
+        evaluation=SimpleNamespace(splits=["unseen", "seen"], n_bins=10),
+        report=SimpleNamespace(title=None, notes=["A  note."], baselines=[]),
+    )
+    manifest = SimpleNamespace(
+        k=2, kept_mass=[0.8, 0.9], cache_id="x", teacher={"parameters": 5}, counts={"positions": 4, "rows": 4}
+    )
+    count = {"read": 9, "rows": 8, "not_selected": 0, "dropped": {"too long": 1}}
+    counts = {"unseen": {**count, "domain": "out-of-domain"}, "seen": {**count, "domain": "in-domain"}}
+    write_report(
+        tmp_path,
+        recipe=recipe,  # type: ignore[arg-type]
+        arms=list(specs),
+        results={name: {"unseen": one, "seen": one} for name in specs},
+        temperatures={},
+        fits={"a": fit_of_run("Too few rows."), "b": fit_of_run("Too few rows."), "c": fit_of_run("Another.")},
+        manifest=manifest,  # type: ignore[arg-type]
+        counts=counts,
+        timings=[{"unit": "data", "seconds": 1.0}],
+    )
+    text = (tmp_path / "report.md").read_text()
+    assert set(drawn) == {"first"} and "The points of sweeps are left out." in text
+    assert "## `unseen` (out-of-domain)" in text and "## `seen` (in-domain)" in text
+    assert row(text, "`seen`, seed 7.", "c@recalibration_value=1") == [
+        "50.0", "20.0", "30.0", "1.500", "0.500", "200",
+    ]  # fmt: skip
+    assert row(text, "`seen` over the answer options, seed 7.", "first")[-1] == "90.0"
+    assert text.count("Too few rows.") == 1
+    assert "- Warning about `a`, `b`: Too few rows." in text and "- Warning about `c`: Another." in text
+    assert "c = 0.3 (0.20 to 0.40) | 10.0 | 2.0 | 1.000 | – |" in text
+    assert "![Choice of c on validation (b): the teacher's ECE and NLL over c.](recalibration_b.png)" in text
+    assert "![Reliability on seen." in text and "Curve" not in text
+    assert "3 of 200 prompts were cut" in text and "2 of 200 rows have no answer" in text
+    assert "| seen | 9 | 8 | 0 | 0 | 1 (too long) |" in text and "- A note." in text
+    for file in re.findall(r"!\[[^]]+\]\(([^)]+)\)", text):
+        assert (tmp_path / file).stat().st_size > 5000
+
+
+def test_the_legend_of_a_fit_names_both_curves_and_hides_none() -> None:
+    from first_trl.report.figures import curve_figure
+
+    figure = curve_figure("a", fit_of_run(None))
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert "ECE (left)" in labels and "NLL (right)" in labels and "chosen c = 0.3 (by ECE)" in labels
+    figure.draw_without_rendering()
+    assert not figure.legends[0].get_window_extent().overlaps(figure.axes[0].get_window_extent())
 
 
 def test_cells_of_a_grid(tmp_path: Path) -> None:

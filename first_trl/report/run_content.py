@@ -1,0 +1,140 @@
+"""What the report of one run says, part by part."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .document import Fold, Heading, Items, Paragraph, Part, Picture, Table, Value
+from .metrics import METHOD_SYMBOLS, METRICS, number, role_title, score_meaning
+from .tables import NOTHING
+
+
+if TYPE_CHECKING:
+    from ..recipe import Recipe
+    from ..teacher.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class RunContent:
+    """What [`write_report`] was given, with the labels of the arms and the figures (file -> caption)."""
+
+    recipe: "Recipe"
+    labels: Mapping[str, str]
+    results: Mapping[str, Mapping[str, dict[str, Any]]]
+    temperatures: Mapping[str, float]
+    fits: Mapping[str, dict[str, Any]]
+    manifest: "Manifest"
+    counts: Mapping[str, Any]
+    timings: Sequence[Mapping[str, Any]]
+    figures: Mapping[str, str]
+
+
+def write_run_parts(run: RunContent) -> list[Part]:
+    """The whole report."""
+    recipe, manifest = run.recipe, run.manifest
+    parts: list[Part] = [Heading(1, recipe.report.title or recipe.name)]
+    if recipe.description:
+        parts.append(Paragraph(recipe.description.strip()))
+    parts.append(
+        Paragraph(
+            f"Seed {recipe.seed}. Teacher: {manifest.teacher['parameters']:,} parameters; its {manifest.k} most likely "
+            f"tokens hold {100 * manifest.kept_mass[-1]:.1f} % of its mass on the training rows. Cache: "
+            f"{manifest.counts['positions']:,} positions of {manifest.counts['rows']:,} rows."
+        )
+    )
+    for index, role in enumerate(recipe.evaluation.splits):
+        parts += _role_parts(run, role, index)
+    parts += _teacher_parts(run)
+    if recipe.report.notes:
+        notes = [" ".join(note.split()) for note in recipe.report.notes]
+        parts += [Heading(2, "What these numbers show, and what they do not"), Items(notes)]
+    parts += [Heading(2, "Rows"), _row_table(run.counts)]
+    seconds = sum(entry["seconds"] for entry in run.timings)
+    return [*parts, Paragraph(f"Time of all units, kept ones included: {seconds:.0f} s.")]
+
+
+def _role_parts(run: RunContent, role: str, index: int) -> list[Part]:
+    sample = next(iter(run.results.values()))[role]
+    n_bins = sample["full_vocab"]["calibration"]["config"]["n_bins"]
+    parts: list[Part] = [
+        Heading(2, role_title(role, index, run.counts.get(role, {}).get("domain"))),
+        _score_table(run, role, "full_vocab"),
+        Paragraph(score_meaning(sample, n_bins)),
+    ]
+    if sample["n_truncated"]:
+        cut = f"{sample['n_truncated']} of {sample['n_rows']} prompts were cut on the left to `max_length`."
+        parts.append(Paragraph(cut))
+    if sample["n_unlabelled"]:
+        parts.append(Paragraph(f"{sample['n_unlabelled']} of {sample['n_rows']} rows have no answer: not scored."))
+    parts += _picture(run, f"reliability_{role}.png")
+    # Free text has no options
+    if "options" in sample:
+        title = f"`{role}`, probabilities renormalised over the answer options"
+        parts.append(Fold(title, [_score_table(run, role, "options")]))
+    return parts
+
+
+def _teacher_parts(run: RunContent) -> list[Part]:
+    parts: list[Part] = [Heading(2, "Teacher"), *_picture(run, "topk_mass.png")]
+    if run.fits:
+        parts.append(_fit_table(run.fits))
+        if messages := fit_messages(run.fits):
+            parts.append(Items(messages))
+        parts += [part for name in run.fits for part in _picture(run, f"recalibration_{name}.png")]
+    if run.temperatures:
+        fitted = ", ".join(f"{run.labels[name]} {value:.2f}" for name, value in run.temperatures.items())
+        parts.append(Paragraph(f"Post-hoc temperatures (fitted by NLL on `validation`): {fitted}."))
+    return parts
+
+
+def fit_messages(fits: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Warnings of fits, each once, with the fits that it is about."""
+    about: dict[str, list[str]] = {}
+    for name, fit in fits.items():
+        for message in dict.fromkeys(fit.get("messages", [])):
+            about.setdefault(message, []).append(f"`{name}`")
+    return [f"Warning about {', '.join(names)}: {message}" for message, names in about.items()]
+
+
+def _score_table(run: RunContent, role: str, reading: str) -> Table:
+    """One row an arm; the last column is `n`, or the mass on the options for the reading that divides by it."""
+    over_options = reading == "options"
+    rows: list[list[Value | str]] = []
+    for name, label in run.labels.items():
+        report = run.results[name][role]
+        last = f"{100 * report['option_mass']:.1f}" if over_options else str(report["n"])
+        rows.append([label, *(number(report[reading][metric.key], metric) for metric in METRICS), last])
+    header = ["arm", *(metric.title for metric in METRICS), "Mass on the options %" if over_options else "n"]
+    how = " over the answer options" if over_options else ""
+    return Table(f"`{role}`{how}, seed {run.recipe.seed}.", header, rows)
+
+
+def _fit_table(fits: Mapping[str, Mapping[str, Any]]) -> Table:
+    rows: list[list[Value | str]] = []
+    for name, fit in fits.items():
+        spread = fit.get("bootstrap")
+        around = f" ({spread['low']:.2f} to {spread['high']:.2f})" if spread else ""
+        eces = [f"{100 * fit[stage]['ece']:.1f}" for stage in ("raw", "chosen")]
+        # No label is among the kept tokens, or one has the probability 0
+        nlls = [NOTHING if fit[stage]["nll"] is None else f"{fit[stage]['nll']:.3f}" for stage in ("raw", "chosen")]
+        symbol = METHOD_SYMBOLS[fit["recalibration"]["method"]]
+        rows.append([f"`{name}`", f"{symbol} = {fit['recalibration']['value']:.3g}{around}", *eces, *nlls])
+    caption = (
+        "Rescale of the teacher, fitted on `validation` only, on the target that is trained on. In brackets: 95 % of "
+        "bootstrap choices."
+    )
+    return Table(caption, ["rescale", "chosen", "ECE % raw", "after", "NLL raw", "after"], rows)
+
+
+def _row_table(counts: Mapping[str, Any]) -> Table:
+    rows: list[list[Value | str]] = []
+    for role, count in counts.items():
+        dropped = ", ".join(f"{number} ({reason})" for reason, number in count["dropped"].items()) or "0"
+        numbers = (count["read"], count["rows"], count["not_selected"], count.get("cut", 0))
+        rows.append([role, *map(str, numbers), dropped])
+    header = ["role", "read", "used", "left out by limit", "cut", "dropped"]
+    return Table("What became of the rows that were read.", header, rows)
+
+
+def _picture(run: RunContent, name: str) -> list[Part]:
+    return [Picture(name, run.figures[name])] if name in run.figures else []
