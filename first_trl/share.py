@@ -29,10 +29,10 @@ _REPO_NAME_LENGTH = 96
 
 def push_run(
     run: str | Path,
-    namespace: str,
+    namespace: str | None = None,
     *,
     arms: list[str] | None = None,
-    cache: bool = True,
+    cache: bool | None = None,
     private: bool | None = None,
     prefix: str | None = None,
     license: str | None = None,
@@ -40,7 +40,8 @@ def push_run(
     tag: str | None = None,
 ) -> dict[str, dict[str, str]]:
     """
-    Push the teacher cache and the students of a finished run, with model cards that name each other.
+    Push the teacher cache and the students of a finished run, with model cards that name each other. What is not given
+    is taken from the `hub` of the run's recipe.
 
     Pushing again makes commits only where something changed. An adapter whose base is on this machine alone is
     pushed with that base, in a repository of its own, and refers to the commit of it: `from_pretrained` with the
@@ -49,17 +50,20 @@ def push_run(
     Args:
         run (`str` or `Path`):
             Folder of a finished run.
-        namespace (`str`):
+        namespace (`str`, *optional*):
             User or organisation on the Hub.
         arms (`list[str]`, *optional*):
-            What to push; by default every student. The name of a `teacher` arm pushes the fine-tuned teacher.
-        cache (`bool`, *optional*, defaults to `True`):
-            Whether to push the teacher cache.
+            What to push; without a word in the recipe every student that is no point of a sweep. The name of a
+            `teacher` arm pushes the fine-tuned teacher.
+        cache (`bool`, *optional*):
+            Whether to push the teacher cache, and those of further teachers that the students learned from; without a
+            word in the recipe it is. Caches made in folds stay with the run.
         private (`bool`, *optional*):
             Visibility of repositories that are created. `True` for one that exists and is public is an error.
         prefix (`str`, *optional*):
-            Repositories are called `<prefix>-<arm>`, `<prefix>-cache` and `<prefix>-base`. The default is the recipe's
-            name, with the values of a grid and a seed other than 0 behind it.
+            Repositories are called `<prefix>-<arm>`, `<prefix>-cache` (`<prefix>-cache-<teacher>` of further teachers)
+            and `<prefix>-base`. The default is the recipe's name, with the values of a grid and a seed other than 0
+            behind it.
         license (`str`, *optional*):
             Licence of models that inherit none, as the Hub writes it.
         token (`str`, *optional*):
@@ -68,38 +72,60 @@ def push_run(
             Tag to set on every commit.
 
     Returns:
-        `dict`: `"cache"`, `"base"` and arm -> `{"repo_id", "commit"}`, as far as they were pushed; the same is kept in
-        `share.json` in the run's folder.
+        `dict`: `"cache"`, `"base"` and arm -> `{"repo_id", "commit"}`, as far as they were pushed; `share.json` in the
+        run's folder keeps the same, with what was pushed before.
 
     Raises:
         `ValueError`: Something the caller can mend: the folder, names, token, permissions.
         `RuntimeError`: The Hub did not manage within the bounds.
     """
     found = Run(run)
-    names = _arms(found, arms)
+    hub = found.recipe.get("hub") or {}
+    namespace = namespace or hub.get("namespace")
+    if not namespace:
+        raise ValueError(
+            f"The recipe of {found.folder} has no `hub` that names a user or organisation to push to. Give `namespace` "
+            "(--namespace), or --cards-only to send nothing."
+        )
+    cache = hub.get("cache", True) if cache is None else cache
+    private = hub.get("private") if private is None else private
+    license = license or hub.get("license")
+    names = _arms(found, arms or hub.get("arms") or None)
     students = [name for name in names if name in found.students]
     for arm in students:
         found.model(arm)  # complete, before anything is sent
     recipe = found.recipe
     prefix = prefix or repo_prefix(recipe["name"], recipe.get("cell") or {}, recipe.get("seed") or 0)
-    repo_ids = {name: f"{namespace}/{repo_name(prefix, name)}" for name in (*names, "cache", "base")}
-    if len(set(repo_ids.values())) < len(repo_ids):
+    caches = found.caches(students) if cache else {}
+    places = [*names, *caches, "base"]
+    repo_ids = {name: f"{namespace}/{repo_name(prefix, name)}" for name in places}
+    if len(set(repo_ids.values())) < len(places):
         raise ValueError(
-            f"Two arms among {', '.join(names)} would go to one repository. Push them with other prefixes."
+            f"Two among {', '.join(places)} would go to one repository. Leave one of them out, or push them with another "
+            "prefix."
         )
     options: dict[str, Any] = {"private": private, "token": token, "tag": tag}
     shared: dict[str, dict[str, str]] = {}
 
     def record(name: str, commit: str) -> None:
         shared[name] = {"repo_id": repo_ids[name], "commit": commit}
-        write_json(found.folder / "share.json", shared)
+        path = found.folder / "share.json"
+        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        write_json(path, {**before, **shared})
 
-    if cache:
-        teacher = find_license(hub_id(found.recipe["teacher"]["name_or_path"]), token)
+    teacher = find_license(recipe["teacher"]["name_or_path"], token) if caches else None
+    for name, of in caches.items():
+        folder = found.cache_folder(of)
+        splits = [path.stem for path in (folder / "manifest").glob("[!.]*.json")]
         commit = push_teacher_cache(
-            found.cache_folder(), repo_ids["cache"], teacher_license=teacher.id if teacher else None, **options
+            folder,
+            repo_ids[name],
+            teacher_license=teacher.id if teacher else None,
+            teacher_name=found.teacher_name(of),
+            sources={role: found.source_text(role) for role in splits if role in recipe["task"]["splits"]},
+            **options,
         )
-        record("cache", commit)
+        record(name, commit)
     adapters = [arm for arm in students if found.is_adapter(arm)]
     if adapters and found.base_folder is not None:
         card = run_model_card(found, None, repo_ids["base"], license, token)
@@ -109,8 +135,7 @@ def push_run(
         found.folder,
         arms=students,
         repo_ids=repo_ids,
-        cache_repo=repo_ids["cache"] if cache else None,
-        cache_commit=shared["cache"]["commit"] if cache else None,
+        caches={name: shared[name] for name in caches},
         base_repo=repo_ids["base"] if "base" in shared else None,
         license=license,
         token=token,
@@ -138,6 +163,8 @@ def push_teacher_cache(
     license: str | None = None,
     source_license: str | None = None,
     teacher_license: str | None = None,
+    teacher_name: str | None = None,
+    sources: Mapping[str, str] | None = None,
     token: str | None = None,
 ) -> str:
     """
@@ -148,7 +175,7 @@ def push_teacher_cache(
             Cache folder with one or more finished splits.
         repo_id (`str`):
             `"namespace/name"`; created if it does not exist.
-        license (`str`, *optional*), source_license (`str`, *optional*), teacher_license (`str`, *optional*):
+        license, source_license, teacher_license, teacher_name, sources:
             As in [`~first_trl.cards.teacher_cache_card`].
         private, revision, tag, token:
             As in [`~first_trl.hub.push_folder`].
@@ -168,6 +195,8 @@ def push_teacher_cache(
         license=license,
         source_license=source_license,
         teacher_license=teacher_license,
+        teacher_name=teacher_name,
+        sources=sources,
     )
     # The cache and its card, and nothing else that may lie in the folder
     files = [f"manifest/{split}.json" for split in manifests]
@@ -187,7 +216,12 @@ def push_teacher_cache(
 
 def _arms(run: Run, arms: list[str] | None) -> list[str]:
     if arms is None:
-        return run.students
+        plain = [name for name in run.students if not run.is_swept(name)]
+        if run.students and not plain:
+            raise ValueError(
+                f"Every student of this run is a point of a sweep. Name those to push in `arms`: {', '.join(run.students)}."
+            )
+        return plain
     for name in arms:
         kind = run.arms.get(name, {}).get("kind")
         if kind is None or kind == "temperature_scaling":

@@ -12,10 +12,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "evaluation. Pushing again makes commits only where something changed."
     )
     parser.add_argument("run", help="folder of the run, such as outputs/quickstart/seed-0")
-    parser.add_argument("--namespace", help="user or organisation on the Hub")
-    parser.add_argument("--arms", nargs="+", metavar="ARM", help="what to share (default: every student)")
-    parser.add_argument("--private", action="store_true", default=None, help="create the repositories as private")
-    parser.add_argument("--no-cache", dest="cache", action="store_false", help="keep the teacher cache to yourself")
+    parser.add_argument("--namespace", help="user or organisation on the Hub (default: the recipe's `hub`)")
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        metavar="ARM",
+        help="what to share (default: the recipe's `hub`, else every student that is no point of a sweep)",
+    )
+    for name, text in (
+        ("private", "create the repositories as private (default: the recipe's `hub`)"),
+        ("cache", "share the teacher cache too (default: the recipe's `hub`, else yes)"),
+    ):
+        parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=None, help=text)
     parser.add_argument("--prefix", help="name of the repositories, before the arm (default: the recipe's name)")
     parser.add_argument(
         "--license", help="licence of models that inherit none, as the Hub writes it (e.g. apache-2.0)"
@@ -32,8 +40,6 @@ def main(args: argparse.Namespace) -> int:
         for path in write_student_cards(args.run, arms=args.arms, license=args.license).values():
             print(path)
         return 0
-    if args.namespace is None:
-        raise ValueError("Give --namespace, the user or organisation to push to, or --cards-only to send nothing.")
     shared = push_run(
         args.run,
         args.namespace,

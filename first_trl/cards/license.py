@@ -28,7 +28,6 @@ class License(NamedTuple):
         return {name: value for name, value in fields.items() if value is not None}
 
 
-@lru_cache(maxsize=64)
 def find_license(name_or_path: str | None, token: str | None = None) -> License | None:
     """
     Licence stated in a model's card: in a local folder, in the client's cache, or on the Hub when it can be reached.
@@ -53,10 +52,16 @@ def find_license(name_or_path: str | None, token: str | None = None) -> License 
     if is_offline():
         return None
     try:
-        return _of_data(HfApi(token=token).model_info(repo_id, timeout=10).card_data, repo_id)
+        return _on_hub(repo_id, token)
     except Exception:
         # Absent, gated, no network: a card must come out of a machine without a connection too, and says so
         return None
+
+
+# An exception is not kept: once the Hub answers again, so does this
+@lru_cache(maxsize=64)
+def _on_hub(repo_id: str, token: str | None) -> License | None:
+    return _of_data(HfApi(token=token).model_info(repo_id, timeout=10).card_data, repo_id)
 
 
 def _of_file(path: Path, repo_id: str | None = None) -> License | None:

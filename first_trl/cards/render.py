@@ -15,11 +15,15 @@ def render(template: str, **values: Any) -> str:
     return environment.from_string(template_path(template).read_text(encoding="utf-8")).render(**values)
 
 
+# Ends of files of data: what is called so and is not here was here when somebody wrote it down
+_FILE = re.compile(r"\.(csv|tsv|txt|json|jsonl|ndjson|parquet|arrow|gz|zip|zst|xz|bz2)", re.IGNORECASE)
+
+
 def hub_id(name: str | None) -> str | None:
-    """The name when it can be a repository on the Hub, `None` for folders and for models without a name."""
-    if not name or os.path.exists(name) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+    """The name when it can be a repository on the Hub, `None` for files, folders and models without a name."""
+    if not name or os.path.isabs(name) or os.path.exists(name) or _FILE.fullmatch(os.path.splitext(name)[1]):
         return None
-    return name
+    return name if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) else None
 
 
 def public_name(name: str) -> str:

@@ -1,13 +1,16 @@
 """Cards of the students of a finished run, from its folder alone."""
 
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
+from ..report.metrics import BAYES
 from ..teacher.manifest import Manifest
 from .license import License, find_license
 from .render import hub_id
 from .run_folder import Run
-from .student import Evaluation, StudentCard, cache_text, estimator_text, recalibration_text
+from .student import Evaluation, StudentCard
+from .wording import cache_text, estimator_text, recalibration_text, shared_cache_text
 
 
 def write_student_cards(
@@ -15,8 +18,7 @@ def write_student_cards(
     *,
     arms: list[str] | None = None,
     repo_ids: dict[str, str] | None = None,
-    cache_repo: str | None = None,
-    cache_commit: str | None = None,
+    caches: Mapping[str, Mapping[str, str]] | None = None,
     base_repo: str | None = None,
     license: str | None = None,
     token: str | None = None,
@@ -31,8 +33,8 @@ def write_student_cards(
             Students; all by default.
         repo_ids (`dict[str, str]`, *optional*):
             Arm -> repository, for the examples.
-        cache_repo (`str`, *optional*), cache_commit (`str`, *optional*):
-            Where the teacher cache is shared.
+        caches (`dict[str, dict[str, str]]`, *optional*):
+            Folder of a teacher cache in the run -> `{"repo_id", "commit"}`, where it is shared.
         base_repo (`str`, *optional*):
             Where the students' base is shared, when the run has made it.
         license (`str`, *optional*):
@@ -47,34 +49,38 @@ def write_student_cards(
         `ValueError`: The folder is no finished run, or an arm has no weights.
     """
     found = Run(run)
+    # One question a model, not one a student, also when nobody answers
+    licence_of = lru_cache(maxsize=None)(partial(find_license, token=token))
     cards = {}
     for arm in found.students if arms is None else arms:
-        card = _card(found, arm, license, token)
+        card = _card(found, arm, license, licence_of)
         card.repo_id = (repo_ids or {}).get(arm)
         if card.repo_id is not None:
             card.name = card.repo_id.rsplit("/", 1)[-1]
         if base_repo is not None:
             card.base_model, card.base_description = base_repo, found.model_text("student")
-        # The students of other teachers learned from caches that stay with the run
-        if cache_repo is not None and card.distilled and not found.arms[arm].get("teacher"):
-            card.cache_repo = cache_repo
-            at = f" at commit `{cache_commit}`" if cache_commit else ""
-            card.cache = f"[{cache_repo}](https://huggingface.co/datasets/{cache_repo}){at}; {card.cache}"
+        if card.distilled and caches:
+            place = caches.get(found.cache_folder(arm).name)
+            if place is not None:
+                card.cache_repo = place["repo_id"]
+                card.cache = shared_cache_text(place["repo_id"], place["commit"], card.cache)
+            elif card.cache:
+                card.cache += "; not shared"
         cards[arm] = card.write(found.model(arm))
     return cards
 
 
-def _card(run: Run, arm: str, license: str | None, token: str | None) -> StudentCard:
+def _card(run: Run, arm: str, license: str | None, licence_of: Callable[[str | None], License | None]) -> StudentCard:
     spec, recipe = run.arms[arm], run.recipe
     distilled = spec["kind"] == "distill"
     name = recipe["student"]["name_or_path"]
     adapter = run.is_adapter(arm)
     # Pre-trained further in this run, a model still descends from the one on the Hub, but no adapter fits that one
     base = run.base_hub_id if adapter else hub_id(name)
-    found = find_license(name, token) or find_license(str(run.base_folder) if run.base_folder else None, token)
+    found = licence_of(name) or licence_of(str(run.base_folder) if run.base_folder else None)
     inherited, source = _license(run, found, license)
     manifests = run.manifests(arm) if distilled else []
-    train = run.source("train")
+    datasets = [run.source(role)["id"] for role in spec.get("data") or ["train"]]
     prompt, choices = _example(run)
     card = StudentCard(
         name=f"{recipe['name']}-{arm}",
@@ -82,9 +88,9 @@ def _card(run: Run, arm: str, license: str | None, token: str | None) -> Student
         distilled=distilled,
         base_model=base,
         base_description=_base_text(run, base),
-        facts=_facts(run, arm, train),
+        facts=_facts(run, arm),
         arguments=run.unit(arm).get("training") or {**recipe["training"], **spec["training"]},
-        datasets=[train["id"]] if train["id"] else [],
+        datasets=[name for name in dict.fromkeys(datasets) if name],
         evaluations=_evaluations(run, arm),
         baseline=_baseline(run, arm),
         notes=[" ".join(note.split()) for note in (recipe.get("report") or {}).get("notes") or []],
@@ -92,12 +98,12 @@ def _card(run: Run, arm: str, license: str | None, token: str | None) -> Student
         license_source=source,
         prompt=prompt,
         choices=choices,
-        versions=manifests[0].versions if manifests else {},
+        versions=run.versions(arm),
+        cache_versions=manifests[0].versions if manifests else {},
     )
     if distilled:
-        teacher = recipe["teacher"]
-        card.teacher = _teacher_text(run, manifests)
-        card.teacher_license = find_license(hub_id(teacher["name_or_path"]), token)
+        card.teacher = _teacher_text(run, arm, manifests)
+        card.teacher_license = licence_of(recipe["teacher"]["name_or_path"])
         card.cache = cache_text(manifests)
         card.recalibration = _recalibration_text(run, arm)
         card.estimator = estimator_text(spec["estimator"])
@@ -122,8 +128,9 @@ def _license(run: Run, found: License | None, given: str | None) -> tuple[Licens
 
 def _evaluations(run: Run, arm: str) -> list[Evaluation]:
     evaluations = []
-    for index, role in enumerate(run.roles):
-        models = run.scored(role)
+    shown = [name for name in run.report["results"] if not run.is_other_point(name, arm)]
+    for role in run.roles:
+        models = {run.label(name): scored for name in shown if (scored := run.score(name, role)) is not None}
         if run.label(arm) not in models:
             continue
         source = run.source(role)
@@ -137,33 +144,43 @@ def _evaluations(run: Run, arm: str) -> list[Evaluation]:
                 dataset_config=source["config"],
                 dataset_revision=source["revision"],
                 split=source["split"],
-                note="" if index == 0 else "Not the rows the recipe calls in-domain: out-of-domain or shifted.",
+                domain=run.domain(role),
+                bounds=frozenset({run.label(BAYES)}),
+                note=_left_out(run, arm, role),
             )
         )
     return evaluations
+
+
+def _left_out(run: Run, arm: str, role: str) -> str:
+    """What a reader misses of the points of sweeps, which would bury the table."""
+    others = [results for name, results in run.report["results"].items() if run.is_other_point(name, arm)]
+    errors = [100 * results[role]["full_vocab"]["ece"] for results in others if role in results]
+    if not errors:
+        return ""
+    among = f"is {errors[0]:.1f} %" if len(errors) == 1 else f"lies between {min(errors):.1f} and {max(errors):.1f} %"
+    return f"Not in the table: {len(errors)} other points of sweeps, whose ECE {among}."
 
 
 def _baseline(run: Run, arm: str) -> str | None:
     """What a reader compares with first: the student fine-tuned on labels, else the teacher."""
     for kind in ("sft", "teacher"):
         for name, spec in run.arms.items():
-            if spec["kind"] == kind and name != arm:
+            if spec["kind"] == kind and name != arm and not run.is_swept(name):
                 return run.label(name)
     return None
 
 
-def _facts(run: Run, arm: str, train: dict[str, Any]) -> list[tuple[str, str]]:
-    spec, rows = run.arms[arm], run.report.get("rows") or {}
+def _facts(run: Run, arm: str) -> list[tuple[str, str]]:
+    spec = run.arms[arm]
     roles = spec.get("data") or ["train"]
-    counts = ", ".join(f"{rows[role]['rows']:,} rows of `{role}`" for role in roles if role in rows)
-    data = (
-        f"[{train['id']}](https://huggingface.co/datasets/{train['id']})" if train["id"] else f"task `{train['name']}`"
-    )
-    facts = [("Training data", f"{data}, split `{train['split']}`" + (f"; {counts}" if counts else ""))]
+    facts = [("Training data", "; ".join(_rows_text(run, role) for role in roles))]
     if spec.get("ce_weight"):
         facts.append(("Weight of the labels", f"{spec['ce_weight']:g} (cross-entropy), the rest is the teacher's"))
     if spec.get("top_k"):
         facts.append(("Entries used", f"{spec['top_k']} of the {run.recipe['capture']['k']} in the cache"))
+    if spec.get("student_temperature"):
+        facts.append(("Student temperature", f"{spec['student_temperature']:g} divides its probabilities in training"))
     if spec.get("token_dropout"):
         facts.append(("Token dropout", f"{spec['token_dropout']:g} of the input tokens, in training only"))
     if spec.get("select") == "nll":
@@ -175,17 +192,24 @@ def _facts(run: Run, arm: str, train: dict[str, Any]) -> list[tuple[str, str]]:
     return facts
 
 
-def _teacher_text(run: Run, manifests: list[Manifest]) -> str:
-    text = run.model_text("teacher")
-    if run.recipe["teacher"].get("sft"):
-        text += ", fine-tuned on the training rows"
+def _rows_text(run: Run, role: str) -> str:
+    """The rows of a role that is trained on, named where it is not the plain one."""
+    counts = (run.report.get("rows") or {}).get(role)
+    text = run.source_text(role) if role == "train" else f"`{role}`: {run.source_text(role)}"
+    if counts:
+        without = counts.get("without_answer", 0)
+        text += f", {counts['rows']:,} rows"
+        text += f" ({without:,} without an answer)" if without else ""
+    return text
+
+
+def _teacher_text(run: Run, arm: str, manifests: list[Manifest]) -> str:
+    text = run.teacher_text(arm)
     if manifests:
         parameters = manifests[0].teacher.get("parameters")
         digests = list(dict.fromkeys(f"`{manifest.teacher['weights_digest']}`" for manifest in manifests))
         text += f", {parameters:,} parameters" if parameters else ""
-        text += (
-            f" (digest of the weights {digests[0]})" if len(digests) == 1 else f"; {len(digests)} teachers, one a fold"
-        )
+        text += f" (digest of the weights {', '.join(digests)})"
     return text
 
 
@@ -199,9 +223,11 @@ def _recalibration_text(run: Run, arm: str) -> str:
         return recalibration_text(method, run.unit(arm).get("fitted"), "fitted on the validation rows")
     how = (
         f"fitted by {fit['objective'].upper()} on {fit['n']:,} positions of the validation rows, on the target "
-        f"`{fit['estimator']}`, which took the teacher's ECE there from {100 * fit['raw']['ece']:.1f} to "
+        f"`{fit['estimator']}` with {fit['top_k']} entries, which took the teacher's ECE there from {100 * fit['raw']['ece']:.1f} to "
         f"{100 * fit['chosen']['ece']:.1f} %"
     )
+    if fit.get("min_value") is not None:
+        how += f", not below {fit['min_value']:g}"
     spread = fit.get("bootstrap")
     if spread:
         how += f" (95 % of bootstrap choices between {spread['low']:.3g} and {spread['high']:.3g})"

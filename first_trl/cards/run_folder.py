@@ -11,15 +11,15 @@ import yaml
 
 from ..calibration import CalibrationWarning
 from ..evaluation.predictions import MultipleChoiceResult
+from ..report.metrics import BAYES, BAYES_LABEL, role_domain
 from ..teacher.cache import load_manifest
 from ..teacher.manifest import Manifest
 from .render import hub_id, public_name
 from .scores import Scored, null_of_report, score_result, score_tokens, scores_of_report
+from .wording import shown_arguments
 
 
 _TRAINED = ("sft", "distill")
-# Rows of a report that stand for no arm of the recipe
-_OTHER_LABELS = {"bayes": "True posterior (best possible)"}
 
 
 class Run:
@@ -45,7 +45,7 @@ class Run:
         self.recipe: dict[str, Any] = yaml.safe_load(recipe.read_text(encoding="utf-8"))
         self.report: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
         self.arms: dict[str, dict[str, Any]] = self.recipe["arms"]
-        self._scored: dict[str, dict[str, Scored]] = {}
+        self._scored: dict[tuple[str, str], Scored | None] = {}
 
     @property
     def students(self) -> list[str]:
@@ -65,22 +65,40 @@ class Run:
         return (self.model(arm) / "adapter_config.json").is_file()
 
     def label(self, arm: str) -> str:
+        """An arm in tables, with its name where another one has the same label."""
+        label = self._label(arm)
+        same = [name for name in self.report["results"] if self._label(name) == label]
+        return f"{label} ({arm})" if len(same) > 1 else label
+
+    def _label(self, arm: str) -> str:
         given = self.report.get("labels", {}).get(arm) or self.arms.get(arm, {}).get("label")
-        return str(given or _OTHER_LABELS.get(arm, arm))
+        return str(given or (BAYES_LABEL if arm == BAYES else arm))
+
+    def is_swept(self, arm: str) -> bool:
+        """Whether an arm is a point of a sweep, or one number behind such an arm."""
+        return bool(self.arms.get(arm, {}).get("swept"))
+
+    def is_other_point(self, name: str, arm: str) -> bool:
+        """Whether `name` is a point of a sweep that the card of `arm` is not about."""
+        return self.is_swept(name) and arm not in (name, self.arms[name].get("of"))
 
     @property
     def roles(self) -> list[str]:
         return list(self.recipe["evaluation"]["splits"])
 
-    def scored(self, role: str) -> dict[str, Scored]:
-        """Label -> scores of every arm, in the order of the report."""
-        if role not in self._scored:
-            found = {arm: self._score(arm, role) for arm in self.report["results"]}
-            self._scored[role] = {self.label(arm): scored for arm, scored in found.items() if scored is not None}
-        return self._scored[role]
+    def domain(self, role: str) -> str:
+        """What a score on an evaluation role is a score of."""
+        stated = (self.report.get("rows") or {}).get(role, {}).get("domain")
+        return role_domain(role, self.roles.index(role), stated)
+
+    def score(self, arm: str, role: str) -> Scored | None:
+        """Scores of an arm; `None` where it was not evaluated."""
+        if (arm, role) not in self._scored:
+            self._scored[arm, role] = self._score(arm, role)
+        return self._scored[arm, role]
 
     def _score(self, arm: str, role: str) -> Scored | None:
-        report = self.report["results"][arm].get(role)
+        report = self.report["results"].get(arm, {}).get(role)
         if report is None:
             return None
         path = self.folder / "evaluate" / arm / f"{role}.parquet"
@@ -151,12 +169,71 @@ class Run:
             text = f"a local model, `{public_name(name)}`"
         return text + (", pre-trained in the same run" if spec.get("pretrain") else "")
 
+    def teacher_text(self, arm: str | None) -> str:
+        """The teacher of an arm in words, with its fine-tuning; `None` stands for the recipe's own."""
+        spec, name = self.recipe["teacher"], self._teacher(arm)
+        variant = self.recipe["teachers"][name] if name else {}
+        parts = [self.model_text("teacher")]
+        if spec.get("sft") is not None:
+            parts.append("fine-tuned on the training rows")
+        if variant.get("folds"):
+            by = "rows" if variant.get("fold_by") == "id" else "groups of rows"
+            parts.append(
+                f"{variant['folds']} times, each without one share of the {by}: a row is cached from the one that has not "
+                "seen it"
+            )
+        if (variant if name else spec).get("select") == "nll":
+            parts.append("epoch with the lowest negative log-likelihood on the validation rows")
+        changed = ", ".join(f"`{key}` {value}" for key, value in shown_arguments(variant.get("sft") or {}).items())
+        if name:
+            parts.append(f"teacher `{name}` of the recipe" + (f" with {changed}" if changed else ""))
+        return ", ".join(parts)
+
+    def teacher_name(self, arm: str | None) -> str:
+        """The teacher of an arm in a few words, for a heading."""
+        spec, name = self.recipe["teacher"], self._teacher(arm)
+        path = spec["name_or_path"]
+        text = f"{spec['architecture']} made from scratch" if path is None else public_name(path)
+        text += ", fine-tuned" if spec.get("sft") is not None else ""
+        return f"{text} ({name})" if name else text
+
+    def _teacher(self, arm: str | None) -> str:
+        return (self.arms[arm].get("teacher") if arm else None) or ""
+
+    def versions(self, arm: str) -> dict[str, str]:
+        """Libraries that the weights of an arm were written with, as far as their own files say."""
+        found = {}
+        for file, key, library in (
+            ("config.json", "transformers_version", "transformers"),
+            ("adapter_config.json", "peft_version", "peft"),
+        ):
+            path = self.model(arm) / file
+            version = json.loads(path.read_text(encoding="utf-8")).get(key) if path.is_file() else None
+            if version:
+                found[library] = str(version)
+        return found
+
     # cache
 
     def cache_folder(self, arm: str | None = None) -> Path:
         """Cache of an arm's teacher, or of the plain one; with folds, the folder above them."""
-        teacher = (self.arms[arm].get("teacher") if arm else None) or ""
+        teacher = self._teacher(arm)
         return self.folder / (f"cache-{teacher}" if teacher else "cache")
+
+    def caches(self, arms: list[str]) -> dict[str, str | None]:
+        """
+        Caches that can be shared: the plain one, and those of further teachers of the arms. With folds there is one a
+        fold, and no whole.
+
+        Returns:
+            `dict`: Name of the folder -> an arm that learned from it, `None` for the plain one.
+        """
+        found: dict[str, str | None] = {"cache": None}
+        for arm in arms:
+            folder = self.cache_folder(arm)
+            if self.arms[arm]["kind"] == "distill" and (folder / "manifest").is_dir():
+                found.setdefault(folder.name, arm)
+        return found
 
     def manifests(self, arm: str) -> list[Manifest]:
         """Manifests of what an arm was trained on, over its roles and folds."""
@@ -175,16 +252,27 @@ class Run:
         spec = self.arms[arm]
         if spec["recalibration"] == "none" or spec["recalibration_value"] is not None:
             return None
+        described = (self.report.get("arms") or {}).get(arm) or {}
+        if "fit" in described:
+            named: dict[str, Any] | None = self.report["recalibration"].get(described["fit"])
+            return named
+        # A report from before fits had a name in it: by everything that tells one from another
         suffix = f"-{spec['teacher']}" if spec.get("teacher") else ""
-        used = self.unit(arm).get("fitted")
-        # By the value that the student's own record holds; the fit's name tells targets and objectives apart
-        for path in sorted(self.folder.glob(f"recalibration{suffix}/*.json"), key=lambda path: len(path.name)):
-            if path.name == "unit.json":
-                continue
+        wanted = (
+            spec["recalibration"],
+            spec["estimator"],
+            spec.get("top_k") or self.recipe["capture"]["k"],
+            spec.get("objective") or self.recipe["recalibration"]["objective"],
+            spec.get("min_value"),
+        )
+        value = self.unit(arm).get("fitted")
+        for path in sorted(self.folder.glob(f"recalibration{suffix}/*.json")):
             fit: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            same = fit.get("estimator") == spec["estimator"] and _same_k(fit, spec, self.recipe["capture"]["k"])
-            chosen = fit["recalibration"]
-            if chosen["method"] == spec["recalibration"] and (chosen["value"] == used if used is not None else same):
+            chosen = fit.get("recalibration")
+            if chosen is None:  # the record of the unit
+                continue
+            made = (chosen["method"], *(fit.get(key) for key in ("estimator", "top_k", "objective", "min_value")))
+            if made == wanted and value in (None, chosen["value"]):
                 return fit
         return None
 
@@ -195,6 +283,16 @@ class Run:
         return inputs
 
     # data
+
+    def source_text(self, role: str) -> str:
+        """Where the rows of a role come from, in words."""
+        source = self.source(role)
+        text = (
+            f"[{source['id']}](https://huggingface.co/datasets/{source['id']})"
+            if source["id"]
+            else f"task `{source['name']}`"
+        )
+        return f"{text}, split `{source['split']}`"
 
     def source(self, role: str) -> dict[str, Any]:
         """Where the rows of a role come from: `name`, `id`, `config` and `revision` on the Hub, `split`, and `bundled`
@@ -222,7 +320,3 @@ class Run:
         elif not spec["task"]:
             place["revision"] = task["revision"]
         return place
-
-
-def _same_k(fit: dict[str, Any], spec: dict[str, Any], k: int) -> bool:
-    return (spec.get("top_k") or k) == fit.get("top_k", k)

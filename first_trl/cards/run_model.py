@@ -4,10 +4,11 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from ..report.metrics import METRICS
 from .license import License, find_license
 from .render import hub_id, render
 from .run_folder import Run
-from .scores import METRICS
+from .wording import legend
 
 
 def run_model_card(
@@ -46,22 +47,24 @@ def run_model_card(
         tags=["first_trl", "trl"],
         **optional,
     )
-    tables = []
+    units: set[str] = set()
+    tables, n_bins = [], 10
     for name in run.roles if arm is not None else []:
-        scored = run.scored(name).get(run.label(str(arm)))
+        scored = run.score(str(arm), name)
         if scored is not None:
-            cells = [scored.scores[metric.key].shown(metric) for metric in METRICS if metric.key in scored.scores]
-            tables.append((name, f"{scored.n:,} {scored.unit}s", cells))
+            cells = [scored.scores[m.key].shown(m) if m.key in scored.scores else "" for m in METRICS]
+            tables.append((name, run.domain(name), f"{scored.n:,} {scored.unit}s", cells))
+            units, n_bins = units | {scored.unit}, scored.n_bins
     return render(
         "teacher.md.j2",
         metadata=data.to_yaml(),
         is_teacher=arm is not None,
         name=repo_id.rsplit("/", 1)[-1],
-        origin=run.model_text(role),
-        tuned=arm is not None and bool(spec.get("sft")),
+        origin=run.model_text(role) if arm is None else run.teacher_text(arm),
         recipe=run.recipe["name"],
         seed=run.recipe.get("seed"),
         metrics=METRICS,
         tables=tables,
+        legend=legend(units, n_bins, in_metadata=False),
         license=stated,
     )

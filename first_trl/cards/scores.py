@@ -13,29 +13,11 @@ from ..calibration.config import CalibrationConfig
 from ..calibration.examples import prepare
 from ..calibration.resampling import locate
 from ..evaluation.predictions import MultipleChoiceResult
+from ..report.metrics import METRICS, Metric, number
 
 
 _Z = 1.959964  # 97.5 % point of the normal distribution
 _RESAMPLES = 1000
-
-
-class Metric(NamedTuple):
-    """How a score is written: key of the report, heading, unit and digits in the table, name in the Hub's metadata."""
-
-    key: str
-    heading: str
-    scale: float
-    digits: int
-    name: str
-
-
-METRICS = (
-    Metric("accuracy", "Accuracy %", 100, 1, "Accuracy"),
-    Metric("ece", "ECE %", 100, 1, "Expected calibration error"),
-    Metric("trust", "Trust %", 100, 1, "Trust (accuracy - ECE)"),
-    Metric("nll", "NLL", 1, 3, "Negative log-likelihood (nats)"),
-    Metric("brier", "Brier", 1, 3, "Brier score"),
-)
 
 
 class Score(NamedTuple):
@@ -46,10 +28,10 @@ class Score(NamedTuple):
     high: float | None = None
 
     def shown(self, metric: Metric) -> str:
-        text = f"{metric.scale * self.value:.{metric.digits}f}"
+        text = number(self.value, metric)
         if self.low is None or self.high is None:
             return text
-        return f"{text} [{metric.scale * self.low:.{metric.digits}f}, {metric.scale * self.high:.{metric.digits}f}]"
+        return f"{text} [{number(self.low, metric)}, {number(self.high, metric)}]"
 
 
 @dataclass(frozen=True)
@@ -60,7 +42,7 @@ class Scored:
     Attributes:
         n (`int`): Rows with an answer.
         n_bins (`int`): Bins of the ECE.
-        scores (`dict[str, Score]`): By the keys of [`METRICS`].
+        scores (`dict[str, Score]`): By the keys of the report.
         calibration (`dict`): Report of the confidences, with bins, for the diagram.
         options (`dict[str, float]`): Accuracy and ECE renormalised over the choices.
         unit (`str`): What was scored: `"row"`, or `"token"` of free text.

@@ -9,10 +9,11 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from .. import __version__
 from ..calibration import reliability_diagram
-from ..teacher.manifest import Manifest
+from ..report.metrics import METRICS
 from .license import License
 from .render import cell, render
-from .scores import METRICS, Scored
+from .scores import Scored
+from .wording import legend, limits, shown_arguments
 
 
 if TYPE_CHECKING:
@@ -22,21 +23,17 @@ if TYPE_CHECKING:
 DIAGRAM = "reliability.png"
 _SMALL_SAMPLE = 300
 _ECE_NOTE = "top label over the whole vocabulary, equal-width bins"
-_ESTIMATORS = {
-    "topk": "the kept probabilities, scaled to sum to one, against the student's whole vocabulary",
-    "bucket": "the kept probabilities and one bucket for all other tokens",
-    "renormalized": "ratios among the kept tokens only",
-    "sampled": "draws from the teacher, against the student's whole vocabulary",
+# Scores in the Hub's metadata, where there is room to spell them out
+_METRIC_NAMES = {
+    "accuracy": "Accuracy",
+    "ece": "Expected calibration error",
+    "trust": "Trust (accuracy - ECE)",
+    "nll": "Negative log-likelihood (nats)",
+    "brier": "Brier score",
 }
 _TASKS = {
     "row": ("multiple-choice", "Multiple choice by the next token"),
     "token": ("text-generation", "Next token of reference texts"),
-}
-_METHODS = {
-    "probability_temperature": "c",
-    "logit_temperature": "T",
-    "label_smoothing": "δ",
-    "log_label_smoothing": "δ",
 }
 
 
@@ -52,6 +49,9 @@ class Evaluation:
         dataset_name (`str`): Name of the data.
         dataset_id (`str`, *optional*): Where it is on the Hub.
         dataset_config (`str`, *optional*), dataset_revision (`str`, *optional*), split (`str`, *optional*): The part.
+        domain (`str`, *optional*): What a score on these rows is a score of: `in-domain`, `out-of-domain`, or
+            `validation` for what temperatures and epochs were chosen on, which stays out of the metadata.
+        bounds (`frozenset[str]`): Labels that no model can reach, such as the true posterior.
         note (`str`): Anything a reader must know about these rows.
     """
 
@@ -63,6 +63,8 @@ class Evaluation:
     dataset_config: str | None = None
     dataset_revision: str | None = None
     split: str | None = None
+    domain: str | None = None
+    bounds: frozenset[str] = frozenset()
     note: str = ""
 
     @property
@@ -87,7 +89,7 @@ class StudentCard:
             *optional*): In words, Markdown allowed.
         cache_repo (`str`, *optional*): The cache on the Hub; goes into the metadata.
         facts (`list[tuple[str, str]]`): Further rows of the table of origins.
-        arguments (`dict`): Training arguments.
+        arguments (`dict`): Training arguments; those that decide the result are shown.
         datasets (`list[str]`): Hub ids of the training data.
         evaluations (`list[Evaluation]`): Empty when nothing was evaluated.
         baseline (`str`, *optional*): Label drawn beside the student in the diagram.
@@ -96,8 +98,9 @@ class StudentCard:
         license_source (`str`): Where it comes from, or why there is none.
         teacher_license ([`License`], *optional*): Of the teacher.
         tags (`list[str]`): Beside the standing ones.
-        prompt (`str`), choices (`list[str]`): For the example.
-        versions (`dict[str, str]`): Libraries.
+        prompt (`str`), choices (`list[str]`): For the example; without choices it shows the next token.
+        versions (`dict[str, str]`): Libraries that the student was made with.
+        cache_versions (`dict[str, str]`): Libraries that the teacher cache was made with.
     """
 
     name: str
@@ -124,6 +127,7 @@ class StudentCard:
     prompt: str = "..."
     choices: list[str] = field(default_factory=lambda: [" A", " B"])
     versions: dict[str, str] = field(default_factory=dict)
+    cache_versions: dict[str, str] = field(default_factory=dict)
 
     def metadata(self) -> ModelCardData:
         """The header, as the Hub's client writes and reads it."""
@@ -132,15 +136,16 @@ class StudentCard:
         optional: dict[str, Any] = {} if self.license is None else dict(self.license.metadata)
         if self.base_model:
             optional["base_model_relation"] = "adapter" if self.adapter else "finetune"
+        results = self._eval_results()
         return ModelCardData(
             base_model=self.base_model,
             library_name="peft" if self.adapter else "transformers",
             pipeline_tag="text-generation",
             datasets=datasets or None,
-            metrics=[metric.key for metric in METRICS] if self.evaluations else None,
+            metrics=[metric.key for metric in METRICS] if results else None,
             tags=["first_trl", *kind, "calibration", "trl", *(["lora"] if self.adapter else []), *self.tags],
-            model_name=self.name if self.evaluations else None,
-            eval_results=self._eval_results() or None,
+            model_name=self.name if results else None,
+            eval_results=results or None,
             **optional,
         )
 
@@ -148,6 +153,8 @@ class StudentCard:
         results: list[EvalResult] = []
         places = set()
         for evaluation in self.evaluations:
+            if evaluation.domain == "validation":
+                continue
             kind = evaluation.dataset_id or evaluation.dataset_name.replace(" ", "_")
             place = (kind, evaluation.dataset_config, evaluation.split, evaluation.dataset_revision)
             # The Hub tells results apart by data set, config, split and revision
@@ -175,7 +182,7 @@ class StudentCard:
                         dataset_split=split,
                         dataset_revision=evaluation.dataset_revision,
                         metric_type=metric.key,
-                        metric_name=metric.name,
+                        metric_name=_METRIC_NAMES[metric.key],
                         metric_value=score.value,
                         metric_args=arguments or None,
                     )
@@ -216,22 +223,27 @@ class StudentCard:
             ("Recalibration of the teacher", self.recalibration),
             ("Estimator", self.estimator),
             *self.facts,
-            ("Made with", ", ".join(f"{name} {version}" for name, version in self._versions().items())),
+            ("Made with", _libraries({"first_trl": __version__, **self.versions})),
+            ("Cache made with", _libraries(self.cache_versions)),
         ]
-        first = self.evaluations[0] if self.evaluations else None
+        units = {evaluation.scored.unit for evaluation in self.evaluations}
+        n_bins = self.evaluations[0].scored.n_bins if self.evaluations else 10
+        # Free text has no options
+        choices = [] if units == {"token"} else self.choices
         return render(
             "student.md.j2",
             metadata=self.metadata().to_yaml(),
             card=self,
             repo_id=self.repo_id or "path/or/repo",
             origins=[(name, cell(text)) for name, text in origins if text],
-            arguments={name: value for name, value in self.arguments.items() if value is not None},
+            arguments=shown_arguments(self.arguments),
             metrics=METRICS,
             tables=[(evaluation, _table(evaluation), _remarks(evaluation)) for evaluation in self.evaluations],
             figure=DIAGRAM,
-            n_bins=first.scored.n_bins if first else 10,
+            legend=legend(units, n_bins),
+            limits=limits(units, self.distilled),
             prompt=json.dumps(self.prompt, ensure_ascii=False),
-            choices=json.dumps(self.choices, ensure_ascii=False),
+            choices=json.dumps(choices, ensure_ascii=False) if choices else "",
         )
 
     def _base(self) -> str:
@@ -240,35 +252,9 @@ class StudentCard:
         link = f"[{self.base_model}](https://huggingface.co/{self.base_model})"
         return f"{link}, {self.base_description}" if self.base_description else link
 
-    def _versions(self) -> dict[str, str]:
-        return {"first_trl": __version__, **self.versions}
 
-
-def recalibration_text(method: str, value: float | None, how: str) -> str:
-    """`method` with its value and where the value comes from."""
-    if method == "none" or value is None:
-        return "none: the teacher's probabilities as they are"
-    return f"`{method}`, {_METHODS.get(method, 'value')} = {value:.4g}; {how}"
-
-
-def estimator_text(name: str) -> str:
-    """An estimator, and what it compares."""
-    return f"`{name}`: {_ESTIMATORS[name]}" if name in _ESTIMATORS else f"`{name}`"
-
-
-def cache_text(manifests: list[Manifest]) -> str | None:
-    """What a student learned from, over all caches it was given; `None` without a manifest."""
-    if not manifests:
-        return None
-    rows, positions = (sum(m.counts[name] for m in manifests) for name in ("rows", "positions"))
-    without = sum(m.counts.get("rows_without_gold", 0) for m in manifests)
-    ids = ", ".join(dict.fromkeys(f"`{manifest.id}`" for manifest in manifests))
-    kept = sum(m.kept_mass[-1] * m.counts["positions"] for m in manifests) / max(1, positions)
-    return (
-        f"manifest {ids}: the {manifests[0].k} most likely tokens at {positions:,} positions of {rows:,} rows"
-        + (f" ({without:,} without an answer)" if without else "")
-        + f", {100 * kept:.1f} % of the teacher's mass"
-    )
+def _libraries(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def _table(evaluation: Evaluation) -> list[list[str]]:
@@ -283,6 +269,11 @@ def _table(evaluation: Evaluation) -> list[list[str]]:
 def _remarks(evaluation: Evaluation) -> list[str]:
     scored = evaluation.scored
     remarks = []
+    if evaluation.domain == "validation":
+        remarks.append(
+            "What temperatures and epochs were chosen on: for choices, not for claims. These figures are not in the "
+            "metadata."
+        )
     if evaluation.note:
         remarks.append(evaluation.note)
     if scored.null is not None:
@@ -301,8 +292,8 @@ def _remarks(evaluation: Evaluation) -> list[str]:
         remarks.append(f"Only {scored.n} {scored.unit}s: a binned calibration error is mostly sampling noise here.")
     if scored.unit == "token":
         remarks.append(
-            "Free text, every token of the reference given the ones before it. The intervals resample whole texts; the "
-            "noise floor takes tokens for independent and is too low for that."
+            "Free text, every token of the reference given the ones before it. The intervals resample whole texts"
+            + ("; the noise floor takes tokens for independent and is too low for that." if scored.null else ".")
         )
     if scored.options:
         remarks.append(
@@ -317,4 +308,8 @@ def _remarks(evaluation: Evaluation) -> list[str]:
 
 def _better(evaluation: Evaluation) -> list[str]:
     ece = evaluation.scored.scores["ece"].value
-    return [label for label, scored in evaluation.models.items() if scored.scores["ece"].value < ece]
+    return [
+        label
+        for label, scored in evaluation.models.items()
+        if label not in evaluation.bounds and scored.scores["ece"].value < ece
+    ]

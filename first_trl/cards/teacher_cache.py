@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ def teacher_cache_card(
     license: str | None = None,
     source_license: str | None = None,
     teacher_license: str | None = None,
+    teacher_name: str | None = None,
+    sources: Mapping[str, str] | None = None,
 ) -> str:
     """
     Dataset card of a teacher cache: provenance, how to load it and train from it, kept mass, calibration, size and
@@ -43,6 +46,10 @@ def teacher_cache_card(
         license (`str`, *optional*), source_license (`str`, *optional*), teacher_license (`str`, *optional*):
             Licences of the cache, its source data and its teacher. They cannot be read off a cache, so the card says
             when one is not stated.
+        teacher_name (`str`, *optional*):
+            What to call the teacher; default is the name it was loaded by, which says little of a folder.
+        sources (`dict[str, str]`, *optional*):
+            Split -> what its rows are, Markdown allowed; default is what the dataset was called.
 
     Returns:
         `str`: The card with its YAML header.
@@ -55,7 +62,8 @@ def teacher_cache_card(
     names.sort(key=lambda name: name != "train")
     manifests = {name: load_manifest(folder, name) for name in names}
     first = manifests[names[0]]
-    fits = [_fit(name, method, fit) for name in names for method, fit in manifests[name].recalibration.items()]
+    fits = [_fit(method, fit) for manifest in manifests.values() for method, fit in manifest.recalibration.items()]
+    fits = [fit for i, fit in enumerate(fits) if fit not in fits[:i]]  # one stored with two splits
     paper = next((fit for fit in fits if fit["method"] == "probability_temperature"), fits[0] if fits else None)
     metadata: dict[str, Any] = {
         "license": license,
@@ -68,7 +76,7 @@ def teacher_cache_card(
         metadata=yaml.safe_dump({k: v for k, v in metadata.items() if v is not None}, sort_keys=False).strip(),
         repo_id=repo_id,
         teacher=first.teacher,
-        teacher_name=public_name(first.teacher["name"]),
+        teacher_name=teacher_name or public_name(first.teacher["name"]),
         backend=first.backend,
         tokenizer=first.tokenizer,
         head_size=first.head_size,
@@ -82,7 +90,10 @@ def teacher_cache_card(
         teacher_license=teacher_license,
         suggested_method=paper["method"] if paper else "none",
         suggested_value=paper["value"] if paper else None,
-        splits=[_split(folder, name, manifest) for name, manifest in manifests.items()],
+        splits=[
+            {**_split(folder, name, manifest), "source": (sources or {}).get(name) or manifest.source["name"]}
+            for name, manifest in manifests.items()
+        ],
         shows_gold=any(manifest.counts.get("rows_without_gold") for manifest in manifests.values()),
         fits=fits,
     )
@@ -110,7 +121,6 @@ def _split(folder: str | os.PathLike[str], name: str, manifest: Manifest) -> dic
     size, positions = cache_size(folder, name), manifest.counts["positions"]
     return {
         "name": name,
-        "source": manifest.source["name"],
         "id": manifest.id,
         "rows": manifest.counts["rows"],
         "without_gold": manifest.counts.get("rows_without_gold", 0),
@@ -141,14 +151,17 @@ def _json_bytes(shard: Path) -> float:
     return sum(len(line) + 1 for line in lines) / max(1, sum(len(row[TAIL_LOGPROB]) for row in rows))
 
 
-def _fit(split: str, method: str, fit: dict[str, Any]) -> dict[str, Any]:
-    plain = {key: value for key, value in fit.items() if isinstance(value, int | float | str) and key != "value"}
-    # A fit of this package keeps its scores in points of the curve, the chosen one and the one without a rescale
-    for score in ("ece", "nll"):
-        if isinstance(fit.get("raw"), dict) and isinstance(fit.get("chosen"), dict):
-            plain[f"{score} raw"], plain[f"{score} after"] = fit["raw"][score], fit["chosen"][score]
-    details = ", ".join(
-        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in plain.items()
-    )
+def _fit(method: str, fit: dict[str, Any]) -> dict[str, Any]:
+    """A row of the table of fits; a value put there by hand may come without what is known of a fit of this package."""
+    target = f"`{fit['estimator']}`, {fit['top_k']} entries" if "estimator" in fit and "top_k" in fit else "–"
+    raw, chosen = fit.get("raw") or {}, fit.get("chosen") or fit
+    errors = [f"{100 * point['ece']:.1f}" if point.get("ece") is not None else "–" for point in (raw, chosen)]
     value = fit["value"] if "value" in fit else (fit.get("recalibration") or {}).get("value")
-    return {"split": split, "method": method, "value": value, "details": details}
+    return {
+        "method": method,
+        "value": value,
+        "objective": str(fit.get("objective") or "–").upper(),
+        "target": target,
+        "n": f"{fit['n']:,}" if fit.get("n") else "–",
+        "ece": " → ".join(errors),
+    }

@@ -189,7 +189,7 @@ def row_intervals(
     Bootstrap intervals of token-level scores that resample whole rows, since tokens of one row are not independent.
 
     Percentile intervals for the means. The ECE of a resample is too large on average, so its quantiles are reflected
-    around the estimate (the basic bootstrap).
+    around the estimate (the basic bootstrap), and so are those of the trust, in which accuracy and ECE hang together.
 
     Args:
         predictions (`Mapping[str, np.ndarray]`):
@@ -204,7 +204,7 @@ def row_intervals(
             Of the resampling.
 
     Returns:
-        `dict`: lower and upper limit of `accuracy`, `mean_confidence`, `ece`, `nll` and `brier`.
+        `dict`: lower and upper limit of `accuracy`, `mean_confidence`, `ece`, `trust`, `nll` and `brier`.
     """
     if not 0.0 < level < 1.0 or n_resamples < 1:
         raise ValueError(
@@ -236,4 +236,7 @@ def row_intervals(
     ece = float(np.abs(gaps.sum(axis=0)).sum() / len(row))
     low, high = np.quantile(errors, tails)
     intervals["ece"] = (float(max(2.0 * ece - high, 0.0)), float(min(max(2.0 * ece - low, 0.0), 1.0)))
+    trust = float(correct.mean()) - ece
+    low, high = np.quantile(means[:, 0] - errors, tails)
+    intervals["trust"] = (float(max(2.0 * trust - high, -1.0)), float(min(2.0 * trust - low, 1.0)))
     return intervals

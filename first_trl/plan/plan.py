@@ -326,7 +326,8 @@ def _pushes(recipe: Recipe, setting: SettingPlan) -> list[dict[str, Any]]:
 
     if hub.cache:
         add("dataset", "cache", setting.caches[0].bytes)
-    names = hub.arms or [name for name, arm in recipe.arms.items() if arm.kind in ("sft", "distill")]
+    trained = [name for name, arm in recipe.arms.items() if arm.kind in ("sft", "distill")]
+    names = hub.arms or [name for name in trained if not recipe.arms[name].swept]
     adapters = [name for name in names if recipe.arms[name].lora is not None]
     width = 4 if student.dtype == "float32" else 2
     full = None if student.parameters is None else student.parameters * width

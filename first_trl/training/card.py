@@ -13,17 +13,12 @@ from trl.trainer.utils import get_comet_experiment_url, get_config_model_id, get
 from ..cards.license import find_license
 from ..cards.render import hub_id, public_name
 from ..cards.scores import score_result
-from ..cards.student import Evaluation, StudentCard, cache_text, estimator_text, recalibration_text
+from ..cards.student import Evaluation, StudentCard
+from ..cards.wording import PROCESSES, cache_text, estimator_text, recalibration_text, shared_cache_text
 from ..evaluation.predictions import MultipleChoiceResult
 from ..teacher.manifest import read_manifests
 
 
-# What decides the result. Everything else a trainer is given concerns its machine, and part of that is private.
-_ARGUMENTS = (
-    "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "num_train_epochs",
-    "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "packing", "bf16", "fp16",
-    "estimator", "top_k", "ce_weight", "student_temperature", "token_dropout", "seed",
-)  # fmt: skip
 _STUDENT = "This student"
 _LIBRARIES = ("trl", "transformers", "peft", "torch", "datasets")
 
@@ -118,7 +113,7 @@ class ModelCardMixin:
             ),
             estimator=estimator_text(args.estimator),
             facts=[*_adapter_facts(model, adapter), *_log_facts()],
-            arguments=_arguments(args),
+            arguments={**vars(args), PROCESSES: args.world_size},
             evaluations=list(self._evaluations.values()),
             license=license,
             license_source="as its base model"
@@ -131,11 +126,10 @@ class ModelCardMixin:
             teacher = self._manifests[0].teacher
             count = len({manifest.teacher["weights_digest"] for manifest in self._manifests})
             card.teacher = _teacher_text(teacher, count)
-            card.teacher_license = find_license(hub_id(teacher["name"]), args.hub_token)
+            card.teacher_license = find_license(teacher["name"], args.hub_token)
+            card.cache_versions = self._manifests[0].versions
         if repo is not None:
-            at = f" at commit `{commit}`" if commit else ""
-            link = f"[{repo}](https://huggingface.co/datasets/{repo}){at}"
-            card.cache = f"{link}; {card.cache}" if card.cache else link
+            card.cache = shared_cache_text(repo, commit, card.cache)
         return card
 
 
@@ -182,9 +176,3 @@ def _log_facts() -> list[tuple[str, str]]:
         urls["Weights & Biases"] = wandb.run.url if wandb.run is not None else None
     found = ", ".join(f"[{name}]({url})" for name, url in urls.items() if url)
     return [("Training logs", found)] if found else []
-
-
-def _arguments(args: Any) -> dict[str, Any]:
-    values = {name: getattr(args, name, None) for name in _ARGUMENTS}
-    values["number of processes"] = args.world_size
-    return {name: getattr(value, "value", value) for name, value in values.items()}

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def test_the_figures_are_those_of_the_cache(folder):
     card, manifest = teacher_cache_card(folder, repo_id="me/cache"), load_manifest(folder, "train")
     assert 'load_teacher_cache("me/cache", split="train")' in card
     assert 'recalibration="probability_temperature", recalibration_value=0.28' in card
-    assert "| validation | probability_temperature | 0.28 | ece 0.0123 |" in card
+    assert "| probability_temperature | 0.28 | – | – | – | – → 1.2 |" in card
     for text in (manifest.teacher["weights_digest"], manifest.tokenizer["fingerprint"], manifest.id):
         assert f"`{text}`" in card
     assert f"{VOCAB + 8} rows; the 8 beyond the tokenizer are never kept" in card
@@ -70,6 +71,40 @@ def test_tables_are_whole(folder):
         if above.startswith("|") and below.startswith("|"):
             assert above.count("|") == below.count("|"), (above, below)
     assert not re.search(r"\{\{|\{%|None", "\n".join(lines))
+
+
+def test_a_fit_is_told_in_a_row(folder, tmp_path):
+    copy = tmp_path / "cache"
+    shutil.copytree(folder, copy)
+    fit = {"recalibration": {"method": "logit_temperature", "value": 1.283}, "objective": "nll", "estimator": "topk",
+           "top_k": 7, "positions": "first", "n": 1200, "raw": {"ece": 0.2, "nll": 1.5},
+           "chosen": {"ece": 0.104, "nll": 1.2}, "curve": []}  # fmt: skip
+    for split in ("train", "validation"):
+        store_recalibration(copy, split, "logit_temperature", fit)
+    card = teacher_cache_card(copy)
+    row = "| logit_temperature | 1.283 | NLL | `topk`, 7 entries | 1,200 | 20.0 → 10.4 |"
+    assert card.count(row) == 1 and "positions first" not in card
+
+
+def test_names_can_be_given(folder):
+    """A run knows what its folders `model` and rows in memory are."""
+    card = teacher_cache_card(folder, teacher_name="llama made from scratch", sources={"train": "task `noisy_world`"})
+    assert "# Teacher cache: llama made from scratch, top 7" in card and "| Teacher | llama made from scratch" in card
+    assert "| train | task `noisy_world` |" in card
+    assert f"| validation | {load_manifest(folder, 'validation').source['name']} |" in card
+
+
+def test_headings_stand_alone(folder, tmp_path):
+    copy = tmp_path / "cache"
+    shutil.copytree(folder, copy)
+    manifest = load_manifest(copy, "train")
+    manifest.notes = ["A note.", "Another."]
+    (copy / "manifest" / "train.json").write_text(manifest.to_json())
+    for text in (teacher_cache_card(folder), teacher_cache_card(copy)):
+        lines = text.split("```")[2].splitlines()
+        for above, line in itertools.pairwise(lines):
+            assert not line.startswith(("#", ">")) or above == "", (above, line)
+    assert "> A note." in text and "> Another." in text
 
 
 def test_what_is_not_known_is_said(folder):

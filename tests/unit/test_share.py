@@ -53,6 +53,8 @@ from first_trl.share import push_run
 first = push_run(RUN, "alice", arms=["teacher", "sft", "first", "lora"], private=True, tag="v1")
 assert push_run(RUN, "alice", arms=["teacher", "sft", "first", "lora"], tag="v1") == first
 assert main(["push", RUN, "--namespace", "alice", "--arms", "first", "lora"]) == 0
+# What was pushed before stays on record
+assert json.load(open(RUN + "/share.json")) == first
 print("SHARED", json.dumps(first))
 """
 
@@ -129,6 +131,9 @@ def test_what_is_shared_comes_back_the_same(env, finished, run, tmp_path):
             "alice/quickstart-base",
             shared["base"]["commit"],
         )
+        cache = hub.files("alice/quickstart-cache", "dataset")["README.md"].decode()
+        assert "# Teacher cache: llama made from scratch, fine-tuned, top" in cache
+        assert "| train | task `noisy_world`, split `train` | 96 |" in cache and "memory" not in cache
         card = hub.files("alice/quickstart-first", "model")["README.md"].decode()
         assert f"alice/quickstart-cache) at commit `{shared['cache']['commit']}`" in card
         assert "[Teacher](" not in card and "| Teacher | " in card and "SFT + " not in card.split("## Evaluation")[0]

@@ -4,6 +4,8 @@ import ast
 import itertools
 import math
 import re
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +15,14 @@ from peft import LoraConfig
 
 from first_trl import add_teacher_topk, evaluate_multiple_choice, expected_calibration_error, load_teacher_cache
 from first_trl.cards import Evaluation, License, StudentCard, find_license, score_result, teacher_cache_card
+from first_trl.cards import license as license_module
+from first_trl.cards.render import hub_id
 from first_trl.cards.scores import score_tokens
+from first_trl.cards.wording import estimator_text, shown_arguments
 from first_trl.evaluation.predictions import MultipleChoiceResult, multiple_choice_report
 from first_trl.evaluation.token_level import token_level_report
 from first_trl.teacher.cache import load_manifest, store_recalibration
+from first_trl.training.losses import ESTIMATORS
 from first_trl.training.trainer import FirstDistillTrainer
 from tests.tiny import tiny_config, tiny_llama, tiny_rows, tiny_tokenizer
 
@@ -49,6 +55,7 @@ def predictions(n: int, gap: float = 0.0, seed: int = 0) -> MultipleChoiceResult
 
 
 def a_card(**changes) -> StudentCard:
+    bounds = frozenset({"Best | possible"})
     own, other = score_result(predictions(1000, 0.02)), score_result(predictions(1000, 0.2, seed=1))
     better = score_result(predictions(1000, seed=2))
     models = {"SFT": other, "FIRST": own, "Best | possible": better}
@@ -62,7 +69,9 @@ def a_card(**changes) -> StudentCard:
         "recalibration": "`probability_temperature`, c = 0.3; fitted",
         "datasets": ["org/data"],
         "evaluations": [
-            Evaluation("test", models, "FIRST", "org/data", "org/data", "default", "v1", "validation"),
+            Evaluation(
+                "test", models, "FIRST", "org/data", "org/data", "default", "v1", "validation", "in-domain", bounds
+            ),
             Evaluation("ood", models, "FIRST", "org/data", "org/data", "default", "v1", "validation"),
         ],
         "baseline": "SFT",
@@ -108,12 +117,55 @@ def test_the_table_holds_all_models_and_says_which_are_better(tmp_path):
     assert len(rows) == 6
     assert f" {100 * ece['SFT']:.1f} [" in rows[0] and "**FIRST** (this model)" in rows[1]
     assert ece["Best | possible"] < ece["FIRST"] < ece["SFT"]
-    assert "Lower ECE than this model here: Best | possible." in text
+    # What no model can reach is no rival, where it is said to be that
+    first, second = text.split("### `ood`")
+    assert "Lower ECE than this model here" not in first
+    assert "Lower ECE than this model here: Best | possible." in second
+    assert "### `test` (in-domain): org/data" in text and "### `ood`: org/data" in text
     for above, below in itertools.pairwise(text.splitlines()):
         if above.startswith("|") and below.startswith("|"):
             plain = [line.replace("\\|", "") for line in (above, below)]
             assert plain[0].count("|") == plain[1].count("|"), (above, below)
-    assert "Noise floor" in text and not re.search(r"\{\{(?!FIRST)|\{%|\bNone\b", text)
+    assert "Noise floor" in text and not re.search(r"\{\{(?!FIRST)|\{%|\bNone\b(?! else)", text)
+
+
+def test_what_was_chosen_on_is_no_claim():
+    models = {"FIRST": score_result(predictions(400))}
+    roles = (("validation", "validation"), ("test", "in-domain"))
+    card = a_card(evaluations=[Evaluation(name, models, "FIRST", "data", domain=domain) for name, domain in roles])
+    text = card.render()
+    assert "### `validation` (validation)" in text and "for choices, not for claims" in text
+    assert {e.dataset_name for e in ModelCard(text).data.eval_results} == {"data (test)"}
+    alone = a_card(evaluations=card.evaluations[:1]).metadata()
+    assert alone.eval_results is None and "model-index" not in alone.to_dict() and "metrics" not in alone.to_dict()
+
+
+def test_only_arguments_that_decide_the_result_are_shown():
+    private = {"hub_token": "hf_secret", "output_dir": "/home/me/out", "hub_model_id": "me/x", "run_name": "mine",
+               "resume_from_checkpoint": "/home/me/out/checkpoint-1", "logging_dir": "/home/me/log"}  # fmt: skip
+    shown = {"learning_rate": 0.1, "adam_beta2": 0.98, "label_smoothing_factor": 0.1, "global_batch_size": 64}
+    text = a_card(arguments={**private, **shown, "max_steps": None}).render()
+    for value in ("hf_secret", "/home/me", "me/x", "`run_name`", "`max_steps`"):
+        assert value not in text
+    for name, value in shown.items():
+        assert f"| `{name}` | {value} |" in text
+    assert shown_arguments({"optim": SimpleNamespace(value="adamw_torch")}) == {"optim": "adamw_torch"}
+
+
+def test_names_of_files_are_no_repositories(tmp_path):
+    for name in (
+        "questions.csv",
+        "data/train.jsonl",
+        "data/rows.parquet",
+        "data/rows.JSON.gz",
+        str(tmp_path),
+        "",
+        None,
+    ):
+        assert hub_id(name) is None, name
+    assert hub_id(str(tmp_path / "gone")) is None
+    for name in ("gpt2", "org/data", "org/Model-1.5", "org/model_v0.1"):
+        assert hub_id(name) == name
 
 
 def test_a_card_without_an_evaluation_says_so(tmp_path):
@@ -126,12 +178,19 @@ def test_a_card_without_an_evaluation_says_so(tmp_path):
     assert "an ECE in that range" not in text
 
 
-def test_code_on_the_card_is_short_and_valid():
+def test_code_on_the_card_is_short_and_valid(monkeypatch):
     text = a_card(prompt='Say "x"\nanswer:', choices=[' "a"', " b"]).render()
     blocks = re.findall(r"```python\n(.*?)```", text, re.S)
     assert len(blocks) == 1 and len(blocks[0].strip().splitlines()) <= 10
     assert 'answer_pipeline("me/mine")' in blocks[0] and "abstain_below=0.5" in blocks[0]
     compile(blocks[0], "card", "exec")
+    # Nothing is said where the most likely token is none of the choices, however sure the model is of it
+    for answer, said in ((" b", " b"), (None, "I do not know")):
+        output, printed = {"answer": answer, "index": None, "confidence": 0.9, "abstained": False}, []
+        module = SimpleNamespace(answer_pipeline=lambda repo_id, output=output: lambda *args, **options: output)
+        monkeypatch.setitem(sys.modules, "first_trl", module)
+        exec(blocks[0], {"print": lambda *values, printed=printed: printed.append(values)})
+        assert printed == [(said, 0.9)]
     prompt = next(line for line in blocks[0].splitlines() if line.startswith("prompt = "))
     assert ast.literal_eval(prompt.removeprefix("prompt = ")) == 'Say "x"\nanswer:'
 
@@ -157,16 +216,38 @@ def test_intervals_hold_the_truth_and_shrink():
 
 
 def test_the_licence_is_read_and_never_invented(tmp_path):
-    find_license.cache_clear()
     assert find_license(None) is None and find_license(str(tmp_path)) is None
     assert find_license("no one/such name") is None
     (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: llama3\nlicense_link: LICENSE\n---\n")
-    find_license.cache_clear()
     found = find_license(str(tmp_path))
     assert found == License("other", "llama3") and found.metadata == {"license": "other", "license_name": "llama3"}
     (tmp_path / "README.md").write_text("no header")
-    find_license.cache_clear()
     assert find_license(str(tmp_path)) is None
+
+
+def test_a_hub_that_does_not_answer_is_asked_again(monkeypatch):
+    calls = []
+
+    class Hub:
+        def __init__(self, token):
+            pass
+
+        def model_info(self, repo_id, timeout):
+            calls.append(repo_id)
+            if len(calls) == 1:
+                raise ConnectionError("no network")
+            return SimpleNamespace(card_data={"license": "mit"})
+
+    monkeypatch.setattr(license_module, "HfApi", Hub)
+    monkeypatch.setattr(license_module, "is_offline", lambda: False)
+    name = "first-trl-tests/asked-again"
+    assert find_license(name) is None
+    assert find_license(name) == find_license(name) == License("mit")
+    assert calls == [name, name]
+
+
+def test_every_estimator_is_explained():
+    assert all(": " in estimator_text(name) for name in (*ESTIMATORS, "sampled"))
 
 
 @pytest.fixture(scope="module")
@@ -230,14 +311,22 @@ def test_free_text_is_scored_by_tokens_with_intervals_over_texts():
     }
     report = token_level_report(values, n_rows=40) | {"null_ece": {"mean": 0.02, "q95": 0.03}}
     scored = score_tokens(values, report)
-    for key in ("accuracy", "ece", "nll", "brier"):
+    for key in ("accuracy", "ece", "trust", "nll", "brier"):
         score = scored.scores[key]
         assert score.value == report["full_vocab"][key] and score.low < score.value < score.high
-    assert scored.scores["trust"].low is None
     card = a_card(evaluations=[Evaluation("alpaca", {"FIRST": scored}, "FIRST", "alpaca", split="train[95%:]")])
     text = card.render()
     assert "1,000 tokens" in text and "The intervals resample whole texts" in text and "answer options" not in text
     assert "below 3.0 % in 95 of 100" in text
+    # Neither the intervals nor the limits are those of multiple choice
+    assert "bootstrap of whole texts" in text and "Wilson" not in text and "choices=" not in text
+    assert "answer's first token" not in text and "measured on the tokens of reference texts" in text.replace(
+        "\n", " "
+    )
+    rows = Evaluation("test", {"FIRST": score_result(predictions(400))}, "FIRST", "questions")
+    both = a_card(evaluations=[rows, *card.evaluations]).render()
+    assert "Rows. In brackets" in both and "Free text. In brackets" in both and "Wilson" in both
+    assert "choices=" in both and "the confidence in single tokens was measured" in both
     assert {e.task_type for e in ModelCard(text).data.eval_results} == {"text-generation"}
 
 
@@ -248,15 +337,10 @@ def test_the_cache_card_counts_prompts_without_an_answer(tmp_path):
     manifest = load_manifest(folder)
     manifest.counts["rows_without_gold"] = 5
     (folder / "manifest" / "train.json").write_text(manifest.to_json())
-    fit = {"recalibration": {"method": "probability_temperature", "value": 0.31}, "raw": {"ece": 0.2, "nll": 1.5},
-           "chosen": {"ece": 0.1, "nll": 1.2}}  # fmt: skip
-    store_recalibration(folder, "train", "probability_temperature", fit)
+    store_recalibration(folder, "train", "probability_temperature", {"value": 0.31})
     text = teacher_cache_card(folder)
     assert "| Rows | Without an answer | Positions |" in text and f"| {manifest.counts['rows']} | 5 |" in text
     assert "recalibration_value=0.31" in text
-    assert (
-        "| train | probability_temperature | 0.31 | ece raw 0.2, ece after 0.1, nll raw 1.5, nll after 1.2 |" in text
-    )
     for above, below in itertools.pairwise(text.splitlines()):
         if above.startswith("|") and below.startswith("|"):
             assert above.count("|") == below.count("|"), (above, below)
