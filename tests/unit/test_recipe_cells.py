@@ -121,7 +121,7 @@ def test_an_override_reaches_into_a_case_and_leaves_the_rest_of_it():
     assert run.teacher.sft == whole.teacher.sft | {"num_train_epochs": 3}
     assert (run.task.max_length, run.task.splits) == (32, whole.task.splits)
     assert run.capture.k == 7
-    with pytest.raises(ValueError, match="there is no case 'digit'. Did you mean 'digits'"):
+    with pytest.raises(ValueError, match=r"there is no case 'digit'\. Did you mean 'digits'"):
         load_recipe("beyond_study", ["cases.digit.training.num_train_epochs=2"])
 
 
