@@ -273,7 +273,11 @@ def test_models_trainings_and_folder(tmp_path):
     assert cells(recipe)[0].arms == recipe.arms
 
 
-def test_repositories_are_not_those_of_the_real_run(tmp_path):
+def test_repositories_are_not_those_of_the_real_run(tmp_path, monkeypatch):
+    # Random models go to a Hub of one's own or nowhere
+    public = small(tmp_path, hub=HubSpec("me", private=False))
+    assert public.hub is None and any("Nothing was pushed" in note for note in public.report.notes)
+    monkeypatch.setattr("first_trl.smoke.recipe.ENDPOINT", "http://127.0.0.1:1")
     recipe = small(tmp_path, hub=HubSpec("me", private=False))
     assert recipe.name == "mine-smoke" and recipe.hub == HubSpec("me", private=True)
     assert small(tmp_path).hub is None
