@@ -47,7 +47,12 @@ class RunContext:
                 f"Task {recipe.task.name!r} brings no tokenizer and the teacher is made from scratch: name one with the "
                 "recipe's `tokenizer` key."
             )
-        return AutoTokenizer.from_pretrained(name, revision=recipe.teacher.init_kwargs.get("revision"))
+        return AutoTokenizer.from_pretrained(name, revision=self.tokenizer_revision)
+
+    @property
+    def tokenizer_revision(self) -> str | None:
+        """The teacher's, whose tokenizer it is unless the recipe names another."""
+        return None if self.recipe.tokenizer is not None else self.recipe.teacher.init_kwargs.get("revision")
 
     def rows(self, role: str) -> Dataset:
         """Rows of a role as the task gives them."""

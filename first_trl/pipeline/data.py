@@ -1,5 +1,6 @@
 """Stage `data`: rows of every role, checked, tokenised and counted."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,19 +12,36 @@ from ..tasks import get_task, tokenize_rows
 from ..tasks.base import TaskSplit
 from ..tasks.overlap import drop_overlap
 from .context import RunContext
-from .workspace import path_fingerprint
+from .workspace import content_key, path_fingerprint
 
 
 def run_data(run: RunContext) -> None:
-    task = run.recipe.task
-    inputs = {
-        "task": task,
-        "seed": run.recipe.seed,
-        "tokenizer": path_fingerprint(run.recipe.tokenizer or run.recipe.teacher.name_or_path),
-        "files": [path_fingerprint(_path(run, spec)) for spec in task.splits.values()],
-        "evaluated": run.recipe.evaluation.splits,
+    """
+    Besides the key of the whole unit there is one of each role, `data/<role>`, which what is made from a role depends on:
+    a further evaluation role rewrites the rows and trains nothing again.
+    """
+    recipe, task = run.recipe, run.recipe.task
+    common = {
+        "task": [dataclasses.replace(task, splits={}), path_fingerprint(task.path)],
+        "seed": recipe.seed,
+        "tokenizer": [path_fingerprint(recipe.tokenizer or recipe.teacher.name_or_path), run.tokenizer_revision],
     }
+    keys = {
+        role: content_key({**common, "split": spec, "files": path_fingerprint(_path(run, spec))})
+        for role, spec in task.splits.items()
+    }
+    unseen = [key for role, key in keys.items() if task.splits[role].unseen is not None]
+    for role in _used(run):
+        keys[role] = content_key([keys[role], unseen])
+    run.keys |= {f"data/{role}": key for role, key in keys.items()}
+    inputs = {"roles": keys, "evaluated": recipe.evaluation.splits}
     run.keys["data"] = run.workspace.run("data", "data", inputs, lambda folder: _write(run, folder))
+
+
+def _used(run: RunContext) -> list[str]:
+    """Roles that students train on, and that temperatures and epochs are chosen on."""
+    roles = dict.fromkeys(["train", "validation", *(role for arm in run.recipe.arms.values() for role in arm.data)])
+    return list(roles)
 
 
 def _path(run: RunContext, spec: SplitSpec) -> str | None:
@@ -51,8 +69,7 @@ def _write(run: RunContext, folder: Path) -> None:
     splits, evaluated = run.recipe.task.splits, run.recipe.evaluation.splits
     loaded = {role: _load(run, spec) for role, spec in splits.items()}
     rows = {role: split.dataset for role, split in loaded.items()}
-    # What students train on, and what temperatures and epochs are chosen on
-    used = dict.fromkeys(["train", "validation", *(role for arm in run.recipe.arms.values() for role in arm.data)])
+    used = _used(run)
     overlapping: dict[str, dict[str, int]] = {role: {} for role in used}
     for role, spec in splits.items():
         for other in used if spec.unseen is not None else ():

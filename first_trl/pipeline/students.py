@@ -24,7 +24,7 @@ def run_students(run: RunContext) -> None:
             "training": training,
             "seed": run.recipe.seed,
             "base": run.keys["base/student"],
-            "data": run.keys["data"],
+            "data": [run.keys[f"data/{role}"] for role in (*arm.data, *(["validation"] if arm.select else []))],
         }
         value = arm.recalibration_value
         if arm.kind == "distill":

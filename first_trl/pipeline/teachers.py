@@ -70,7 +70,8 @@ def run_pretrain(run: RunContext) -> None:
             ],
             "pretrain": spec.pretrain,
             "seed": run.recipe.seed,
-            "data": run.keys["data"],
+            # The tokenizer, of which a model from scratch has as many rows, is part of every role's key
+            "data": [run.keys[f"data/{role}"] for role in ("train", *(["pretrain"] if spec.pretrain else []))],
         }
         if spec.pretrain is None and not spec.from_scratch:
             run.keys[f"base/{role}"] = json.dumps(inputs["model"])  # used where it is, nothing to make
@@ -116,7 +117,7 @@ def run_teacher(run: RunContext) -> None:
                 "fold": None if teacher.folds is None else [fold, teacher.folds, teacher.fold_by],
                 "seed": run.recipe.seed,
                 "base": run.keys["base/teacher"],
-                "data": run.keys["data"],
+                "data": [run.keys[f"data/{role}"] for role in ("train", *(["validation"] if teacher.select else []))],
             }
             run.keys[unit] = run.workspace.run("teacher", unit, inputs, partial(_fine_tune, run, teacher, fold))
 
@@ -181,11 +182,12 @@ def captured_roles(run: RunContext, teacher: Teacher) -> list[str]:
 def run_capture(run: RunContext) -> None:
     for teacher in teachers(run):
         for fold, part in enumerate(teacher.parts if captured_roles(run, teacher) else []):
+            spec = run.recipe.capture
             inputs = {
-                "capture": run.recipe.capture,
-                "roles": captured_roles(run, teacher),
+                # What enters the entries; how the work is cut or where it is served may change on the way
+                "capture": [spec.k, spec.logprob_dtype, spec.num_draws, spec.vllm_url is not None, spec.vllm_model],
                 "teacher": run.keys[f"teacher{teacher.suffix}{part}"],
-                "data": run.keys["data"],
+                "data": {role: run.keys[f"data/{role}"] for role in captured_roles(run, teacher)},
             }
             unit = f"cache{teacher.suffix}{part}"
             run.keys[unit] = run.workspace.run("capture", unit, inputs, partial(_capture, run, teacher, fold))

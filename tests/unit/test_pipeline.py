@@ -218,3 +218,20 @@ def test_a_killed_run_continues_from_its_checkpoint(recipe, run, tmp_path):
             for name in ("whole", "killed")
         ]
         assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+
+
+def test_a_further_evaluation_role_and_a_smaller_batch_train_nothing_again(run, recipe, capsys, tmp_path):
+    import shutil
+
+    folder = tmp_path / "copy"
+    shutil.copytree(run, folder)
+    changes = ["task.splits.more={split: test, limit: 20}", "evaluation.splits=[test, ood, more]"]
+    changes += ["capture.max_tokens_per_batch=512", "capture.shard_size=10"]
+    assert main(["run", recipe, *TINY, *changes, "--output-dir", str(folder)]) == 0
+    redone = {
+        line.split(":")[0].strip() for line in capsys.readouterr().out.splitlines() if line.endswith(": running")
+    }
+    assert redone == {"data", "report", *(f"evaluate/{arm}" for arm in (*ARMS, "bayes"))}
+    # Other training rows are another matter
+    assert main(["run", recipe, *TINY, "task.splits.train.limit=80", "--output-dir", str(folder)]) == 0
+    assert "students/sft: running" in capsys.readouterr().out
