@@ -96,7 +96,8 @@ def base_model(run: RunContext, role: str) -> Any:
     spec = getattr(run.recipe, role)
     if spec.pretrain is None and not spec.from_scratch:
         return make_model(spec, None, run.recipe.seed, role)
-    return load_trained(run.folder / "base" / role, spec, lambda: None)
+    # By its whole path: adapters keep it, and are loaded from other working folders too
+    return load_trained(run.folder.resolve() / "base" / role, spec, lambda: None)
 
 
 # teachers

@@ -235,3 +235,16 @@ def test_a_further_evaluation_role_and_a_smaller_batch_train_nothing_again(run, 
     # Other training rows are another matter
     assert main(["run", recipe, *TINY, "task.splits.train.limit=80", "--output-dir", str(folder)]) == 0
     assert "students/sft: running" in capsys.readouterr().out
+
+
+def test_an_adapter_loads_from_any_working_folder(recipe, tmp_path, monkeypatch):
+    from first_trl import answer_pipeline
+
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    only = "arms={lora: {kind: distill, lora: {r: 4, target_modules: all-linear}}}"
+    assert main(["run", recipe, *TINY, only, "--output-dir", "run"]) == 0
+    monkeypatch.chdir(tmp_path)
+    pipe = answer_pipeline(str(tmp_path / "here" / "run" / "students" / "lora" / "model"))
+    prompt = "question : bela the nurse at harbor in rain carries what ? answer :"
+    assert 0 < pipe(prompt, choices=[" hammer", " saw"])["confidence"] <= 1
