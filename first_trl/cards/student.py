@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from .. import __version__
 from ..calibration import reliability_diagram
-from ..report.metrics import METRICS
+from ..report.metrics import FEW_ROWS, METRICS
 from .license import License
 from .render import cell, render
 from .scores import Scored
@@ -199,7 +199,7 @@ class StudentCard:
             columns = max(columns, len(shown))
             for label in shown:
                 panels[f"{label}, {evaluation.name}"] = evaluation.models[label].calibration
-        return reliability_diagram(panels, columns=columns) if panels else None
+        return reliability_diagram(panels, columns=columns, min_count=FEW_ROWS) if panels else None
 
     def write(self, folder: Path) -> Path:
         """Write `README.md` and, where there is something to draw, `reliability.png`; returns the card."""
