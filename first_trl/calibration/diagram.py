@@ -1,6 +1,7 @@
 """Reliability diagrams of one or several reports, and the same data for other plotting tools."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +24,9 @@ _LEGEND = (
     "mean confidence",
 )
 _LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B", "#7F7F7F", "#6A3D9A")
+# Inches around and between panels, and a title's height: its caption of two lines, and each line of its own
+_LEFT, _RIGHT, _BETWEEN, _BELOW, _CAPTION, _LINE, _LEGEND_LINE = 0.65, 0.2, 0.5, 0.55, 0.5, 0.18, 0.2
+_TITLE_WIDTH = 34  # characters of a line above a panel of a grid
 _COLUMNS = ("lower", "upper", "count", "confidence", "accuracy", "gap", "null_low", "null_high")
 
 
@@ -117,6 +121,9 @@ def reliability_diagram(
         raise ValueError(f"columns={columns!r} must be a positive integer.")
     panels = reliability_data(reports, titles=titles)["panels"]
     n_plots = 1 if layout == "overlay" else len(panels)
+    if axes is None and n_plots > 1:
+        for panel in panels:
+            panel["title"] = textwrap.fill(panel["title"], _TITLE_WIDTH)
     if axes is not None:
         given: list[Any] = [axes] if hasattr(axes, "plot") else list(axes)
         if len(given) != n_plots:
@@ -124,7 +131,8 @@ def reliability_diagram(
         figure = given[0].figure
         pairs = [(axis, None) for axis in given]
     else:
-        figure, pairs = _grid(n_plots, columns, counts, layout, suptitle)
+        shown = [""] if layout == "overlay" else [panel["title"] for panel in panels]
+        figure, pairs = _grid(shown, columns, counts, layout, suptitle)
     if layout == "overlay":
         _draw_overlay(*pairs[0], panels)
     else:
@@ -147,29 +155,47 @@ def _named(reports: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def _grid(
-    n_plots: int, columns: int | None, counts: bool, layout: str, suptitle: str | None
+    titles: Sequence[str], columns: int | None, counts: bool, layout: str, suptitle: str | None
 ) -> tuple["Figure", list[tuple[Any, Any]]]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("A reliability diagram needs matplotlib: `pip install matplotlib`.") from error
 
+    n_plots = len(titles)
     if columns is None:
         # As even as possible: 6 panels are 3 x 2, 10 are 5 x 2.
         columns = n_plots if n_plots <= 4 else min(5, math.ceil(n_plots / math.ceil(n_plots / 5)))
     columns = min(columns, n_plots)
     rows = math.ceil(n_plots / columns)
-    side = 5.0 if n_plots == 1 else 3.3
-    height = side * (1.42 if counts else 1.14)
-    figure = Figure(figsize=(side * columns, height * rows + 0.5), layout="constrained")
+    side = 4.2 if n_plots == 1 else 2.7
+    cell = side * 1.29 if counts else side
+    above = _CAPTION + _LINE * max(1 + title.count("\n") for title in titles)
+    width = _LEFT + side * columns + _BETWEEN * (columns - 1) + _RIGHT
+    legend = (
+        0.0 if layout == "overlay" else 0.1 + _LEGEND_LINE * math.ceil((len(_LEGEND) + 1) / _legend_columns(width))
+    )
+    head = 0.4 if suptitle else 0.1
+    height = head + (above + cell + _BELOW) * rows + legend
+    # Fixed places: a layout engine measures every label of every panel, which takes longer than to draw them
+    figure = Figure(figsize=(width, height))
     if suptitle:
-        figure.suptitle(suptitle, fontsize=13)
-    outer = figure.add_gridspec(rows, columns)
+        figure.suptitle(suptitle, fontsize=13, y=1 - 0.1 / height, va="top")
+    outer = figure.add_gridspec(
+        rows,
+        columns,
+        left=_LEFT / width,
+        right=1 - _RIGHT / width,
+        top=1 - (head + above) / height,
+        bottom=(legend + _BELOW) / height,
+        wspace=_BETWEEN / side,
+        hspace=(above + _BELOW) / cell,
+    )
     pairs = []
     for index in range(n_plots):
         row, column = divmod(index, columns)
         if counts:
-            inner = outer[row, column].subgridspec(2, 1, height_ratios=(4, 1), hspace=0.04)
+            inner = outer[row, column].subgridspec(2, 1, height_ratios=(4, 1), hspace=0.06)
             axis = figure.add_subplot(inner[0])
             strip = figure.add_subplot(inner[1], sharex=axis)
             axis.tick_params(labelbottom=False)
@@ -180,8 +206,14 @@ def _grid(
             axis.set_ylabel("accuracy")
             if strip is not None:
                 strip.set_ylabel("share")
+        else:
+            axis.tick_params(labelleft=False)
         pairs.append((axis, strip))
     return figure, pairs
+
+
+def _legend_columns(width: float) -> int:
+    return 2 if width < 6 else 3 if width < 12 else len(_LEGEND) + 1
 
 
 def _add_legend(figure: "Figure") -> None:
@@ -191,21 +223,21 @@ def _add_legend(figure: "Figure") -> None:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     order = [*(label for label in _LEGEND if label in handles), *(label for label in handles if label not in _LEGEND)]
-    width = figure.get_figwidth()
     figure.legend(
         [handles[label] for label in order],
         order,
-        loc="outside lower center",
-        ncols=2 if width < 6 else 3 if width < 12 else len(order),
+        loc="lower center",
+        ncols=min(_legend_columns(figure.get_figwidth()), len(order)),
         fontsize=9,
         frameon=False,
     )
 
 
 def _style(axis: Any) -> None:
-    axis.set(xlim=(0, 1), ylim=(0, 1), xticks=[0, 0.25, 0.5, 0.75, 1], yticks=[0, 0.25, 0.5, 0.75, 1])
-    axis.set_xticklabels(["0", ".25", ".5", ".75", "1"])
-    axis.set_yticklabels(["0", ".25", ".5", ".75", "1"])
+    ticks, labels = [0, 0.25, 0.5, 0.75, 1], ["0", ".25", ".5", ".75", "1"]
+    axis.set(xlim=(0, 1), ylim=(0, 1))
+    axis.set_xticks(ticks, labels)
+    axis.set_yticks(ticks, labels)
     axis.set_axisbelow(True)
     axis.grid(color="#E6E6E6", linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
@@ -219,28 +251,43 @@ def _used(bins: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
 
 def _draw_panel(axis: Any, strip: Any, panel: Mapping[str, Any], null_band: bool, min_count: int) -> None:
     _style(axis)
-    for row in _used(panel["bins"]):
-        left, width = row["lower"], row["upper"] - row["lower"]
-        if row["count"] < min_count:
-            axis.bar(left, row["confidence"], width, align="edge", color="#F4F4F4", edgecolor="#B5B5B5",
-                     hatch="////", linewidth=0.6, label=f"fewer than {min_count} examples", zorder=2)  # fmt: skip
-            continue
-        low, high = sorted((row["accuracy"], row["confidence"]))
-        over = row["gap"] >= 0
-        axis.bar(left, low, width, align="edge", color=_BAR, edgecolor="white", linewidth=0.6, zorder=2)
-        axis.bar(left, high - low, width, bottom=low, align="edge", color=_OVER if over else _UNDER, edgecolor="white",
-                 linewidth=0.6, label="over-confident" if over else "under-confident", zorder=3)  # fmt: skip
-        if null_band and row["null_high"] > row["null_low"]:
-            axis.bar(left + width * 0.4, row["null_high"] - row["null_low"], width * 0.2, bottom=row["null_low"],
-                     align="edge", color=_BAND, alpha=0.75, label="95 % if calibrated", zorder=5)  # fmt: skip
-        axis.plot([left, left + width], [row["accuracy"]] * 2, color="black", linewidth=2, solid_capstyle="butt",
-                  label="accuracy of the bin", zorder=6)  # fmt: skip
+    used = _used(panel["bins"])
+    few = [row for row in used if row["count"] < min_count]
+    shown = [row for row in used if row["count"] >= min_count]
+    _bars(axis, few, [0] * len(few), [row["confidence"] for row in few], color="#F4F4F4", edgecolor="#B5B5B5",
+          hatch="////", linewidth=0.6, label=f"fewer than {min_count} examples", zorder=2)  # fmt: skip
+    lows = [min(row["accuracy"], row["confidence"]) for row in shown]
+    _bars(axis, shown, [0] * len(shown), lows, color=_BAR, edgecolor="white", linewidth=0.6, zorder=2)
+    for label, colour, over in (("over-confident", _OVER, True), ("under-confident", _UNDER, False)):
+        rows = [row for row in shown if (row["gap"] >= 0) == over]
+        ends = [sorted((row["accuracy"], row["confidence"])) for row in rows]
+        _bars(axis, rows, [low for low, _ in ends], [high for _, high in ends], color=colour, edgecolor="white",
+              linewidth=0.6, label=label, zorder=3)  # fmt: skip
+    spans = [row for row in shown if null_band and row["null_high"] > row["null_low"]]
+    _bars(axis, spans, [row["null_low"] for row in spans], [row["null_high"] for row in spans], share=0.2, color=_BAND,
+          alpha=0.75, label="95 % if calibrated", zorder=5)  # fmt: skip
+    if shown:
+        # One line with gaps: a NaN lifts the pen
+        x = [value for row in shown for value in (row["lower"], row["upper"], math.nan)]
+        y = [value for row in shown for value in (row["accuracy"], row["accuracy"], math.nan)]
+        axis.plot(x, y, color="black", linewidth=2, solid_capstyle="butt", label="accuracy of the bin", zorder=6)
     # The name stands above the two smaller lines of numbers.
     axis.set_title(panel["title"], fontsize=11, pad=34)
     axis.annotate(_caption(panel), (0.5, 1), xycoords="axes fraction", xytext=(0, 6), textcoords="offset points",
                   ha="center", va="bottom", fontsize=8.5, color="#333333", linespacing=1.25)  # fmt: skip
     if strip is not None:
         _draw_strip(strip, panel, [panel["bins"]], [_BAR])
+
+
+def _bars(
+    axis: Any, rows: Sequence[Mapping[str, Any]], lows: list[float], highs: list[float], share: float = 1, **style: Any
+) -> None:
+    """Bars from `lows` to `highs` over the middle `share` of their bins."""
+    if rows:
+        widths = [share * (row["upper"] - row["lower"]) for row in rows]
+        lefts = [(row["lower"] + row["upper"] - width) / 2 for row, width in zip(rows, widths, strict=True)]
+        heights = [high - low for low, high in zip(lows, highs, strict=True)]
+        axis.bar(lefts, heights, widths, bottom=lows, align="edge", **style)
 
 
 def _draw_overlay(axis: Any, strip: Any, panels: Sequence[Mapping[str, Any]]) -> None:

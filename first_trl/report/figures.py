@@ -23,7 +23,7 @@ LINE_STYLES = ((0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (8, 3)))
 
 def save_figure(figure: "Figure", path: Path) -> None:
     """Write a PNG whose bytes depend on nothing but what is drawn: no date, no version."""
-    figure.savefig(path, dpi=130, bbox_inches="tight", metadata={"Software": None})
+    figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
 def mass_figure(means: np.ndarray, sds: np.ndarray | None = None) -> "Figure":

@@ -1,6 +1,7 @@
 """What a merged report holds."""
 
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 from .collect import MERGED_FORMAT
@@ -53,9 +54,12 @@ class MergedCell:
 
     def difference(self, arm: str, baseline: str, role: str, metric: str, reading: str = "full_vocab") -> Any:
         """One entry of `differences`, or `None`."""
-        wanted = (arm, baseline, role, reading, metric)
+        return self._by_key.get((arm, baseline, role, reading, metric))
+
+    @cached_property
+    def _by_key(self) -> dict[tuple[str, ...], dict[str, Any]]:
         keys = ("arm", "baseline", "role", "reading", "metric")
-        return next((one for one in self.differences if tuple(one[key] for key in keys) == wanted), None)
+        return {tuple(one[key] for key in keys): one for one in self.differences}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Reliability diagrams: what is drawn is what the report says."""
 
 import io
+import itertools
 import json
 import subprocess
 import sys
@@ -41,12 +42,16 @@ def test_bars_are_the_bins_of_the_report() -> None:
     assert used == list(range(3, 10))  # the empty bins stay blank
     bars = rectangles(axis)
     assert len(bars) == 2 * len(used)
-    for position, i in enumerate(used):
+    gaps = {round(left, 6): rest for left, *rest in bars[len(used) :]}
+    for bar, i in zip(bars, used, strict=False):
         low, high = sorted((bins["accuracy"][i], bins["confidence"][i]))
-        assert bars[2 * position] == pytest.approx((bins["lower"][i], 0, 0.1, low))
-        assert bars[2 * position + 1] == pytest.approx((bins["lower"][i], low, 0.1, high - low))
-    marks = [line.get_ydata()[0] for line in axis.lines if line.get_label() == "accuracy of the bin"]
-    assert marks == pytest.approx([bins["accuracy"][i] for i in used])
+        assert bar == pytest.approx((bins["lower"][i], 0, 0.1, low))
+        assert gaps[round(bins["lower"][i], 6)] == pytest.approx([low, 0.1, high - low])
+    (marks,) = (line.get_xydata() for line in axis.lines if line.get_label() == "accuracy of the bin")
+    for position, i in enumerate(used):
+        start, end, lifted = marks[3 * position : 3 * position + 3]
+        assert start == pytest.approx((bins["lower"][i], bins["accuracy"][i]))
+        assert end == pytest.approx((bins["upper"][i], bins["accuracy"][i])) and np.isnan(lifted).all()
     assert [height for *_, height in rectangles(strip)] == pytest.approx([c / 500 for c in bins["count"]])
     lines = {line.get_label(): line.get_xdata()[0] for line in strip.lines}
     assert lines == pytest.approx({"overall accuracy": given["accuracy"], "mean confidence": given["mean_confidence"]})
@@ -91,8 +96,15 @@ def test_no_text_overlaps_and_nothing_leaves_the_page() -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     reports = {f"model {i}": report(i, confidence_interval=0.95, n_resamples=100) for i in range(10)}
-    for given in (reports, {"model 0": reports["model 0"]}, dict(list(reports.items())[:3])):
-        figure = reliability_diagram(given, suptitle="Students")
+    long = {
+        f"{name}, distilled from a teacher selected by the NLL of its validation rows": r
+        for name, r in reports.items()
+    }
+    for given, options in itertools.product(
+        (reports, long, {"model 0": reports["model 0"]}, dict(list(reports.items())[:3])),
+        ({}, {"counts": False}, {"columns": 2}, {"min_count": 70}),
+    ):
+        figure = reliability_diagram(given, suptitle="Students", **options)
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         renderer, page = canvas.get_renderer(), figure.bbox
