@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import HfApi, ModelCard, try_to_load_from_cache
 
-from ..hub_session import is_offline
+from ..hub.session import is_offline
 from .render import hub_id
 
 

@@ -11,8 +11,9 @@ import yaml
 from transformers.utils import logging as hf_logging
 
 from ..files import write_atomically
+from ..names import nearest
 from ..processes import process_state
-from ..recipe import STAGES, Recipe, cells, merged_folder, nearest
+from ..recipe import STAGES, Recipe, cells, merged_folder
 from ..report import write_merged_report
 from .context import RunContext
 from .data import run_data

@@ -1,7 +1,6 @@
 """Recipes: the keys, how a file is read and checked, and the runs it stands for."""
 
 from .cells import cells, merged_folder
-from .names import nearest
 from .read import load_recipe
 from .schema import (
     BAYES,
@@ -37,5 +36,4 @@ __all__ = [
     "cells",
     "load_recipe",
     "merged_folder",
-    "nearest",
 ]

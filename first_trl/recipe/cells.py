@@ -6,8 +6,8 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+from ..names import nearest
 from .check import check_recipe
-from .names import nearest
 from .schema import Recipe
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
+from ..names import nearest
 from ..resources import recipe_path
 from .check import check_recipe
-from .names import nearest
 from .schema import ModelSpec, Recipe, SplitSpec
 
 

@@ -1,7 +1,6 @@
 """What a task is: rows of a benchmark as prompt, completion, choices and gold, and the registry that finds it by name."""
 
 import dataclasses
-import difflib
 import importlib
 import re
 from collections import Counter
@@ -13,6 +12,7 @@ import numpy as np
 from datasets import Dataset, Features, List, ReadInstruction, Value
 from transformers import PreTrainedTokenizerBase
 
+from ..names import nearest
 from .sizes import SplitSize
 from .source import read_rows
 
@@ -193,7 +193,7 @@ class Task:
         match = re.fullmatch(r"([^\[\]]+)(\[[^\[\]]*\])?", split)
         name = match.group(1) if match else split
         if name not in self.splits:
-            raise ValueError(f"Task {self.name!r} has no split {split!r}.{_nearest(name, self.splits)}")
+            raise ValueError(f"Task {self.name!r} has no split {split!r}.{nearest(name, self.splits)}")
         if limit is not None and limit < 1:
             raise ValueError(f"`limit` must be at least 1, got {limit}.")
         if self.needs_path and path is None:
@@ -253,7 +253,7 @@ class Task:
         known = [option.name for option in dataclasses.fields(cls)]
         for option in options:
             if option not in known:
-                raise ValueError(f"Task {cls.name!r} has no option {option!r}.{_nearest(option, known)}")
+                raise ValueError(f"Task {cls.name!r} has no option {option!r}.{nearest(option, known)}")
         return cls(**options)
 
 
@@ -278,7 +278,7 @@ def get_task(name: str, **options: Any) -> Task:
     ```
     """
     if name not in _TASKS:
-        raise ValueError(f"There is no task {name!r}.{_nearest(name, _TASKS)}")
+        raise ValueError(f"There is no task {name!r}.{nearest(name, _TASKS)}")
     module, class_name = _TASKS[name].split(":")
     task_class = getattr(importlib.import_module(f"first_trl.tasks.{module}"), class_name)
     return task_class.from_options(**options)
@@ -287,15 +287,6 @@ def get_task(name: str, **options: Any) -> Task:
 def list_tasks() -> list[str]:
     """Names that [`get_task`] knows, sorted."""
     return sorted(_TASKS)
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    known = sorted(known)
-    if not known:
-        return " It has none."
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"{hint} Known: {', '.join(known)}."
 
 
 def _slice(source: list[Any], name: str, spec: str) -> list[Any]:

@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset
 from huggingface_hub import DatasetCard
 
-from first_trl.hub_dataset_card import merge_dataset_card
+from first_trl.hub.dataset_card import merge_dataset_card
 
 
 ROWS = Dataset.from_dict({"a": [1, 2, 3]})

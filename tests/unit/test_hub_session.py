@@ -7,7 +7,7 @@ import httpx2
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from first_trl.hub_session import HubSession, RetryPolicy, is_transient, retry_after_seconds
+from first_trl.hub.session import HubSession, RetryPolicy, is_transient, retry_after_seconds
 
 
 def answer(status: int, **headers: str) -> HfHubHTTPError:

@@ -5,8 +5,10 @@ from collections.abc import Iterable
 
 
 def nearest(name: str, known: Iterable[str], *, list_known: bool = True) -> str:
-    """Hint for an unknown name."""
+    """What the error about an unknown name ends with: the known name that is most like it, and all of them."""
     by_lower = {item.lower(): item for item in sorted(known)}
     close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.4)
     hint = f" Did you mean {by_lower[close[0]]!r}?" if close else ""
-    return hint + (f" Known: {', '.join(by_lower.values())}." if list_known else "")
+    if not list_known:
+        return hint
+    return f"{hint} Known: {', '.join(by_lower.values())}." if by_lower else " There are none."
