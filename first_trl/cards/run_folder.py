@@ -14,6 +14,7 @@ from ..evaluation.predictions import MultipleChoiceResult
 from ..report.metrics import BAYES, BAYES_LABEL, role_domain
 from ..teacher.cache import load_manifest
 from ..teacher.manifest import Manifest
+from ..versions import VERSIONS
 from .render import hub_id, public_name
 from .scores import Scored, null_of_report, score_result, score_tokens, scores_of_report
 from .wording import shown_arguments
@@ -201,17 +202,9 @@ class Run:
         return (self.arms[arm].get("teacher") if arm else None) or ""
 
     def versions(self, arm: str) -> dict[str, str]:
-        """Libraries that the weights of an arm were written with, as far as their own files say."""
-        found = {}
-        for file, key, library in (
-            ("config.json", "transformers_version", "transformers"),
-            ("adapter_config.json", "peft_version", "peft"),
-        ):
-            path = self.model(arm) / file
-            version = json.loads(path.read_text(encoding="utf-8")).get(key) if path.is_file() else None
-            if version:
-                found[library] = str(version)
-        return found
+        """Libraries that the arm was trained with."""
+        file = self.model(arm).parent / VERSIONS
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
     # cache
 

@@ -21,6 +21,7 @@ from ..recipe import ArmSpec, ModelSpec, Recipe
 from ..training.config import FirstDistillConfig
 from ..training.token_dropout import TokenDropoutSFTTrainer
 from ..training.trainer import FirstDistillTrainer
+from ..versions import VERSIONS, training_versions
 
 
 def make_model(spec: ModelSpec, tokenizer: Any, seed: int, role: str) -> Any:
@@ -198,6 +199,7 @@ def _train_and_save(trainer: Any, folder: Path) -> None:
         if trainer.is_world_process_zero():
             if trainer.args.load_best_model_at_end:
                 write_json(folder / "selection.json", _selection(trainer.state))
+            write_json(folder / VERSIONS, training_versions())
             write_atomically(log, json.dumps(trainer.state.log_history, indent=2))
     if trainer.is_world_process_zero():
         # Checkpoints serve resuming; the model is saved

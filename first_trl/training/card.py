@@ -1,6 +1,5 @@
 """The model card of a trainer's student: what the trainer knows, and the evaluations that it is given."""
 
-import importlib.metadata
 import os
 import re
 from pathlib import Path
@@ -17,10 +16,10 @@ from ..cards.student import Evaluation, StudentCard
 from ..cards.wording import PROCESSES, cache_text, estimator_text, recalibration_text, shared_cache_text
 from ..evaluation.predictions import MultipleChoiceResult
 from ..teacher.manifest import read_manifests
+from ..versions import training_versions
 
 
 _STUDENT = "This student"
-_LIBRARIES = ("trl", "transformers", "peft", "torch", "datasets")
 
 
 class ModelCardMixin:
@@ -120,7 +119,7 @@ class ModelCardMixin:
             if license
             else "the card of the base model states no licence, or could not be read when this card was made",
             tags=[*sorted({*tags, *(["hf_jobs"] if "JOB_ID" in os.environ else [])}), "generated_from_trainer"],
-            versions={name: importlib.metadata.version(name) for name in _LIBRARIES},
+            versions=training_versions(),
         )
         if self._manifests:
             teacher = self._manifests[0].teacher

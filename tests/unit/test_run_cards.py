@@ -77,7 +77,8 @@ def run(tmp_path) -> Path:
         if arm.kind in ("sft", "distill"):
             model = folder / "students" / name / "model"
             model.mkdir(parents=True)
-            (model / "config.json").write_text(json.dumps({"transformers_version": "9.8.7"}))
+            (model / "config.json").write_text("{}")
+            (model.parent / "versions.json").write_text(json.dumps({"first_trl": "0.0.9", "trl": "9.8.7"}))
     (folder / "teacher" / "model").mkdir(parents=True)
     (folder / "cache-epoch" / "manifest").mkdir(parents=True)
     (folder / "cache-crossfit" / "fold-0" / "manifest").mkdir(parents=True)
@@ -175,7 +176,7 @@ def test_a_card_names_what_its_student_learned_from(run):
     assert "| Student temperature | 0.7 " in text and "a softmax over the student's probabilities" in text
     assert "4 times, each without one share of the groups of rows" in text
     assert "teacher `crossfit` of the recipe with `num_train_epochs` 3" in text
-    assert "| Made with | first_trl " in text and ", transformers 9.8.7 |" in text
+    assert "| Made with | first_trl 0.0.9, trl 9.8.7 |" in text
     other = card_of(run, "epoch")
     assert "epoch with the lowest negative log-likelihood" in other and "4 times" not in other
 
