@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import trl
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from first_trl.cli import main
@@ -92,7 +93,8 @@ def test_every_recipe_runs_to_its_report(name, tmp_path):
             if spec.kind in ("sft", "distill"):
                 model = run.folder / "students" / arm / "model"
                 weights = "adapter_model.safetensors" if spec.lora is not None else "model.safetensors"
-                assert (model / weights).is_file() and (model / "README.md").is_file()
+                assert (model / weights).is_file()
+                assert f"trl {trl.__version__}, " in (model / "README.md").read_text()
         if run.capture.k > 1 and run.recalibration.methods:
             assert list((run.folder / "recalibration").glob("*.json"))
 
