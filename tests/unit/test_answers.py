@@ -1,16 +1,14 @@
 """Every answer is one token behind its prompt, or an error says why not."""
 
-from pathlib import Path
-
 import pytest
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from first_trl.tasks import answer_token_ids, answer_token_ids_of_rows, get_task
+from tests.conftest import DATA
 
 
-DATA = Path(__file__).parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the tokenizers are not at {DATA}")
 BEFORE_LETTER = {"template": "{question}\nAnswer Choices:\n{choices}\nAnswer: (", "completion": "{letter}"}
 

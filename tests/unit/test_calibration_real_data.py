@@ -2,16 +2,15 @@
 
 import csv
 import gzip
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from first_trl.calibration import calibration_report, expected_calibration_error
+from tests.conftest import DATA
 
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 LLM, CIFAR = DATA / "llm_confidence", DATA / "cifar10_vgg_probs" / "cifar10_vgg16.npz"
 MODELS = ["falcon-7b", "llama-7b", "llama-13b", "llama-70b", "mistral", "yi-6b", "gpt-4-turbo"]
 pytestmark = pytest.mark.filterwarnings("ignore::first_trl.calibration.CalibrationWarning")
@@ -19,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::first_trl.calibration.Calibrati
 
 def read(model: str) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     if not LLM.is_dir():
-        pytest.skip("needs the data folder llm_confidence beside the repository")
+        pytest.skip(f"no llm_confidence in {DATA}; set FIRST_TRL_TEST_DATA to a copy")
     with gzip.open(LLM / f"{model}.csv.gz", "rt") as file:
         rows = [(float(row["confidence"]), row["grade"] == "Correct") for row in csv.DictReader(file)]
     with open(LLM / "reference_values.csv") as file:
@@ -48,7 +47,7 @@ def test_language_models(model: str) -> None:
 
 def test_cifar10() -> None:
     if not CIFAR.is_file():
-        pytest.skip("needs the data folder cifar10_vgg_probs beside the repository")
+        pytest.skip(f"no cifar10_vgg_probs in {DATA}; set FIRST_TRL_TEST_DATA to a copy")
     data = np.load(CIFAR)
     for n_bins, want in ((10, 0.03990714), (15, 0.03978007), (20, 0.04001563)):
         report = calibration_report(data["probs"], data["labels"], n_bins=n_bins)

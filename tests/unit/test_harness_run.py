@@ -3,7 +3,6 @@
 import argparse
 import gzip
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,14 +10,14 @@ import pytest
 from first_trl import expected_calibration_error
 from first_trl.evaluation import calibrate
 from first_trl.evaluation.readers import add_ece_to_harness_task, read_harness_log, read_harness_results
+from tests.conftest import DATA
 
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (pip install lm-eval)")
 
-SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"no real data at {SHARED_DATA}"),
+    pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data at {DATA}"),
     pytest.mark.filterwarnings("ignore"),
 ]
 
@@ -55,7 +54,7 @@ def run(tmp_path_factory):
     from lm_eval.tasks import TaskManager
 
     folder = tmp_path_factory.mktemp("harness")
-    with gzip.open(SHARED_DATA / "arc_easy" / "test.jsonl.gz", "rt") as file:
+    with gzip.open(DATA / "arc_easy" / "test.jsonl.gz", "rt") as file:
         questions = [json.loads(line) for line in file]
     ragged = [q for q in questions[80:] if len(q["question"]["choices"]) != 4]
     with open(folder / "arc.jsonl", "w") as file:
@@ -69,7 +68,7 @@ def run(tmp_path_factory):
     add_ece_to_harness_task(base, gold='doc["gold"]')
     results = lm_eval.simple_evaluate(
         model="hf",
-        model_args={"pretrained": str(SHARED_DATA / "tiny_llama" / "stories260K"), "dtype": "float32"},
+        model_args={"pretrained": str(DATA / "tiny_llama" / "stories260K"), "dtype": "float32"},
         tasks=["arc_easy_local", "arc_easy_local_ece"],
         task_manager=TaskManager(include_path=str(folder), include_defaults=False),
         device="cpu",

@@ -5,7 +5,6 @@ import gzip
 import json
 import math
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,9 +29,9 @@ from first_trl.evaluation.readers import (
     vllm_prompt_token_confidences,
     vllm_token_logprobs,
 )
+from tests.conftest import DATA
 
 
-SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 pytestmark = pytest.mark.filterwarnings("ignore::first_trl.calibration.CalibrationWarning")
 
 
@@ -383,11 +382,11 @@ def test_bad_files_are_refused(tmp_path):
         read_confidences(tmp_path / "m.csv", reading="acc")
 
 
-@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"no real data at {SHARED_DATA}")
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data at {DATA}")
 @pytest.mark.parametrize("model", ["falcon-7b", "gpt-4-turbo"])
 def test_published_language_model_confidences(model):
     (result,) = read_confidences(
-        SHARED_DATA / "llm_confidence" / f"{model}.csv.gz", correct_column="grade", correct_value="Correct"
+        DATA / "llm_confidence" / f"{model}.csv.gz", correct_column="grade", correct_value="Correct"
     )
     expected = {"falcon-7b": (0.081798, 0.3190), "gpt-4-turbo": (0.111126, 0.8575)}[model]
     report = result.report()

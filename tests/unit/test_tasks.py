@@ -10,10 +10,10 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 
 from first_trl.smoke.rows import DATA as SMOKE_DATA
 from first_trl.tasks import get_task, list_tasks
+from tests.conftest import DATA
 
 
 FIXTURES = SMOKE_DATA
-DATA = Path(__file__).parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the benchmark files are not at {DATA}")
 COLUMNS = ["id", "prompt", "completion", "choices", "gold", "group", "question"]
 

@@ -1,7 +1,5 @@
 """Text -> input_ids and labels: boundaries, masks, special tokens, overflow, and that every row is accounted for."""
 
-from pathlib import Path
-
 import pytest
 from datasets import Dataset, List, Value
 from hypothesis import given, settings
@@ -11,9 +9,9 @@ from transformers import AutoTokenizer
 from first_trl.smoke.rows import DATA as SMOKE_DATA
 from first_trl.tasks import encode_prompts, get_task, tokenize_rows
 from first_trl.tasks.word_tokenizer import word_tokenizer
+from tests.conftest import DATA
 
 
-DATA = Path(__file__).parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the tokenizers are not at {DATA}")
 TOKENIZERS = ["gpt2_tokenizer", "tiny_llama/stories260K"]
 
