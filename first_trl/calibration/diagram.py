@@ -26,7 +26,8 @@ _LEGEND = (
 _LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B", "#7F7F7F", "#6A3D9A")
 # Inches around and between panels, and a title's height: its caption of two lines, and each line of its own
 _LEFT, _RIGHT, _BETWEEN, _BELOW, _CAPTION, _LINE, _LEGEND_LINE = 0.65, 0.2, 0.5, 0.55, 0.5, 0.18, 0.2
-_TITLE_WIDTH = 34  # characters of a line above a panel of a grid
+# Characters that fit on a line: above the only panel, above a panel of a grid, in the legend of an overlay
+_WIDE, _NARROW, _ENTRY = 46, 32, 40
 _COLUMNS = ("lower", "upper", "count", "confidence", "accuracy", "gap", "null_low", "null_high")
 
 
@@ -121,9 +122,9 @@ def reliability_diagram(
         raise ValueError(f"columns={columns!r} must be a positive integer.")
     panels = reliability_data(reports, titles=titles)["panels"]
     n_plots = 1 if layout == "overlay" else len(panels)
-    if axes is None and n_plots > 1:
+    if axes is None and layout == "panels":
         for panel in panels:
-            panel["title"] = textwrap.fill(panel["title"], _TITLE_WIDTH)
+            panel["title"] = _wrap(panel["title"], _WIDE if n_plots == 1 else _NARROW)
     if axes is not None:
         given: list[Any] = [axes] if hasattr(axes, "plot") else list(axes)
         if len(given) != n_plots:
@@ -175,7 +176,8 @@ def _grid(
     legend = (
         0.0 if layout == "overlay" else 0.1 + _LEGEND_LINE * math.ceil((len(_LEGEND) + 1) / _legend_columns(width))
     )
-    head = 0.4 if suptitle else 0.1
+    suptitle = _wrap(suptitle or "", int(9 * width))
+    head = 0.15 + 0.25 * (1 + suptitle.count("\n")) if suptitle else 0.1
     height = head + (above + cell + _BELOW) * rows + legend
     # Fixed places: a layout engine measures every label of every panel, which takes longer than to draw them
     figure = Figure(figsize=(width, height))
@@ -210,6 +212,10 @@ def _grid(
             axis.tick_params(labelleft=False)
         pairs.append((axis, strip))
     return figure, pairs
+
+
+def _wrap(text: str, width: int) -> str:
+    return "\n".join(textwrap.fill(line, width) for line in text.split("\n"))
 
 
 def _legend_columns(width: float) -> int:
@@ -300,7 +306,7 @@ def _draw_overlay(axis: Any, strip: Any, panels: Sequence[Mapping[str, Any]]) ->
         style = "-" if position < len(_LINES) else "--"
         axis.plot(x, y, style, color=colour, linewidth=1.6, zorder=5)
         axis.scatter(x, y, s=[14 + 160 * s for s in share], color=colour, edgecolor="white", linewidth=0.6, zorder=6)
-        label = panel["title"] or "model"
+        label = _wrap(panel["title"] or "model", _ENTRY)
         if panel["ece"] is not None:
             label += f" (ECE {panel['ece']:.3f})"
         axis.plot([], [], style, marker="o", color=colour, label=label)

@@ -75,6 +75,10 @@ def _set(data: dict[str, Any], key: str, value: Any, where: str) -> None:
     target: Any = data
     for parent in parents:
         if not isinstance(target, dict) or not isinstance(target.get(parent), dict):
+            if isinstance(target, dict) and parent in target:
+                raise ValueError(
+                    f"{where}.{key}: {parent!r} is {target[parent]!r}, which has no keys: give the whole of it a value."
+                )
             raise ValueError(f"{where}.{key}: there is no {parent!r} to change.{nearest(parent, target)}")
         target = target[parent]
     target[last] = value

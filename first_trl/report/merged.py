@@ -109,7 +109,8 @@ class MergedReport:
         """
         if data.get("format") != MERGED_FORMAT or data.get("version") != 1:
             raise ValueError(
-                f"This is no merged report of version 1: make one with `first-trl report`, got {data.keys()}."
+                f"This is no merged report of version 1 but format {data.get('format')!r}, version "
+                f"{data.get('version')!r}: make one with `first-trl report`."
             )
         fields = {key: value for key, value in data.items() if key not in ("format", "version")}
         return cls(**{**fields, "cells": [MergedCell(**cell) for cell in data["cells"]]})

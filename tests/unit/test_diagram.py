@@ -100,11 +100,18 @@ def test_no_text_overlaps_and_nothing_leaves_the_page() -> None:
         f"{name}, distilled from a teacher selected by the NLL of its validation rows": r
         for name, r in reports.items()
     }
+    name = "a_recipe_with_a_long_name_of_its_own_and_a_role, test: accuracy against confidence"
     for given, options in itertools.product(
-        (reports, long, {"model 0": reports["model 0"]}, dict(list(reports.items())[:3])),
+        (
+            reports,
+            long,
+            dict(list(long.items())[:1]),
+            {"model 0": reports["model 0"]},
+            dict(list(reports.items())[:3]),
+        ),
         ({}, {"counts": False}, {"columns": 2}, {"min_count": 70}),
     ):
-        figure = reliability_diagram(given, suptitle="Students", **options)
+        figure = reliability_diagram(given, suptitle=name if len(given) < 4 else "Students", **options)
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         renderer, page = canvas.get_renderer(), figure.bbox
@@ -134,6 +141,19 @@ def test_overlay() -> None:
     drawn = [line for line in axis.lines if len(line.get_xdata()) > 2]
     for line, given in zip(drawn, reports.values(), strict=True):
         assert list(line.get_ydata()) == pytest.approx([a for a in given["bins"]["accuracy"] if a is not None])
+
+
+def test_long_and_broken_names_stay_on_the_page() -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    names = [f"student {i}, distilled from a teacher that was selected by its validation rows" for i in (0, 1)]
+    figure = reliability_diagram({name: report() for name in names}, layout="overlay", suptitle=names[0])
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    for artist in (figure.axes[0].get_legend(), figure._suptitle):
+        box = artist.get_window_extent(canvas.get_renderer())
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+    assert reliability_diagram({"a\nb": report(), "c": report()}).axes[0].get_title() == "a\nb"
 
 
 def test_given_axes_and_titles() -> None:

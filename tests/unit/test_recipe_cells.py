@@ -74,6 +74,10 @@ def test_other_keys_and_cases_make_runs():
         ("grid={arms.first.top_k: []}", "must be a list of values, got []"),
         ("grid={arms.first.topk: [1]}", "unknown key 'topk'. Did you mean 'top_k'"),
         ("grid={arms.first.top_k: [6]}", "top_k must be from 1 to capture.k = 5, got 6"),
+        (
+            "cases={a: {student.pretrain: null, student.pretrain.max_steps: 1}}",
+            "'pretrain' is None, which has no keys",
+        ),
         ("grid={trainig.learning_rate: [1]}", "there is no 'trainig' to change. Did you mean 'training'"),
         ("cases={a: 3}", "cases.a must map dotted keys to values"),
     ],
