@@ -127,7 +127,9 @@ def find_runs(folders: Iterable[Path | str]) -> list[Path]:
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise ValueError(f"There is no folder {folder}: give folders of runs, or folders that hold some.")
-        files = [path for path in folder.resolve().rglob("report.json") if path.parent.name == "report"]
+        # Not `rglob`, which fails when a run that is still going removes its checkpoints meanwhile
+        places = [Path(place) for place, _, names in os.walk(folder.resolve()) if "report.json" in names]
+        files = [place / "report.json" for place in places if place.name == "report"]
         here = {path.parent.parent for path in files if _read_json(path).get("format") != MERGED_FORMAT}
         if not here:
             raise ValueError(
