@@ -122,9 +122,6 @@ def reliability_diagram(
         raise ValueError(f"columns={columns!r} must be a positive integer.")
     panels = reliability_data(reports, titles=titles)["panels"]
     n_plots = 1 if layout == "overlay" else len(panels)
-    if axes is None and layout == "panels":
-        for panel in panels:
-            panel["title"] = _wrap(panel["title"], _WIDE if n_plots == 1 else _NARROW)
     if axes is not None:
         given: list[Any] = [axes] if hasattr(axes, "plot") else list(axes)
         if len(given) != n_plots:
@@ -132,6 +129,9 @@ def reliability_diagram(
         figure = given[0].figure
         pairs = [(axis, None) for axis in given]
     else:
+        if layout == "panels":
+            for panel in panels:
+                panel["title"] = _wrap(panel["title"], _WIDE if n_plots == 1 else _NARROW)
         shown = [""] if layout == "overlay" else [panel["title"] for panel in panels]
         figure, pairs = _grid(shown, columns, counts, layout, suptitle)
     if layout == "overlay":

@@ -12,7 +12,7 @@ from ..calibration import CalibrationWarning, calibration_report
 from ..calibration.config import CalibrationConfig
 from ..calibration.examples import prepare
 from ..calibration.resampling import locate
-from ..evaluation.predictions import MultipleChoiceResult
+from ..evaluation.predictions import MultipleChoiceResult, brier_scores
 from ..report.metrics import METRICS, Metric, number
 
 
@@ -79,8 +79,7 @@ def score_result(result: MultipleChoiceResult, *, seed: int = 0) -> Scored:
         calibration = calibration_report(
             confidence, correct, n_bins=n_bins, confidence_interval=0.95, null_test=True, seed=seed
         )
-    gold = p["gold_logprob"].astype(np.float64)
-    rows = {"nll": -gold, "brier": p["sum_squares"].astype(np.float64) - 2.0 * np.exp(gold) + 1.0}
+    rows = {"nll": -p["gold_logprob"], "brier": brier_scores(p)}
     ece, accuracy = float(calibration["ece"]), float(correct.mean())
     scores = {
         "accuracy": Score(accuracy, *_wilson(accuracy, len(correct))),

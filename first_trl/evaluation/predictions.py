@@ -138,14 +138,14 @@ def multiple_choice_report(predictions: Mapping[str, np.ndarray], *, n_bins: int
         "n_unlabelled": int((~labelled).sum()),
         "n_truncated": int(np.asarray(predictions["truncated"]).sum()),
         "option_mass": float(p["option_mass"].mean()),
-        "full_vocab": _scores(
+        "full_vocab": mean_scores(
             p["top_prob"],
             p["top_is_gold"],
             -p["gold_logprob"],
-            p["sum_squares"] - 2.0 * np.exp(p["gold_logprob"]) + 1.0,
+            brier_scores(p),
             n_bins,
         ),
-        "options": _scores(
+        "options": mean_scores(
             options[every, answer],
             answer == gold,
             log_mass - p["gold_logprob"],
@@ -155,9 +155,15 @@ def multiple_choice_report(predictions: Mapping[str, np.ndarray], *, n_bins: int
     }
 
 
-def _scores(
+def brier_scores(predictions: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Brier score of each prediction over the whole vocabulary: the sum of (p - y)² with y the one-hot reference."""
+    return predictions["sum_squares"] - 2.0 * np.exp(predictions["gold_logprob"]) + 1.0
+
+
+def mean_scores(
     confidence: np.ndarray, correct: np.ndarray, nll: np.ndarray, brier: np.ndarray, n_bins: int
 ) -> dict[str, Any]:
+    """What a report says of one reading of the predictions."""
     calibration = calibration_report(confidence, correct.astype(np.int64), n_bins=n_bins)
     accuracy = float(correct.mean())
     return {

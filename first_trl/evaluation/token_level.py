@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from ..calibration.bins import assign, width_edges
 from .confidence import Confidences
-from .predictions import _scores
+from .predictions import brier_scores, mean_scores
 from .supervised import read_supervised_rows, supervised_logits
 
 
@@ -165,7 +165,6 @@ def token_level_report(
         [`calibration_report`] of the confidences. Plain Python values.
     """
     p = {name: np.asarray(values) for name, values in predictions.items()}
-    brier = p["sum_squares"] - 2.0 * np.exp(p["gold_logprob"]) + 1.0
     return {
         "unit": "token",
         "n": len(p["row"]),
@@ -173,7 +172,7 @@ def token_level_report(
         "n_unlabelled": n_rows - len(np.unique(p["row"])),
         "n_truncated": n_truncated,
         "n_cut": n_cut,
-        "full_vocab": _scores(p["top_prob"], p["top_is_gold"], -p["gold_logprob"], brier, n_bins),
+        "full_vocab": mean_scores(p["top_prob"], p["top_is_gold"], -p["gold_logprob"], brier_scores(p), n_bins),
     }
 
 
@@ -218,7 +217,7 @@ def row_intervals(
         "accuracy": correct,
         "mean_confidence": confidence,
         "nll": -p["gold_logprob"],
-        "brier": p["sum_squares"] - 2.0 * np.exp(p["gold_logprob"]) + 1.0,
+        "brier": brier_scores(p),
     }
     sums = np.stack([np.bincount(row, weights=v, minlength=n_rows) for v in (np.ones(len(row)), *values.values())], 1)
     cell = row * n_bins + assign(confidence, width_edges(n_bins), "right", uniform=n_bins)

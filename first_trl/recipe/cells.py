@@ -72,14 +72,14 @@ def _text(value: Any) -> str:
 
 def _set(data: dict[str, Any], key: str, value: Any, where: str) -> None:
     *parents, last = key.split(".")
-    target: Any = data
+    target = data
     for parent in parents:
-        if not isinstance(target, dict) or not isinstance(target.get(parent), dict):
-            if isinstance(target, dict) and parent in target:
-                raise ValueError(
-                    f"{where}.{key}: {parent!r} is {target[parent]!r}, which has no keys: give the whole of it a value."
-                )
+        if parent not in target:
             raise ValueError(f"{where}.{key}: there is no {parent!r} to change.{nearest(parent, target)}")
+        if not isinstance(target[parent], dict):
+            raise ValueError(
+                f"{where}.{key}: {parent!r} is {target[parent]!r}, which has no keys: give the whole of it a value."
+            )
         target = target[parent]
     target[last] = value
 
