@@ -37,15 +37,12 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from first_trl.calibration import calibration_report as calibration_report
-    from first_trl.calibration import expected_calibration_error as expected_calibration_error
-    from first_trl.calibration import reliability_diagram as reliability_diagram
-    from first_trl.evaluation.multiple_choice import evaluate_multiple_choice as evaluate_multiple_choice
-    from first_trl.inference import answer_pipeline as answer_pipeline
-    from first_trl.recalibration import Recalibration as Recalibration
-    from first_trl.recalibration import fit_recalibration as fit_recalibration
-    from first_trl.teacher.cache import load_teacher_cache as load_teacher_cache
-    from first_trl.teacher.capture import add_teacher_topk as add_teacher_topk
-    from first_trl.teacher.verify import verify_teacher_cache as verify_teacher_cache
-    from first_trl.training.config import FirstDistillConfig as FirstDistillConfig
-    from first_trl.training.trainer import FirstDistillTrainer as FirstDistillTrainer
+    from first_trl.calibration import calibration_report, expected_calibration_error, reliability_diagram
+    from first_trl.evaluation.multiple_choice import evaluate_multiple_choice
+    from first_trl.inference import answer_pipeline
+    from first_trl.recalibration import Recalibration, fit_recalibration
+    from first_trl.teacher.cache import load_teacher_cache
+    from first_trl.teacher.capture import add_teacher_topk
+    from first_trl.teacher.verify import verify_teacher_cache
+    from first_trl.training.config import FirstDistillConfig
+    from first_trl.training.trainer import FirstDistillTrainer

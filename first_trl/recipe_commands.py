@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from .recipe import cells, load_recipe
-from .resources import recipe_names, recipe_path
+from .utils.resources import recipe_names, recipe_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,9 +12,9 @@ from .cards import find_license, teacher_cache_card, write_student_cards
 from .cards.render import hub_id
 from .cards.run_folder import Run
 from .cards.run_model import run_model_card
-from .files import write_json
 from .hub import push_folder
 from .teacher.verify_folder import verify_cache_folder
+from .utils.files import write_json
 
 
 __all__ = ["push_run", "push_teacher_cache", "write_student_cards"]

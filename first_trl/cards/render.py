@@ -6,7 +6,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from ..resources import template_path
+from ..utils.resources import template_path
 
 
 def render(template: str, **values: Any) -> str:

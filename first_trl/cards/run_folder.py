@@ -14,7 +14,7 @@ from ..evaluation.predictions import MultipleChoiceResult
 from ..report.metrics import BAYES, BAYES_LABEL, role_domain
 from ..teacher.cache import load_manifest
 from ..teacher.manifest import Manifest
-from ..versions import VERSIONS
+from ..utils.versions import VERSIONS
 from .render import hub_id, public_name
 from .scores import Scored, null_of_report, score_result, score_tokens, scores_of_report
 from .wording import shown_arguments

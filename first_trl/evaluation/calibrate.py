@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration import CalibrationWarning, reliability_diagram
-from ..files import write_json
+from ..utils.files import write_json
 from .confidence import DEFINITIONS, Confidences
 from .readers import read_confidences
 

@@ -11,8 +11,8 @@ from ..calibration import calibration_report
 from ..evaluation.multiple_choice import evaluate_multiple_choice
 from ..evaluation.posthoc import fit_posthoc_temperature
 from ..evaluation.token_level import evaluate_token_level
-from ..files import write_json
 from ..recipe import BAYES, ArmSpec
+from ..utils.files import write_json
 from .context import RunContext
 from .reference import true_posterior
 from .teachers import base_model, teacher_model, teacher_of

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..files import plain, write_json
-from ..processes import process_state
+from ..utils.files import plain, write_json
+from ..utils.processes import process_state
 
 
 class Workspace:

@@ -4,8 +4,8 @@ import dataclasses
 import re
 from collections.abc import Iterable
 
-from ..names import nearest
 from ..recalibration import ESTIMATORS, METHODS, Recalibration
+from ..utils.names import nearest
 from .schema import ARM_KINDS, BAYES, ArmSpec, Recipe
 
 

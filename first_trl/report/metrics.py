@@ -2,8 +2,6 @@
 
 from typing import Any, NamedTuple
 
-from ..recipe.schema import BAYES as BAYES
-
 
 class Metric(NamedTuple):
     """One column: its key in a report, its heading, and how its values are printed."""

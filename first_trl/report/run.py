@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..calibration import reliability_diagram
-from ..files import write_json
+from ..utils.files import write_json
 from .arms import find_sweeps
 from .figures import curve_figure, mass_figure, save_figure
 from .markdown import to_markdown

@@ -12,7 +12,7 @@ import numpy as np
 from datasets import Dataset, Features, List, ReadInstruction, Value
 from transformers import PreTrainedTokenizerBase
 
-from ..names import nearest
+from ..utils.names import nearest
 from .sizes import SplitSize
 from .source import read_rows
 

@@ -9,8 +9,8 @@ import datasets
 import pyarrow.parquet as pq
 from datasets import Dataset, IterableDataset
 
-from ..files import write_atomically
 from ..hub import pull_folder
+from ..utils.files import write_atomically
 from .manifest import Manifest, attach_manifest
 
 

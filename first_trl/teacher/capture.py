@@ -17,7 +17,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..processes import process_state
+from ..utils.processes import process_state
 from .backends import Scores, TeacherBackend, TransformersBackend
 from .cache import load_teacher_cache, shard_path
 from .journal import ShardJournal

@@ -10,7 +10,7 @@ import datasets
 from datasets import Dataset
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
-from ..processes import process_state
+from ..utils.processes import process_state
 from .backends import TeacherBackend, VLLMBackend
 from .cache import cache_size, load_manifest
 from .capture import add_teacher_topk

@@ -16,7 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 
-from ..files import write_atomically
+from ..utils.files import write_atomically
 from .backends import TeacherBackend
 from .cache import complete_shards, load_manifest, manifest_path, shard_path, shard_paths
 from .journal import journal_path

@@ -16,7 +16,7 @@ from ..cards.student import Evaluation, StudentCard
 from ..cards.wording import PROCESSES, cache_text, estimator_text, recalibration_text, shared_cache_text
 from ..evaluation.predictions import MultipleChoiceResult
 from ..teacher.manifest import read_manifests
-from ..versions import training_versions
+from ..utils.versions import training_versions
 
 
 _STUDENT = "This student"

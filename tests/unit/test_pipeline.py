@@ -50,7 +50,7 @@ def recipe(tmp_path_factory) -> str:
 
 
 def load_recipe_file() -> str:
-    from first_trl.resources import recipe_path
+    from first_trl.utils.resources import recipe_path
 
     return str(recipe_path("quickstart"))
 

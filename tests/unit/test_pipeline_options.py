@@ -11,7 +11,7 @@ from datasets import load_dataset, load_from_disk
 from transformers import AutoModelForCausalLM
 
 from first_trl.cli import main
-from first_trl.resources import recipe_path
+from first_trl.utils.resources import recipe_path
 from tests.unit.test_pipeline import TINY
 
 

@@ -11,7 +11,7 @@ from first_trl.pipeline.data import run_data
 from first_trl.pipeline.teachers import run_pretrain
 from first_trl.plan import format_plan, plan_recipe
 from first_trl.recipe import load_recipe
-from first_trl.resources import recipe_names
+from first_trl.utils.resources import recipe_names
 
 
 CONFIGS = Path(__file__).parents[1] / "fixtures" / "model_configs"

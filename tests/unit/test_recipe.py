@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from first_trl.recipe import load_recipe
-from first_trl.resources import recipe_names, recipe_path
+from first_trl.utils.resources import recipe_names, recipe_path
 
 
 def write(tmp_path: Path, change=None) -> str:

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from first_trl.cli import main
-from first_trl.resources import recipe_path
 from first_trl.share import push_run, repo_name, repo_prefix, write_student_cards
+from first_trl.utils.resources import recipe_path
 from tests.hub_server import HubServer, run_client
 from tests.unit.test_pipeline import TINY
 

@@ -25,12 +25,12 @@ from first_trl.recipe import (
     load_recipe,
     merged_folder,
 )
-from first_trl.resources import recipe_names
 from first_trl.smoke import smoke_recipe
 from first_trl.smoke.models import tiny_model
 from first_trl.smoke.rows import DATA, smoke_task
 from first_trl.smoke.tokenizer import smoke_tokenizer
 from first_trl.tasks import answer_token_ids_of_rows, get_task, list_tasks
+from first_trl.utils.resources import recipe_names
 from tests.hub_server import HubServer, run_client
 
 

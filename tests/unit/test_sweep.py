@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from first_trl.cli import main
-from first_trl.resources import recipe_path
+from first_trl.utils.resources import recipe_path
 from tests.unit.test_pipeline import TINY
 
 

@@ -34,7 +34,7 @@ def test_a_recipe_is_found_by_name_with_no_checkout_around(wheel, tmp_path):
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     code = (
-        "import first_trl, first_trl.resources as r; "
+        "import first_trl, first_trl.utils.resources as r; "
         f"assert first_trl.__file__.startswith({str(site)!r}), first_trl.__file__; "
         "from first_trl.cli import main; raise SystemExit(main(['recipes', 'check']))"
     )

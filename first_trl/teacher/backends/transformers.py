@@ -12,7 +12,7 @@ import transformers
 from accelerate.utils import is_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ...processes import process_state
+from ...utils.processes import process_state
 from .base import Scores
 from .topk import draw_ids, top_k_and_tail
 

@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from . import __version__
+from .. import __version__
 
 
 VERSIONS = "versions.json"  # beside the log of a training

@@ -26,6 +26,6 @@ def process_state() -> PartialState:
     if launched > 1 and state.num_processes == 1:
         raise RuntimeError(
             f"{launched} processes were launched but this one runs alone: `PartialState()` was created without "
-            "`cpu=True`. Call `first_trl.processes.process_state()` first."
+            "`cpu=True`. Call `first_trl.utils.processes.process_state()` first."
         )
     return state
