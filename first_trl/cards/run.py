@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 
-from ..report.metrics import BAYES
 from ..teacher.manifest import Manifest
+from ..vocabulary import BAYES
 from .license import License, find_license
 from .render import hub_id
 from .run_folder import Run

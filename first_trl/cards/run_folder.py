@@ -11,10 +11,10 @@ import yaml
 
 from ..calibration import CalibrationWarning
 from ..evaluation.predictions import MultipleChoiceResult
-from ..report.metrics import BAYES, BAYES_LABEL, role_domain
 from ..teacher.cache import load_manifest
 from ..teacher.manifest import Manifest
 from ..utils.versions import VERSIONS
+from ..vocabulary import BAYES, BAYES_LABEL, role_domain
 from .render import hub_id, public_name
 from .scores import Scored, null_of_report, score_result, score_tokens, scores_of_report
 from .wording import shown_arguments

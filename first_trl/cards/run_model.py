@@ -4,7 +4,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from ..report.metrics import METRICS
+from ..vocabulary import METRICS
 from .license import License, find_license
 from .render import hub_id, render
 from .run_folder import Run

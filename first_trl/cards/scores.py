@@ -13,7 +13,7 @@ from ..calibration.config import CalibrationConfig
 from ..calibration.examples import prepare
 from ..calibration.resampling import locate
 from ..evaluation.predictions import MultipleChoiceResult, brier_scores
-from ..report.metrics import METRICS, Metric, number
+from ..vocabulary import METRICS, Metric, number
 
 
 _Z = 1.959964  # 97.5 % point of the normal distribution

@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from .. import __version__
 from ..calibration import reliability_diagram
-from ..report.metrics import FEW_ROWS, METRICS
+from ..vocabulary import FEW_ROWS, METRICS
 from .license import License
 from .render import cell, render
 from .scores import Scored

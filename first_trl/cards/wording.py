@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ..report.metrics import METHOD_SYMBOLS
 from ..teacher.manifest import Manifest
+from ..vocabulary import METHOD_SYMBOLS
 
 
 # What decides the result. Everything else a training is given concerns its machine, and part of that is private.

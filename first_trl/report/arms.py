@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..vocabulary import BAYES, BAYES_LABEL, key_title
 from .collect import FinishedRun, is_number
-from .metrics import BAYES, BAYES_LABEL, key_title
 
 
 # Keys whose numbers mean something else for every method

@@ -4,11 +4,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..vocabulary import key_title, role_title, score_meaning
 from . import tables
 from .document import Fold, Heading, Items, Paragraph, Part, Picture, Table
 from .highlight import highlight_parts
 from .merged import MergedCell, MergedReport
-from .metrics import key_title, role_title, score_meaning
 
 
 def slug(text: str) -> str:

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
+from ..vocabulary import HIGHER_IS_BETTER, METRICS, Metric
 from .document import Heading, Paragraph, Part, Table, Value
 from .merged import MergedCell, MergedReport
-from .metrics import HIGHER_IS_BETTER, METRICS, Metric
 from .statistics import holds_zero
 from .tables import NOTHING, difference_value
 

@@ -7,10 +7,10 @@ import numpy as np
 
 from ..calibration import reliability_diagram
 from ..utils.files import write_json
+from ..vocabulary import BAYES, BAYES_LABEL, FEW_ROWS, METHOD_SYMBOLS
 from .arms import find_sweeps
 from .figures import curve_figure, mass_figure, save_figure
 from .markdown import to_markdown
-from .metrics import BAYES, BAYES_LABEL, FEW_ROWS, METHOD_SYMBOLS
 from .run_content import RunContent, write_run_parts
 
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..vocabulary import METHOD_SYMBOLS, METRICS, number, role_title, score_meaning
 from .document import Fold, Heading, Items, Paragraph, Part, Picture, Table, Value
-from .metrics import METHOD_SYMBOLS, METRICS, number, role_title, score_meaning
 from .tables import NOTHING
 
 

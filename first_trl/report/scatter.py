@@ -3,8 +3,8 @@
 import math
 from typing import TYPE_CHECKING, Any
 
+from ..vocabulary import BAYES, key_title
 from .figures import COLOURS, LINE_STYLES
-from .metrics import BAYES, key_title
 
 
 if TYPE_CHECKING:

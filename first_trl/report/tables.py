@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..vocabulary import BAYES, METRICS, Metric, key_title, number
 from .document import Table, Value
 from .merged import MergedCell, MergedReport
-from .metrics import BAYES, METRICS, Metric, key_title, number
 from .statistics import holds_zero
 
 

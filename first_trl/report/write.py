@@ -11,6 +11,7 @@ import numpy as np
 
 from ..calibration import calibration_report, reliability_diagram
 from ..utils.files import write_atomically, write_json
+from ..vocabulary import FEW_ROWS, key_title
 from .collect import MERGED_FORMAT, default_parent, find_runs
 from .content import prefix, slug, sweep_figure, table_parts, write_parts
 from .figures import mass_figure, save_figure
@@ -20,7 +21,6 @@ from .latex import to_latex
 from .markdown import to_markdown
 from .merge import merge_runs
 from .merged import MergedCell, MergedReport
-from .metrics import FEW_ROWS, key_title
 from .scatter import scatter_figure
 
 
