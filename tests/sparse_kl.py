@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from first_trl.training.losses import SparseKLOutput, fused_sparse_kl, sparse_kl_reference
+from first_trl.losses import SparseKLOutput, fused_sparse_kl, sparse_kl_reference
 
 
 @dataclass

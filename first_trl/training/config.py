@@ -6,9 +6,9 @@ from typing import Any
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
+from ..losses import ESTIMATORS
+from ..losses.inputs import check_student_temperature
 from ..recalibration import METHODS, Recalibration
-from .losses import ESTIMATORS
-from .losses.inputs import check_student_temperature
 from .token_dropout import check_token_dropout
 
 

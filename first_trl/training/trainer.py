@@ -13,6 +13,7 @@ from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import global_then_local_main_first
 
+from ..losses.head import SUMS, add_distill_head, check_distill_head
 from ..recalibration import Recalibration
 from ..teacher.manifest import read_manifests
 from ..teacher.schema import DRAW_COLUMNS, HAS_GOLD, IGNORE_INDEX, TEACHER_COLUMNS, count_without_gold
@@ -21,7 +22,6 @@ from .alignment import DRAW_LENGTHS, align, count_cuts, entry_columns
 from .card import ModelCardMixin
 from .collator import DataCollatorForDistillation
 from .config import FirstDistillConfig
-from .fused_head import SUMS, add_distill_head, check_distill_head
 from .streaming import verify_stream
 from .token_dropout import TokenDropoutMixin
 

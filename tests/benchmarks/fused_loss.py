@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from first_trl.training.losses import default_chunk_size, fused_sparse_kl
+from first_trl.losses import default_chunk_size, fused_sparse_kl
 
 
 ESTIMATORS = ("topk", "bucket", "sampled", "renormalized")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from first_trl.training.losses import ESTIMATORS, SparseKLOutput, chunks, fused_sparse_kl, sparse_kl_reference
+from first_trl.losses import ESTIMATORS, SparseKLOutput, chunks, fused_sparse_kl, sparse_kl_reference
 from tests.sparse_kl import Problem, make_problem
 
 

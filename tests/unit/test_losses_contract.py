@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from first_trl.training.losses import ESTIMATORS, check_targets, default_chunk_size, fused_sparse_kl
+from first_trl.losses import ESTIMATORS, check_targets, default_chunk_size, fused_sparse_kl
 from tests.sparse_kl import make_problem
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from first_trl.training.losses import fused_sparse_kl
+from first_trl.losses import fused_sparse_kl
 
 
 def loss_and_gradient(logits: torch.Tensor, ids: torch.Tensor, target: torch.Tensor, **kwargs: Any) -> tuple[Any, Any]:

@@ -21,8 +21,8 @@ from first_trl.cards.scores import score_tokens
 from first_trl.cards.wording import estimator_text, shown_arguments
 from first_trl.evaluation.predictions import MultipleChoiceResult, multiple_choice_report
 from first_trl.evaluation.token_level import token_level_report
+from first_trl.losses import ESTIMATORS
 from first_trl.teacher.cache import load_manifest, store_recalibration
-from first_trl.training.losses import ESTIMATORS
 from first_trl.training.trainer import FirstDistillTrainer
 from tests.tiny import tiny_config, tiny_llama, tiny_rows, tiny_tokenizer
 

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from first_trl import FirstDistillTrainer, Recalibration
-from first_trl.training.losses import sparse_kl_reference
+from first_trl.losses import sparse_kl_reference
 from tests.tiny import VOCAB, run, tiny_cache, tiny_config, tiny_gpt2, tiny_llama, tiny_rows, tiny_tokenizer
 
 

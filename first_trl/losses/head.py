@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from .losses import fused_sparse_kl
+from . import fused_sparse_kl
 
 
 # Sums over the supervised tokens of a batch, in the order of `DistillOutput.sums`
