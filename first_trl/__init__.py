@@ -12,8 +12,8 @@ _EXPORTS = {
     "FirstDistillConfig": "first_trl.training.config",
     "FirstDistillTrainer": "first_trl.training.trainer",
     "add_teacher_topk": "first_trl.teacher.capture",
-    "load_teacher_cache": "first_trl.teacher.cache",
-    "verify_teacher_cache": "first_trl.teacher.verify",
+    "load_teacher_cache": "first_trl.cache.folder",
+    "verify_teacher_cache": "first_trl.cache.verify",
     "Recalibration": "first_trl.recalibration",
     "fit_recalibration": "first_trl.recalibration",
     "expected_calibration_error": "first_trl.calibration",
@@ -37,12 +37,12 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from first_trl.cache.folder import load_teacher_cache
+    from first_trl.cache.verify import verify_teacher_cache
     from first_trl.calibration import calibration_report, expected_calibration_error, reliability_diagram
     from first_trl.evaluation.multiple_choice import evaluate_multiple_choice
     from first_trl.inference import answer_pipeline
     from first_trl.recalibration import Recalibration, fit_recalibration
-    from first_trl.teacher.cache import load_teacher_cache
     from first_trl.teacher.capture import add_teacher_topk
-    from first_trl.teacher.verify import verify_teacher_cache
     from first_trl.training.config import FirstDistillConfig
     from first_trl.training.trainer import FirstDistillTrainer

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .cache.verify_folder import verify_cache_folder
 from .cards import find_license, teacher_cache_card, write_student_cards
 from .cards.render import hub_id
 from .cards.run_folder import Run
 from .cards.run_model import run_model_card
 from .hub import push_folder
-from .teacher.verify_folder import verify_cache_folder
 from .utils.files import write_json
 
 

@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from first_trl import FirstDistillConfig, FirstDistillTrainer
-from first_trl.teacher.manifest import tokenizer_fingerprint
-from first_trl.teacher.schema import CacheBatch, cache_features
+from first_trl.cache.manifest import tokenizer_fingerprint
+from first_trl.cache.schema import CacheBatch, cache_features
 
 
 VOCAB = 24

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 
-from ..teacher.manifest import Manifest
+from ..cache.manifest import Manifest
 from ..vocabulary import BAYES
 from .license import License, find_license
 from .render import hub_id

@@ -9,10 +9,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
+from ..cache.folder import load_manifest
+from ..cache.manifest import Manifest
 from ..calibration import CalibrationWarning
 from ..evaluation.predictions import MultipleChoiceResult
-from ..teacher.cache import load_manifest
-from ..teacher.manifest import Manifest
 from ..utils.versions import VERSIONS
 from ..vocabulary import BAYES, BAYES_LABEL, role_domain
 from .render import hub_id, public_name

@@ -9,9 +9,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
-from ..teacher.cache import cache_size, load_manifest, shard_paths
-from ..teacher.manifest import Manifest
-from ..teacher.schema import TAIL_LOGPROB, TOPK_IDS, TOPK_LOGPROBS
+from ..cache.folder import cache_size, load_manifest, shard_paths
+from ..cache.manifest import Manifest
+from ..cache.schema import TAIL_LOGPROB, TOPK_IDS, TOPK_LOGPROBS
 from .render import public_name, render
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ..teacher.manifest import Manifest
+from ..cache.manifest import Manifest
 from ..vocabulary import METHOD_SYMBOLS
 
 

@@ -6,9 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..cache.folder import store_recalibration
 from ..recalibration import fit_recalibration
 from ..recipe import ArmSpec
-from ..teacher.cache import store_recalibration
 from ..utils.files import write_json
 from .context import RunContext
 from .teachers import Teacher, load_cache, teacher_of, teachers

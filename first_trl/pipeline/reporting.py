@@ -5,10 +5,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..cache.folder import cache_size, load_manifest
 from ..recipe import BAYES
 from ..report import write_report
 from ..share import push_run, write_student_cards
-from ..teacher.cache import cache_size, load_manifest
 from ..utils.files import write_json
 from .context import RunContext
 from .recalibrate import fit_of, fit_path, fits

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 
+from ..cache.folder import load_teacher_cache
 from ..recipe import ArmSpec, ModelSpec, TeacherSpec
 from ..teacher.backends import TransformersBackend, VLLMBackend
-from ..teacher.cache import load_teacher_cache
 from ..teacher.capture import add_teacher_topk
 from .context import RunContext
 from .training import load_trained, make_model, place, train_sft

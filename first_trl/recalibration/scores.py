@@ -39,7 +39,7 @@ class FlatCache:
 def flat_cache(cache: Any, positions: str) -> FlatCache:
     """Arrays of the supervised positions of `cache`, checked against one another."""
     if hasattr(cache, "column_names"):
-        from ..teacher.schema import flatten_cache
+        from ..cache.schema import flatten_cache
 
         cache = flatten_cache(cache)
     get = cache.get if isinstance(cache, Mapping) else lambda name: getattr(cache, name, None)

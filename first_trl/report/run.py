@@ -17,8 +17,8 @@ from .run_content import RunContent, write_run_parts
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from ..cache.manifest import Manifest
     from ..recipe import Recipe
-    from ..teacher.manifest import Manifest
 
 
 _DEFAULT_LABELS = {BAYES: BAYES_LABEL}

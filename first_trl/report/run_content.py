@@ -10,8 +10,8 @@ from .tables import NOTHING
 
 
 if TYPE_CHECKING:
+    from ..cache.manifest import Manifest
     from ..recipe import Recipe
-    from ..teacher.manifest import Manifest
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ import argparse
 import shutil
 from pathlib import Path
 
+from ..cache.folder import cache_size, load_manifest
+from ..cache.verify_folder import verify_cache_folder
 from ..cards import teacher_cache_card
 from ..hub import pull_folder
-from .cache import cache_size, load_manifest
-from .verify_folder import verify_cache_folder
 
 
 _USAGE = {

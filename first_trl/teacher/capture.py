@@ -17,16 +17,16 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..cache.folder import load_teacher_cache, shard_path
+from ..cache.manifest import Manifest, chat_template_hash, tokenizer_fingerprint
+from ..cache.schema import INPUT_IDS, LOGPROB_DTYPES
+from ..cache.shards import ShardRows, write_shard
 from ..utils.processes import process_state
 from .backends import Scores, TeacherBackend, TransformersBackend
-from .cache import load_teacher_cache, shard_path
 from .journal import ShardJournal
-from .manifest import Manifest, chat_template_hash, tokenizer_fingerprint
 from .prepare import prepare_rows
 from .progress import close_capture, default_folder, is_finished, open_capture
 from .rows import batches_by_length, content_digest, usable_rows
-from .schema import INPUT_IDS, LOGPROB_DTYPES
-from .shards import ShardRows, write_shard
 
 
 def add_teacher_topk(

@@ -10,9 +10,9 @@ import datasets
 from datasets import Dataset
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
+from ..cache.folder import cache_size, load_manifest
 from ..utils.processes import process_state
 from .backends import TeacherBackend, VLLMBackend
-from .cache import cache_size, load_manifest
 from .capture import add_teacher_topk
 
 

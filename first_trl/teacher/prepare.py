@@ -9,8 +9,8 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from trl import SFTTrainer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
+from ..cache.schema import HAS_GOLD, INPUT_IDS, LABELS
 from ..tasks.tokenize import IGNORE_INDEX, encode_prompts, filler_token_id
-from .schema import HAS_GOLD, INPUT_IDS, LABELS
 
 
 def prepare_rows(

@@ -16,13 +16,13 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 
+from ..cache.folder import complete_shards, load_manifest, manifest_path, shard_path, shard_paths
+from ..cache.manifest import Manifest
+from ..cache.shards import shard_batch, whole_shard
+from ..cache.verify import check_rows
 from ..utils.files import write_atomically
 from .backends import TeacherBackend
-from .cache import complete_shards, load_manifest, manifest_path, shard_path, shard_paths
 from .journal import journal_path
-from .manifest import Manifest
-from .shards import shard_batch, whole_shard
-from .verify import check_rows
 
 
 logger = logging.getLogger(__name__)

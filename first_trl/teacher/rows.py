@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
+from ..cache.schema import CACHE_COLUMNS, HAS_GOLD, IGNORE_INDEX, INPUT_IDS, LABELS, gold_flags
 from ..tasks.tokenize import HAS_GOLD as SOURCE_HAS_GOLD
-from .schema import CACHE_COLUMNS, HAS_GOLD, IGNORE_INDEX, INPUT_IDS, LABELS, gold_flags
 
 
 def usable_rows(rows: Dataset, max_length: int | None, num_tokens: int) -> tuple[Dataset, dict[str, Any]]:

@@ -15,7 +15,7 @@ import pyarrow as pa
 from datasets import Dataset, IterableDataset
 from trl import pack_dataset
 
-from ..teacher.schema import (
+from ..cache.schema import (
     DRAW_COLUMNS,
     DRAW_COUNTS,
     HAS_GOLD,

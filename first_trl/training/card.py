@@ -9,13 +9,13 @@ from accelerate.utils import is_peft_model
 from transformers import is_wandb_available
 from trl.trainer.utils import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
 
+from ..cache.manifest import read_manifests
 from ..cards.license import find_license
 from ..cards.render import hub_id, public_name
 from ..cards.scores import score_result
 from ..cards.student import Evaluation, StudentCard
 from ..cards.wording import PROCESSES, cache_text, estimator_text, recalibration_text, shared_cache_text
 from ..evaluation.predictions import MultipleChoiceResult
-from ..teacher.manifest import read_manifests
 from ..utils.versions import training_versions
 
 

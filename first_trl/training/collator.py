@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from ..cache.schema import DRAW_COUNTS, DRAW_IDS, HAS_GOLD, IGNORE_INDEX, TAIL_LOGPROB, TOPK_IDS, TOPK_LOGPROBS
 from ..recalibration import Recalibration
-from ..teacher.schema import DRAW_COUNTS, DRAW_IDS, HAS_GOLD, IGNORE_INDEX, TAIL_LOGPROB, TOPK_IDS, TOPK_LOGPROBS
 from .alignment import DRAW_LENGTHS
 
 

@@ -6,9 +6,9 @@ import pyarrow as pa
 from datasets import IterableDataset
 from trl.data_utils import get_dataset_column_names
 
-from ..teacher.manifest import Manifest, read_manifest, tokenizer_fingerprint
-from ..teacher.schema import CacheBatch
-from ..teacher.verify import RowStatistics, check_batch, check_columns
+from ..cache.manifest import Manifest, read_manifest, tokenizer_fingerprint
+from ..cache.schema import CacheBatch
+from ..cache.verify import RowStatistics, check_batch, check_columns
 
 
 class StreamVerifier:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from trl import SFTTrainer
 
-from ..teacher.schema import IGNORE_INDEX
+from ..cache.schema import IGNORE_INDEX
 
 
 def drop_tokens(

@@ -13,11 +13,11 @@ from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import global_then_local_main_first
 
+from ..cache.manifest import read_manifests
+from ..cache.schema import DRAW_COLUMNS, HAS_GOLD, IGNORE_INDEX, TEACHER_COLUMNS, count_without_gold
+from ..cache.verify import verify_teacher_cache
 from ..losses.head import SUMS, add_distill_head, check_distill_head
 from ..recalibration import Recalibration
-from ..teacher.manifest import read_manifests
-from ..teacher.schema import DRAW_COLUMNS, HAS_GOLD, IGNORE_INDEX, TEACHER_COLUMNS, count_without_gold
-from ..teacher.verify import verify_teacher_cache
 from .alignment import DRAW_LENGTHS, align, count_cuts, entry_columns
 from .card import ModelCardMixin
 from .collator import DataCollatorForDistillation
@@ -400,7 +400,7 @@ def resolve_recalibration(args: FirstDistillConfig, train_dataset: Any) -> Recal
         raise ValueError(
             f"`recalibration={args.recalibration!r}` without `recalibration_value`, and the cache carries no fitted "
             "one. Fit it on a validation cache with `fit_recalibration`, keep it with "
-            "`first_trl.teacher.cache.store_recalibration`, or set `recalibration_value`."
+            "`first_trl.cache.folder.store_recalibration`, or set `recalibration_value`."
         )
     manifest, fit = fitted[0], fits[0]
     trained = (args.top_k or manifest.k, args.estimator == "bucket")

@@ -36,8 +36,8 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from first_trl import FirstDistillConfig, FirstDistillTrainer
-from first_trl.teacher.manifest import tokenizer_fingerprint
-from first_trl.teacher.schema import cache_features
+from first_trl.cache.manifest import tokenizer_fingerprint
+from first_trl.cache.schema import cache_features
 from tests.tiny import tiny_tokenizer, with_digests
 
 

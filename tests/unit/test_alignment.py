@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from first_trl.teacher.schema import cache_features
+from first_trl.cache.schema import cache_features
 from first_trl.training.alignment import align, count_cuts, entry_columns
 
 

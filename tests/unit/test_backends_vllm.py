@@ -12,9 +12,9 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from first_trl import add_teacher_topk, load_teacher_cache, verify_teacher_cache
+from first_trl.cache.manifest import read_manifest
+from first_trl.cache.schema import flatten_cache
 from first_trl.teacher.backends.vllm import VLLMBackend
-from first_trl.teacher.manifest import read_manifest
-from first_trl.teacher.schema import flatten_cache
 from tests.tiny import tiny_llama, tiny_rows, tiny_tokenizer
 from tests.vllm.server import VLLMServer, free_port, vllm_python
 

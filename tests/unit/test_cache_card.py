@@ -12,9 +12,9 @@ import yaml
 from datasets import Dataset, load_dataset
 
 from first_trl import add_teacher_topk
+from first_trl.cache.folder import cache_size, load_manifest, store_recalibration
+from first_trl.cache.schema import flatten_cache
 from first_trl.cards import teacher_cache_card
-from first_trl.teacher.cache import cache_size, load_manifest, store_recalibration
-from first_trl.teacher.schema import flatten_cache
 from tests.tiny import VOCAB, tiny_llama, tiny_rows, tiny_tokenizer
 
 

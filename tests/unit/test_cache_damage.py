@@ -12,8 +12,8 @@ import torch
 from datasets import Dataset
 
 from first_trl import add_teacher_topk, load_teacher_cache, verify_teacher_cache
-from first_trl.teacher.cache import store_recalibration
-from first_trl.teacher.verify_folder import verify_cache_folder
+from first_trl.cache.folder import store_recalibration
+from first_trl.cache.verify_folder import verify_cache_folder
 from tests.tiny import tiny_llama, tiny_rows, tiny_tokenizer
 
 
@@ -153,7 +153,7 @@ def edit_manifest(folder, rng):
 
 def forge_manifest(folder, rng):
     """An edit of what defines the cache, with id and digest made right: only the rows can tell."""
-    from first_trl.teacher.manifest import Manifest
+    from first_trl.cache.manifest import Manifest
 
     path = rng.choice(sorted((folder / "manifest").glob("[!.]*")))
     manifest = Manifest.from_json(path.read_text())
@@ -242,7 +242,7 @@ def test_a_lost_shard_is_computed_again(sound, tmp_path, damage):
         path.write_bytes(b"PAR1")
         (folder / "manifest" / "train.json").rename(tmp_path / "moved.json")
         manifest = json.loads((tmp_path / "moved.json").read_text())
-        from first_trl.teacher.manifest import Manifest
+        from first_trl.cache.manifest import Manifest
 
         record = Manifest.from_json((tmp_path / "moved.json").read_text())
         (folder / "manifest" / ".train.in-progress.json").write_text(

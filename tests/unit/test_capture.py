@@ -159,7 +159,7 @@ def test_left_out_rows_are_counted_and_reported():
     with pytest.warns(UserWarning, match="5 of 7 rows are left out.* 4 without a supervised position, 1 longer"):
         cache = add_teacher_topk(Dataset.from_list(rows), tiny_llama(), tiny_tokenizer())
     assert cache["input_ids"][:] == [[3, 4, 5], [6, 7]]
-    from first_trl.teacher.manifest import read_manifest
+    from first_trl.cache.manifest import read_manifest
 
     counts = read_manifest(cache).counts
     assert counts["rows"] == 2 and counts["positions"] == 3 and counts["tokens"] == 5
@@ -177,7 +177,7 @@ def test_text_rows_are_tokenised_like_the_trainer_and_cut_rows_are_counted():
         cache = add_teacher_topk(Dataset.from_list(rows), tiny_llama(), tiny_tokenizer(), max_length=5)
     assert cache["input_ids"][:] == [[3, 4, 5, 6, 1], [3, 4, 1], [2, 2, 2, 7, 1]]
     assert cache["labels"][:] == [[-100, -100, 5, 6, 1], [-100, -100, 1], [-100, -100, -100, 7, 1]]
-    from first_trl.teacher.manifest import read_manifest
+    from first_trl.cache.manifest import read_manifest
 
     counts = read_manifest(cache).counts
     assert counts["truncated"] == 1 and counts["dropped_by_truncation"] == 1

@@ -9,9 +9,9 @@ import time
 import pytest
 
 from first_trl import load_teacher_cache, verify_teacher_cache
+from first_trl.cache.verify_folder import verify_cache_folder
 from first_trl.teacher.backends import Scores
 from first_trl.teacher.journal import ShardJournal
-from first_trl.teacher.verify_folder import verify_cache_folder
 from tests.capture_process import BATCH, ROWS, SHARD_SIZE, free_port, run_capture
 
 

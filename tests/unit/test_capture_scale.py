@@ -13,8 +13,8 @@ from datasets import Dataset
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from first_trl import add_teacher_topk, load_teacher_cache, verify_teacher_cache
-from first_trl.teacher.cache import cache_size
-from first_trl.teacher.manifest import read_manifest
+from first_trl.cache.folder import cache_size
+from first_trl.cache.manifest import read_manifest
 from tests.conftest import DATA
 
 

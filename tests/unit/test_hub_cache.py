@@ -24,7 +24,7 @@ assert main(["cache", "push", FOLDER + "-prompts", "alice/prompts"]) == 0
 TRAIN = """
 import hashlib
 from first_trl import FirstDistillConfig, FirstDistillTrainer, load_teacher_cache, verify_teacher_cache
-from first_trl.teacher.manifest import read_manifest
+from first_trl.cache.manifest import read_manifest
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 def train(cache):

@@ -16,12 +16,12 @@ from first_trl import (
     load_teacher_cache,
     verify_teacher_cache,
 )
+from first_trl.cache.folder import store_recalibration
+from first_trl.cache.manifest import read_manifest, read_manifests
+from first_trl.cache.verify_folder import verify_cache_folder
 from first_trl.cli import main
 from first_trl.tasks import encode_prompts, get_task, tokenize_rows
-from first_trl.teacher.cache import store_recalibration
-from first_trl.teacher.manifest import read_manifest, read_manifests
 from first_trl.teacher.prepare import prepare_rows
-from first_trl.teacher.verify_folder import verify_cache_folder
 from tests.tiny import VOCAB, run, tiny_config, tiny_llama, tiny_rows, tiny_tokenizer
 
 
@@ -274,7 +274,7 @@ def test_a_manifest_that_counts_wrongly_is_refused(folder):
     path = folder / "manifest" / "unlabelled.json"
     data = json.loads(path.read_text())
     del data["id"], data["digest"]
-    from first_trl.teacher.manifest import Manifest
+    from first_trl.cache.manifest import Manifest
 
     manifest = Manifest(**data)
     manifest.counts["rows_without_gold"] = 3

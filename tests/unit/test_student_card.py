@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig
 
 from first_trl import add_teacher_topk, evaluate_multiple_choice, expected_calibration_error, load_teacher_cache
+from first_trl.cache.folder import load_manifest, store_recalibration
 from first_trl.cards import Evaluation, License, StudentCard, find_license, score_result, teacher_cache_card
 from first_trl.cards import license as license_module
 from first_trl.cards.render import hub_id
@@ -22,7 +23,6 @@ from first_trl.cards.wording import estimator_text, shown_arguments
 from first_trl.evaluation.predictions import MultipleChoiceResult, multiple_choice_report
 from first_trl.evaluation.token_level import token_level_report
 from first_trl.losses import ESTIMATORS
-from first_trl.teacher.cache import load_manifest, store_recalibration
 from first_trl.training.trainer import FirstDistillTrainer
 from tests.tiny import tiny_config, tiny_llama, tiny_rows, tiny_tokenizer
 

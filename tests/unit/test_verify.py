@@ -8,8 +8,8 @@ import torch
 from datasets import Dataset, concatenate_datasets, load_dataset, load_from_disk
 
 from first_trl import add_teacher_topk, load_teacher_cache, verify_teacher_cache
-from first_trl.teacher.manifest import Manifest, attach_manifest, read_manifest
-from first_trl.teacher.schema import REQUIRED_COLUMNS, flatten_cache
+from first_trl.cache.manifest import Manifest, attach_manifest, read_manifest
+from first_trl.cache.schema import REQUIRED_COLUMNS, flatten_cache
 from tests.tiny import VOCAB, tiny_cache, tiny_llama, tiny_rows, tiny_tokenizer
 
 

@@ -135,7 +135,7 @@ class Manifest:
         if digest != _digest(data):
             raise ValueError(
                 "The manifest was edited after it was written: its digest does not match. Restore the original "
-                "manifest; a fitted recalibration is added with `first_trl.teacher.cache.store_recalibration`."
+                "manifest; a fitted recalibration is added with `first_trl.cache.folder.store_recalibration`."
             )
         return manifest
 

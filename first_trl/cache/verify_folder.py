@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from .cache import load_manifest, manifest_path, shard_paths
+from .folder import load_manifest, manifest_path, shard_paths
 from .manifest import Manifest
 from .shards import shard_batch
 from .verify import RowStatistics, check_rows

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features
 
-from .backends import Scores
+from ..teacher.backends import Scores
 from .manifest import Manifest
 from .schema import (
     CACHE_COLUMNS,
