@@ -15,7 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from first_trl import expected_calibration_error
-from first_trl.evaluation import calibrate
+from first_trl.cli.main import calibrate
 from first_trl.evaluation.confidence import Confidences, choice_scores, sequence_confidence
 from first_trl.evaluation.predictions import MultipleChoiceResult, multiple_choice_report
 from first_trl.evaluation.readers import (
@@ -591,7 +591,7 @@ def test_calibrate_reads_tables_without_torch():
     import subprocess
 
     code = (
-        "import sys, first_trl.evaluation.calibrate\n"
+        "import sys, first_trl.cli.calibrate\n"
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules), sorted(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

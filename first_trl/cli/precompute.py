@@ -11,9 +11,9 @@ from datasets import Dataset
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
 from ..cache.folder import cache_size, load_manifest
+from ..teacher.backends import TeacherBackend, VLLMBackend
+from ..teacher.capture import add_teacher_topk
 from ..utils.processes import process_state
-from .backends import TeacherBackend, VLLMBackend
-from .capture import add_teacher_topk
 
 
 QUANTIZATIONS = ("8bit", "4bit")

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Push the metric; prints how to load it."""
     from ..hub import push_folder
-    from .ece.publish import build_space_folder
+    from ..metrics.ece.publish import build_space_folder
 
     with tempfile.TemporaryDirectory() as folder:
         space = build_space_folder(folder + "/space", repo_id=args.repo_id)

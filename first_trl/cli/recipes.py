@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from .recipe import cells, load_recipe
-from .utils.resources import recipe_names, recipe_path
+from ..recipe import cells, load_recipe
+from ..utils.resources import recipe_names, recipe_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration import CalibrationWarning, reliability_diagram
+from ..evaluation.confidence import DEFINITIONS, Confidences
+from ..evaluation.readers import read_confidences
 from ..utils.files import write_json
-from .confidence import DEFINITIONS, Confidences
-from .readers import read_confidences
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

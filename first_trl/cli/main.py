@@ -7,20 +7,20 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from . import __version__
+from .. import __version__
 
 
 # Name -> (module with `add_arguments(parser)` and `main(args) -> int`, help). Only the module of the command that is
 # asked for is imported: `first-trl --help` and a mistyped recipe are answered without loading torch.
 _COMMANDS = {
-    "run": ("first_trl.pipeline.commands", "run a recipe: teacher, cache, recalibration, students, report"),
-    "report": ("first_trl.report.commands", "merge the reports of several runs: seeds, sweeps"),
-    "push": ("first_trl.share_commands", "share the students and the cache of a finished run, with their cards"),
-    "recipes": ("first_trl.recipe_commands", "list the recipes that travel with the package, or check recipe files"),
-    "precompute": ("first_trl.teacher.commands", "run a teacher once over a dataset and store its top-k"),
-    "cache": ("first_trl.teacher.cache_commands", "verify, describe, push or pull a teacher cache"),
-    "calibrate": ("first_trl.evaluation.calibrate", "calibration report of files you already have"),
-    "metric": ("first_trl.metrics.commands", "publish the calibration metric as a Space"),
+    "run": ("first_trl.cli.run", "run a recipe: teacher, cache, recalibration, students, report"),
+    "report": ("first_trl.cli.report", "merge the reports of several runs: seeds, sweeps"),
+    "push": ("first_trl.cli.push", "share the students and the cache of a finished run, with their cards"),
+    "recipes": ("first_trl.cli.recipes", "list the recipes that travel with the package, or check recipe files"),
+    "precompute": ("first_trl.cli.precompute", "run a teacher once over a dataset and store its top-k"),
+    "cache": ("first_trl.cli.cache", "verify, describe, push or pull a teacher cache"),
+    "calibrate": ("first_trl.cli.calibrate", "calibration report of files you already have"),
+    "metric": ("first_trl.cli.metric", "publish the calibration metric as a Space"),
 }
 
 
