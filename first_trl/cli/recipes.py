@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ..recipe import cells, load_recipe
+from ..experiments.recipe import cells, load_recipe
 from ..utils.resources import recipe_names, recipe_path
 
 

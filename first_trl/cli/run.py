@@ -5,7 +5,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from ..recipe import STAGES, load_recipe
+from ..experiments.recipe import STAGES, load_recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset, load_from_disk
 from transformers import AutoTokenizer
 
-from ..recipe import Recipe
+from ..experiments.recipe import Recipe
 from ..tasks import get_task
 from .workspace import Workspace
 

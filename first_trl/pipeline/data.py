@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from datasets import Dataset
 
-from ..recipe import SplitSpec
+from ..experiments.recipe import SplitSpec
 from ..tasks import get_task, tokenize_rows
 from ..tasks.base import TaskSplit
 from ..tasks.overlap import drop_overlap

@@ -11,7 +11,7 @@ from ..calibration import calibration_report
 from ..evaluation.multiple_choice import evaluate_multiple_choice
 from ..evaluation.posthoc import fit_posthoc_temperature
 from ..evaluation.token_level import evaluate_token_level
-from ..recipe import BAYES, ArmSpec
+from ..experiments.recipe import BAYES, ArmSpec
 from ..utils.files import write_json
 from .context import RunContext
 from .reference import true_posterior

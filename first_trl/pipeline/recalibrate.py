@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..cache.folder import store_recalibration
+from ..experiments.recipe import ArmSpec
 from ..recalibration import fit_recalibration
-from ..recipe import ArmSpec
 from ..utils.files import write_json
 from .context import RunContext
 from .teachers import Teacher, load_cache, teacher_of, teachers

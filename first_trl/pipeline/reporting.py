@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cache.folder import cache_size, load_manifest
-from ..recipe import BAYES
+from ..experiments.recipe import BAYES
 from ..report import write_report
 from ..share import push_run, write_student_cards
 from ..utils.files import write_json

@@ -10,7 +10,7 @@ import torch
 import yaml
 from transformers.utils import logging as hf_logging
 
-from ..recipe import STAGES, Recipe, cells, merged_folder
+from ..experiments.recipe import STAGES, Recipe, cells, merged_folder
 from ..report import write_merged_report
 from ..utils.files import write_atomically
 from ..utils.names import nearest

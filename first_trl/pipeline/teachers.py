@@ -10,7 +10,7 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from ..cache.folder import load_teacher_cache
-from ..recipe import ArmSpec, ModelSpec, TeacherSpec
+from ..experiments.recipe import ArmSpec, ModelSpec, TeacherSpec
 from ..teacher.backends import TransformersBackend, VLLMBackend
 from ..teacher.capture import add_teacher_topk
 from .context import RunContext

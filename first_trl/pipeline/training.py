@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from ..recipe import ArmSpec, ModelSpec, Recipe
+from ..experiments.recipe import ArmSpec, ModelSpec, Recipe
 from ..training.config import FirstDistillConfig
 from ..training.token_dropout import TokenDropoutSFTTrainer
 from ..training.trainer import FirstDistillTrainer

@@ -11,7 +11,7 @@ import datasets
 from datasets import Dataset, ReadInstruction
 from transformers import AutoTokenizer
 
-from ..recipe import Recipe, SplitSpec
+from ..experiments.recipe import Recipe, SplitSpec
 from ..tasks import Task, get_task, tokenize_rows
 from ..tasks.sizes import SplitSize
 from .schema import SplitPlan

@@ -5,9 +5,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..experiments.recipe import ArmSpec, ModelSpec, Recipe, cells, merged_folder
 from ..pipeline.context import RunContext
 from ..pipeline.teachers import captured_roles, teachers
-from ..recipe import ArmSpec, ModelSpec, Recipe, cells, merged_folder
 from ..share import repo_name, repo_prefix
 from .cache_size import cache_bytes
 from .data import find_tokenizer, plan_splits

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..experiments.recipe import Recipe
 from ..pipeline.context import RunContext
 from ..pipeline.data import run_data
 from ..pipeline.evaluate import run_evaluate
@@ -13,7 +14,6 @@ from ..pipeline.reporting import run_report, run_share
 from ..pipeline.students import run_students
 from ..pipeline.teachers import captured_roles, run_capture, run_pretrain, run_teacher, teachers
 from ..pipeline.workspace import Workspace, content_key
-from ..recipe import Recipe
 from .schema import UnitPlan
 
 

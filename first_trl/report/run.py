@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from ..cache.manifest import Manifest
-    from ..recipe import Recipe
+    from ..experiments.recipe import Recipe
 
 
 _DEFAULT_LABELS = {BAYES: BAYES_LABEL}

@@ -11,7 +11,7 @@ from .tables import NOTHING
 
 if TYPE_CHECKING:
     from ..cache.manifest import Manifest
-    from ..recipe import Recipe
+    from ..experiments.recipe import Recipe
 
 
 @dataclass(frozen=True)

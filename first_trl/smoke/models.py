@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from ..recipe import ModelSpec
+from ..experiments.recipe import ModelSpec
 
 
 _N_LAYERS = 2
@@ -39,7 +39,7 @@ def tiny_model(spec: ModelSpec, place: str) -> ModelSpec:
     A model to make from scratch in place of the recipe's.
 
     Args:
-        spec ([`~first_trl.recipe.ModelSpec`]):
+        spec ([`~first_trl.experiments.recipe.ModelSpec`]):
             The recipe's. Switches and fractions of its `config` are kept, its sizes are not.
         place (`str`):
             Names the model in messages.

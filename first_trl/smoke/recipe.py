@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub.constants import ENDPOINT
 
-from ..recipe import ModelSpec, Recipe, cells
+from ..experiments.recipe import ModelSpec, Recipe, cells
 from ..utils.processes import process_state
 from .models import tiny_model
 from .rows import has_rows, small_limit, smoke_task
@@ -64,13 +64,13 @@ def smoke_recipe(recipe: Recipe, folder: Path) -> Recipe:
     roles. The folder and the repositories are not those of the real run.
 
     Args:
-        recipe ([`~first_trl.recipe.Recipe`]):
-            From [`~first_trl.recipe.load_recipe`].
+        recipe ([`~first_trl.experiments.recipe.Recipe`]):
+            From [`~first_trl.experiments.recipe.load_recipe`].
         folder (`Path`):
             Folder of the run; the tokenizer is written into it.
 
     Returns:
-        [`~first_trl.recipe.Recipe`]
+        [`~first_trl.experiments.recipe.Recipe`]
 
     Raises:
         `ValueError`: when a model is named by a repository that is not on this machine, and the recipe does not say its

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..recipe import SplitSpec, TaskSpec
+from ..experiments.recipe import SplitSpec, TaskSpec
 from ..tasks import get_task
 from ..tasks.mmlu_category import SUBJECTS
 
@@ -39,7 +39,7 @@ def smoke_task(task: TaskSpec, folder: Path) -> TaskSpec:
     A recipe's task on the packaged rows, with the same roles and options, and slices in proportion.
 
     Args:
-        task ([`~first_trl.recipe.TaskSpec`]):
+        task ([`~first_trl.experiments.recipe.TaskSpec`]):
             The recipe's.
         folder (`Path`):
             Where rows are written for a task whose splits have fixed sizes.

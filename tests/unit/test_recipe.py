@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from first_trl.recipe import load_recipe
+from first_trl.experiments.recipe import load_recipe
 from first_trl.utils.resources import recipe_names, recipe_path
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from first_trl.recipe import cells, load_recipe, merged_folder
+from first_trl.experiments.recipe import cells, load_recipe, merged_folder
 
 
 def expand(*overrides, **options):

@@ -13,7 +13,7 @@ from first_trl.cards import write_student_cards
 from first_trl.cards.run_folder import Run
 from first_trl.cards.run_model import run_model_card
 from first_trl.evaluation.predictions import multiple_choice_report
-from first_trl.recipe import ArmSpec, HubSpec, TeacherSpec, load_recipe
+from first_trl.experiments.recipe import ArmSpec, HubSpec, TeacherSpec, load_recipe
 from first_trl.share import push_run
 from tests.unit.test_student_card import predictions
 

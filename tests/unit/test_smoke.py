@@ -11,7 +11,7 @@ import trl
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from first_trl.cli.main.main import main
-from first_trl.recipe import (
+from first_trl.experiments.recipe import (
     ArmSpec,
     CaptureSpec,
     EvaluationSpec,

@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from ..utils.names import nearest
+from ...utils.names import nearest
 from .check import check_recipe
 from .schema import Recipe
 

@@ -4,8 +4,8 @@ import dataclasses
 import re
 from collections.abc import Iterable
 
-from ..recalibration import ESTIMATORS, METHODS, Recalibration
-from ..utils.names import nearest
+from ...recalibration import ESTIMATORS, METHODS, Recalibration
+from ...utils.names import nearest
 from .schema import ARM_KINDS, BAYES, ArmSpec, Recipe
 
 
@@ -204,7 +204,7 @@ def _check_target(recipe: Recipe, arm: ArmSpec, place: str) -> None:
 
 
 def _check_training(recipe: Recipe, where: str) -> None:
-    from ..training.config import FirstDistillConfig
+    from ...training.config import FirstDistillConfig
 
     fields = {f.name for f in dataclasses.fields(FirstDistillConfig)} | {"global_batch_size"}
     trainings = {"training": recipe.training}

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from ..utils.names import nearest
-from ..utils.resources import recipe_path
+from ...utils.names import nearest
+from ...utils.resources import recipe_path
 from .check import check_recipe
 from .schema import ModelSpec, Recipe, SplitSpec
 
