@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> int:
         if process_state().is_main_process:
             print(json.dumps(dataclasses.asdict(plan), indent=2) if args.json else format_plan(plan))
         return 0
-    from ..pipeline.stages import run_recipe
+    from ..experiments.stages.stages import run_recipe
 
     run_recipe(recipe, args.stage)
     return 0

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..experiments.recipe import ArmSpec, ModelSpec, Recipe, cells, merged_folder
-from ..pipeline.context import RunContext
-from ..pipeline.teachers import captured_roles, teachers
+from ..experiments.stages.context import RunContext
+from ..experiments.stages.teachers import captured_roles, teachers
 from ..share import repo_name, repo_prefix
 from .cache_size import cache_bytes
 from .data import find_tokenizer, plan_splits

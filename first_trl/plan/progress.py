@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from ..experiments.recipe import Recipe
-from ..pipeline.context import RunContext
-from ..pipeline.data import run_data
-from ..pipeline.evaluate import run_evaluate
-from ..pipeline.recalibrate import fits, run_recalibrate
-from ..pipeline.reporting import run_report, run_share
-from ..pipeline.students import run_students
-from ..pipeline.teachers import captured_roles, run_capture, run_pretrain, run_teacher, teachers
-from ..pipeline.workspace import Workspace, content_key
+from ..experiments.stages.context import RunContext
+from ..experiments.stages.data import run_data
+from ..experiments.stages.evaluate import run_evaluate
+from ..experiments.stages.recalibrate import fits, run_recalibrate
+from ..experiments.stages.reporting import run_report, run_share
+from ..experiments.stages.students import run_students
+from ..experiments.stages.teachers import captured_roles, run_capture, run_pretrain, run_teacher, teachers
+from ..experiments.stages.workspace import Workspace, content_key
 from .schema import UnitPlan
 
 

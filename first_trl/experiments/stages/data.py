@@ -6,11 +6,11 @@ from typing import Any, cast
 
 from datasets import Dataset
 
-from ..experiments.recipe import SplitSpec
-from ..tasks import get_task, tokenize_rows
-from ..tasks.base import TaskSplit
-from ..tasks.overlap import drop_overlap
-from ..utils.files import write_json
+from ...tasks import get_task, tokenize_rows
+from ...tasks.base import TaskSplit
+from ...tasks.overlap import drop_overlap
+from ...utils.files import write_json
+from ..recipe import SplitSpec
 from .context import RunContext
 from .workspace import content_key, path_fingerprint
 

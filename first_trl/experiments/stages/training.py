@@ -15,13 +15,13 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from ..experiments.recipe import ArmSpec, ModelSpec, Recipe
-from ..training.config import FirstDistillConfig
-from ..training.token_dropout import TokenDropoutSFTTrainer
-from ..training.trainer import FirstDistillTrainer
-from ..utils.files import write_atomically, write_json
-from ..utils.processes import process_state
-from ..utils.versions import VERSIONS, training_versions
+from ...training.config import FirstDistillConfig
+from ...training.token_dropout import TokenDropoutSFTTrainer
+from ...training.trainer import FirstDistillTrainer
+from ...utils.files import write_atomically, write_json
+from ...utils.processes import process_state
+from ...utils.versions import VERSIONS, training_versions
+from ..recipe import ArmSpec, ModelSpec, Recipe
 
 
 def make_model(spec: ModelSpec, tokenizer: Any, seed: int, role: str) -> Any:

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from ..evaluation.multiple_choice import MultipleChoiceResult, multiple_choice_report
-from ..tasks import answer_token_ids_of_rows
+from ...evaluation.multiple_choice import MultipleChoiceResult, multiple_choice_report
+from ...tasks import answer_token_ids_of_rows
 
 
 def true_posterior(rows: Dataset, tokenizer: Any, *, n_bins: int = 10) -> MultipleChoiceResult:

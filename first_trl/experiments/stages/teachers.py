@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 
-from ..cache.folder import load_teacher_cache
-from ..experiments.recipe import ArmSpec, ModelSpec, TeacherSpec
-from ..teacher.backends import TransformersBackend, VLLMBackend
-from ..teacher.capture import add_teacher_topk
+from ...cache.folder import load_teacher_cache
+from ...teacher.backends import TransformersBackend, VLLMBackend
+from ...teacher.capture import add_teacher_topk
+from ..recipe import ArmSpec, ModelSpec, TeacherSpec
 from .context import RunContext
 from .training import load_trained, make_model, place, train_sft
 from .workspace import path_fingerprint

@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import concatenate_datasets
 
-from ..experiments.recipe import ArmSpec
+from ..recipe import ArmSpec
 from .context import RunContext
 from .recalibrate import fitted
 from .teachers import base_model, load_cache, teacher_of

@@ -6,10 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..cache.folder import store_recalibration
-from ..experiments.recipe import ArmSpec
-from ..recalibration import fit_recalibration
-from ..utils.files import write_json
+from ...cache.folder import store_recalibration
+from ...recalibration import fit_recalibration
+from ...utils.files import write_json
+from ..recipe import ArmSpec
 from .context import RunContext
 from .teachers import Teacher, load_cache, teacher_of, teachers
 

@@ -7,8 +7,8 @@ from typing import Any
 from datasets import Dataset, load_from_disk
 from transformers import AutoTokenizer
 
-from ..experiments.recipe import Recipe
-from ..tasks import get_task
+from ...tasks import get_task
+from ..recipe import Recipe
 from .workspace import Workspace
 
 
