@@ -52,7 +52,7 @@ def main(args: argparse.Namespace) -> int:
 
         recipe = smoke_recipe(recipe, Path(args.output_dir or Path("outputs", "smoke", recipe.name)))
     if args.dry_run:
-        from ..plan import format_plan, plan_recipe
+        from ..experiments.plan import format_plan, plan_recipe
         from ..utils.processes import process_state
 
         plan = plan_recipe(recipe, processes=args.processes, sharding=args.sharding, configs=args.configs)

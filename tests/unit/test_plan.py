@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from first_trl.experiments.plan import format_plan, plan_recipe
 from first_trl.experiments.recipe import load_recipe
 from first_trl.experiments.stages.context import RunContext
 from first_trl.experiments.stages.data import run_data
 from first_trl.experiments.stages.teachers import run_pretrain
-from first_trl.plan import format_plan, plan_recipe
 from first_trl.utils.resources import recipe_names
 
 

@@ -9,10 +9,10 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from first_trl import add_teacher_topk
 from first_trl.cache.folder import cache_size
+from first_trl.experiments.plan import plan_recipe
+from first_trl.experiments.plan.cache_size import cache_bytes
+from first_trl.experiments.plan.data import CHARS_PER_TOKEN, find_tokenizer, plan_splits
 from first_trl.experiments.recipe import load_recipe
-from first_trl.plan import plan_recipe
-from first_trl.plan.cache_size import cache_bytes
-from first_trl.plan.data import CHARS_PER_TOKEN, find_tokenizer, plan_splits
 from first_trl.tasks import get_task, tokenize_rows
 
 

@@ -12,10 +12,10 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
+from first_trl.experiments.plan.memory import capture_memory, training_memory
+from first_trl.experiments.plan.models import Shape, UnknownModel, config_of, lora_parameters, shape_of
+from first_trl.experiments.plan.steps import device_batch, optimizer_steps
 from first_trl.experiments.recipe import ModelSpec
-from first_trl.plan.memory import capture_memory, training_memory
-from first_trl.plan.models import Shape, UnknownModel, config_of, lora_parameters, shape_of
-from first_trl.plan.steps import device_batch, optimizer_steps
 from tests.tiny import tiny_llama, tiny_rows, tiny_tokenizer
 
 

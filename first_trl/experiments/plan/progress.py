@@ -5,15 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..experiments.recipe import Recipe
-from ..experiments.stages.context import RunContext
-from ..experiments.stages.data import run_data
-from ..experiments.stages.evaluate import run_evaluate
-from ..experiments.stages.recalibrate import fits, run_recalibrate
-from ..experiments.stages.reporting import run_report, run_share
-from ..experiments.stages.students import run_students
-from ..experiments.stages.teachers import captured_roles, run_capture, run_pretrain, run_teacher, teachers
-from ..experiments.stages.workspace import Workspace, content_key
+from ..recipe import Recipe
+from ..stages.context import RunContext
+from ..stages.data import run_data
+from ..stages.evaluate import run_evaluate
+from ..stages.recalibrate import fits, run_recalibrate
+from ..stages.reporting import run_report, run_share
+from ..stages.students import run_students
+from ..stages.teachers import captured_roles, run_capture, run_pretrain, run_teacher, teachers
+from ..stages.workspace import Workspace, content_key
 from .schema import UnitPlan
 
 

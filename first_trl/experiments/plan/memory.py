@@ -21,7 +21,7 @@ GB) are left out.
 
 from typing import Any
 
-from ..losses.chunks import default_chunk_size
+from ...losses.chunks import default_chunk_size
 from .models import Shape
 
 

@@ -5,10 +5,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..experiments.recipe import ArmSpec, ModelSpec, Recipe, cells, merged_folder
-from ..experiments.stages.context import RunContext
-from ..experiments.stages.teachers import captured_roles, teachers
-from ..share import repo_name, repo_prefix
+from ...share import repo_name, repo_prefix
+from ..recipe import ArmSpec, ModelSpec, Recipe, cells, merged_folder
+from ..stages.context import RunContext
+from ..stages.teachers import captured_roles, teachers
 from .cache_size import cache_bytes
 from .data import find_tokenizer, plan_splits
 from .memory import SHARDINGS, capture_memory, training_memory

@@ -11,9 +11,9 @@ import datasets
 from datasets import Dataset, ReadInstruction
 from transformers import AutoTokenizer
 
-from ..experiments.recipe import Recipe, SplitSpec
-from ..tasks import Task, get_task, tokenize_rows
-from ..tasks.sizes import SplitSize
+from ...tasks import Task, get_task, tokenize_rows
+from ...tasks.sizes import SplitSize
+from ..recipe import Recipe, SplitSpec
 from .schema import SplitPlan
 
 

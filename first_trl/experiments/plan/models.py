@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from ..experiments.recipe import ModelSpec
+from ..recipe import ModelSpec
 
 
 # Arguments of `from_pretrained` that say which configuration is read

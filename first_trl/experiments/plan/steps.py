@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
-from ..training.config import FirstDistillConfig
+from ...training.config import FirstDistillConfig
 
 
 def defaults() -> dict[str, Any]:
