@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Merge the reports."""
-    from ..report.write import write_merged_report
+    from ..experiments.report.write import write_merged_report
 
     output = Path(args.output_dir) if args.output_dir else None
     print(f"Merged report: {write_merged_report(args.folders, output, baselines=args.baseline)}")

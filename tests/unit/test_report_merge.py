@@ -16,10 +16,10 @@ import yaml
 
 from first_trl.calibration import calibration_report, expected_calibration_error, reliability_diagram
 from first_trl.cli.main.main import main
-from first_trl.report import MergedReport, merge_runs, write_merged_report, write_report
-from first_trl.report.content import table_parts, write_parts
-from first_trl.report.latex import escape, to_latex
-from first_trl.report.markdown import to_markdown
+from first_trl.experiments.report import MergedReport, merge_runs, write_merged_report, write_report
+from first_trl.experiments.report.content import table_parts, write_parts
+from first_trl.experiments.report.latex import escape, to_latex
+from first_trl.experiments.report.markdown import to_markdown
 
 
 KINDS = {
@@ -435,7 +435,7 @@ def test_sweeps_become_curves(tmp_path: Path) -> None:
 
 
 def test_curves_show_the_numbers(tmp_path: Path) -> None:
-    from first_trl.report.figures import sweep_figure
+    from first_trl.experiments.report.figures import sweep_figure
 
     write_sweep(tmp_path)
     (cell,) = merge_runs([tmp_path]).cells
@@ -494,7 +494,7 @@ def test_the_fit_of_a_sweep_is_that_of_its_target(tmp_path: Path) -> None:
     assert fit() == "fit-b"
     edit(tmp_path / "seed-0", lambda data: data["recalibration"].update(again=data["recalibration"]["fit-b"]))
     assert fit() is None
-    from first_trl.report.figures import sweep_figure
+    from first_trl.experiments.report.figures import sweep_figure
 
     (cell,) = merge_runs([tmp_path]).cells
     figure = sweep_figure(cell, cell.sweeps, "test")
@@ -502,7 +502,7 @@ def test_the_fit_of_a_sweep_is_that_of_its_target(tmp_path: Path) -> None:
 
 
 def test_points_of_the_scatter_are_numbered_and_told_apart(tmp_path: Path) -> None:
-    from first_trl.report.scatter import scatter_figure
+    from first_trl.experiments.report.scatter import scatter_figure
 
     write_sweep(tmp_path)
     for seed in range(2):
@@ -527,7 +527,7 @@ def test_points_of_the_scatter_are_numbered_and_told_apart(tmp_path: Path) -> No
 def test_numbers_of_points_in_one_place_stay_apart() -> None:
     from matplotlib.figure import Figure
 
-    from first_trl.report.scatter import _number
+    from first_trl.experiments.report.scatter import _number
 
     figure = Figure(figsize=(5, 4))
     axes = figure.subplots()
@@ -615,7 +615,7 @@ def fit_of_run(message: str | None) -> dict[str, Any]:
 
 
 def test_report_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from first_trl.report import run as module
+    from first_trl.experiments.report import run as module
 
     drawn: dict[str, Any] = {}
     original = module.reliability_diagram
@@ -678,7 +678,7 @@ def test_report_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_legend_of_a_fit_names_both_curves_and_hides_none() -> None:
-    from first_trl.report.figures import curve_figure
+    from first_trl.experiments.report.figures import curve_figure
 
     figure = curve_figure("a", fit_of_run(None))
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
@@ -759,7 +759,7 @@ def test_figures_that_no_longer_belong_are_removed(predicted: Path) -> None:
 
 
 def test_reliability_is_pooled_over_seeds(predicted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from first_trl.report import write
+    from first_trl.experiments.report import write
 
     drawn: dict[str, Any] = {}
     original = write.reliability_diagram

@@ -10,11 +10,11 @@ import torch
 import yaml
 from transformers.utils import logging as hf_logging
 
-from ...report import write_merged_report
 from ...utils.files import write_atomically
 from ...utils.names import nearest
 from ...utils.processes import process_state
 from ..recipe import STAGES, Recipe, cells, merged_folder
+from ..report import write_merged_report
 from .context import RunContext
 from .data import run_data
 from .evaluate import run_evaluate

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..vocabulary import HIGHER_IS_BETTER, METHOD_SYMBOLS, METRICS, READINGS, role_domain
+from ...vocabulary import HIGHER_IS_BETTER, METHOD_SYMBOLS, METRICS, READINGS, role_domain
 from .arms import check_baselines, default_baselines, describe_arms, find_sweeps, fit_beside
 from .collect import FinishedRun, cell_title, default_parent, find_runs, load_runs
 from .merged import MergedCell, MergedReport
@@ -37,7 +37,7 @@ def merge_runs(
     Example:
 
     ```python
-    >>> from first_trl.report import merge_runs
+    >>> from first_trl.experiments.report import merge_runs
     >>> merged = merge_runs(["outputs/quickstart"])
     >>> merged.cells[0].results["first"]["test"]["full_vocab"]["ece"]["mean"]
     ```

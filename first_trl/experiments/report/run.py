@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..calibration import reliability_diagram
-from ..utils.files import write_json
-from ..vocabulary import BAYES, BAYES_LABEL, FEW_ROWS, METHOD_SYMBOLS
+from ...calibration import reliability_diagram
+from ...utils.files import write_json
+from ...vocabulary import BAYES, BAYES_LABEL, FEW_ROWS, METHOD_SYMBOLS
 from .arms import find_sweeps
 from .figures import curve_figure, mass_figure, save_figure
 from .markdown import to_markdown
@@ -17,8 +17,8 @@ from .run_content import RunContent, write_run_parts
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ..cache.manifest import Manifest
-    from ..experiments.recipe import Recipe
+    from ...cache.manifest import Manifest
+    from ..recipe import Recipe
 
 
 _DEFAULT_LABELS = {BAYES: BAYES_LABEL}

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..vocabulary import BAYES, METRICS, Metric, key_title, number
+from ...vocabulary import BAYES, METRICS, Metric, key_title, number
 from .document import Table, Value
 from .merged import MergedCell, MergedReport
 from .statistics import holds_zero

@@ -4,14 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..vocabulary import METHOD_SYMBOLS, METRICS, number, role_title, score_meaning
+from ...vocabulary import METHOD_SYMBOLS, METRICS, number, role_title, score_meaning
 from .document import Fold, Heading, Items, Paragraph, Part, Picture, Table, Value
 from .tables import NOTHING
 
 
 if TYPE_CHECKING:
-    from ..cache.manifest import Manifest
-    from ..experiments.recipe import Recipe
+    from ...cache.manifest import Manifest
+    from ..recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..vocabulary import BAYES, BAYES_LABEL, key_title
+from ...vocabulary import BAYES, BAYES_LABEL, key_title
 from .collect import FinishedRun, is_number
 
 

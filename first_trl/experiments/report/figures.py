@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..vocabulary import METHOD_SYMBOLS, key_title
+from ...vocabulary import METHOD_SYMBOLS, key_title
 
 
 if TYPE_CHECKING:

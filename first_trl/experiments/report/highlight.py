@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..vocabulary import HIGHER_IS_BETTER, METRICS, Metric
+from ...vocabulary import HIGHER_IS_BETTER, METRICS, Metric
 from .document import Heading, Paragraph, Part, Table, Value
 from .merged import MergedCell, MergedReport
 from .statistics import holds_zero
