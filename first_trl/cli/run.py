@@ -48,7 +48,7 @@ def main(args: argparse.Namespace) -> int:
     # Read and checked before torch is imported: a typo is answered at once
     recipe = load_recipe(args.recipe, args.overrides, seed=args.seed, output_dir=args.output_dir)
     if args.smoke:
-        from ..smoke import smoke_recipe
+        from ..experiments.smoke import smoke_recipe
 
         recipe = smoke_recipe(recipe, Path(args.output_dir or Path("outputs", "smoke", recipe.name)))
     if args.dry_run:

@@ -29,7 +29,7 @@ def write_questions(path: Path, rows: int = 60) -> None:
 def write_models(folder: Path) -> None:
     from transformers import AutoTokenizer
 
-    from first_trl.smoke.tokenizer import smoke_tokenizer
+    from first_trl.experiments.smoke.tokenizer import smoke_tokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(smoke_tokenizer(folder / "tokenizer"))
     for name, layers in (("my-teacher", 2), ("my-student", 1)):

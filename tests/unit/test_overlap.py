@@ -6,7 +6,7 @@ import time
 import pytest
 from datasets import Dataset
 
-from first_trl.smoke.rows import DATA
+from first_trl.experiments.smoke.rows import DATA
 from first_trl.tasks import get_task
 from first_trl.tasks.overlap import drop_overlap, normalized
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from first_trl.experiments.recipe import cells, load_recipe
-from first_trl.smoke.rows import DATA
+from first_trl.experiments.smoke.rows import DATA
 from first_trl.tasks import answer_token_ids, get_task
 from first_trl.utils.resources import recipe_names, recipe_path
 

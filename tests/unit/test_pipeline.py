@@ -13,7 +13,7 @@ from datasets import load_dataset
 
 from first_trl.calibration import expected_calibration_error
 from first_trl.cli.main.main import main
-from first_trl.smoke.rows import DATA as SMOKE_DATA
+from first_trl.experiments.smoke.rows import DATA as SMOKE_DATA
 
 
 TINY = [

@@ -25,10 +25,10 @@ from first_trl.experiments.recipe import (
     load_recipe,
     merged_folder,
 )
-from first_trl.smoke import smoke_recipe
-from first_trl.smoke.models import tiny_model
-from first_trl.smoke.rows import DATA, smoke_task
-from first_trl.smoke.tokenizer import smoke_tokenizer
+from first_trl.experiments.smoke import smoke_recipe
+from first_trl.experiments.smoke.models import tiny_model
+from first_trl.experiments.smoke.rows import DATA, smoke_task
+from first_trl.experiments.smoke.tokenizer import smoke_tokenizer
 from first_trl.tasks import answer_token_ids_of_rows, get_task, list_tasks
 from first_trl.utils.resources import recipe_names
 from tests.hub_server import HubServer, run_client
@@ -279,7 +279,7 @@ def test_repositories_are_not_those_of_the_real_run(tmp_path, monkeypatch):
     # Random models go to a Hub of one's own or nowhere
     public = small(tmp_path, hub=HubSpec("me", private=False))
     assert public.hub is None and any("Nothing was pushed" in note for note in public.report.notes)
-    monkeypatch.setattr("first_trl.smoke.recipe.ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr("first_trl.experiments.smoke.recipe.ENDPOINT", "http://127.0.0.1:1")
     recipe = small(tmp_path, hub=HubSpec("me", private=False))
     assert recipe.name == "mine-smoke" and recipe.hub == HubSpec("me", private=True)
     assert small(tmp_path).hub is None

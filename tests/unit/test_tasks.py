@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 
-from first_trl.smoke.rows import DATA as SMOKE_DATA
+from first_trl.experiments.smoke.rows import DATA as SMOKE_DATA
 from first_trl.tasks import get_task, list_tasks
 from tests.conftest import DATA
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from first_trl.smoke.rows import DATA as SMOKE_DATA
+from first_trl.experiments.smoke.rows import DATA as SMOKE_DATA
 from first_trl.tasks import encode_prompts, get_task, tokenize_rows
 from first_trl.tasks.word_tokenizer import word_tokenizer
 from tests.conftest import DATA

@@ -6,7 +6,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ..tasks.multiple_choice import LETTERS
+from ...tasks.multiple_choice import LETTERS
 from .rows import DATA
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from ..experiments.recipe import ModelSpec
+from ..recipe import ModelSpec
 
 
 _N_LAYERS = 2

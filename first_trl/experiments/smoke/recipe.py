@@ -7,8 +7,8 @@ from typing import Any
 
 from huggingface_hub.constants import ENDPOINT
 
-from ..experiments.recipe import ModelSpec, Recipe, cells
-from ..utils.processes import process_state
+from ...utils.processes import process_state
+from ..recipe import ModelSpec, Recipe, cells
 from .models import tiny_model
 from .rows import has_rows, small_limit, smoke_task
 from .tokenizer import smoke_tokenizer

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..experiments.recipe import SplitSpec, TaskSpec
-from ..tasks import get_task
-from ..tasks.mmlu_category import SUBJECTS
+from ...tasks import get_task
+from ...tasks.mmlu_category import SUBJECTS
+from ..recipe import SplitSpec, TaskSpec
 
 
 DATA = Path(__file__).parent / "data"
