@@ -1,8 +1,8 @@
 """Cards: the README of what is shared on the Hub, rendered from the templates in `model_cards/`."""
 
+from ..experiments.share.cards import write_student_cards
 from .license import License, find_license
 from .render import render
-from .run import write_student_cards
 from .scores import Scored, score_result
 from .student import Evaluation, StudentCard
 from .teacher_cache import teacher_cache_card

@@ -81,7 +81,7 @@ def _card(args: argparse.Namespace) -> int:
 
 
 def _push(args: argparse.Namespace) -> int:
-    from ..share import push_teacher_cache
+    from ..experiments.share.push import push_teacher_cache
 
     commit = push_teacher_cache(
         args.source,

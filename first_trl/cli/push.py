@@ -2,7 +2,7 @@
 
 import argparse
 
-from ..share import push_run, write_student_cards
+from ..experiments.share.push import push_run, write_student_cards
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

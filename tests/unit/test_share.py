@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from first_trl.cli.main.main import main
-from first_trl.share import push_run, repo_name, repo_prefix, write_student_cards
+from first_trl.experiments.share.push import push_run, repo_name, repo_prefix, write_student_cards
 from first_trl.utils.resources import recipe_path
 from tests.hub_server import HubServer, run_client
 from tests.unit.test_pipeline import TINY
@@ -48,7 +48,7 @@ def run(finished, tmp_path) -> Path:
 PUSH = """
 import json
 from first_trl.cli.main import main
-from first_trl.share import push_run
+from first_trl.experiments.share.push import push_run
 
 first = push_run(RUN, "alice", arms=["teacher", "sft", "first", "lora"], private=True, tag="v1")
 assert push_run(RUN, "alice", arms=["teacher", "sft", "first", "lora"], tag="v1") == first

@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ...share import repo_name, repo_prefix
 from ..recipe import ArmSpec, ModelSpec, Recipe, cells, merged_folder
+from ..share.push import repo_name, repo_prefix
 from ..stages.context import RunContext
 from ..stages.teachers import captured_roles, teachers
 from .cache_size import cache_bytes

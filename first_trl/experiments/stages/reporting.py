@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ...cache.folder import cache_size, load_manifest
-from ...share import push_run, write_student_cards
 from ...utils.files import write_json
 from ..recipe import BAYES
 from ..report import write_report
+from ..share.push import push_run, write_student_cards
 from .context import RunContext
 from .recalibrate import fit_of, fit_path, fits
 from .teachers import captured_roles, teacher_of, teachers

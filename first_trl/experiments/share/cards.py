@@ -4,13 +4,13 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 
-from ..cache.manifest import Manifest
-from ..vocabulary import BAYES
-from .license import License, find_license
-from .render import hub_id
+from ...cache.manifest import Manifest
+from ...cards.license import License, find_license
+from ...cards.render import hub_id
+from ...cards.student import Evaluation, StudentCard
+from ...cards.wording import cache_text, estimator_text, recalibration_text, shared_cache_text
+from ...vocabulary import BAYES
 from .run_folder import Run
-from .student import Evaluation, StudentCard
-from .wording import cache_text, estimator_text, recalibration_text, shared_cache_text
 
 
 def write_student_cards(

@@ -9,15 +9,15 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
-from ..cache.folder import load_manifest
-from ..cache.manifest import Manifest
-from ..calibration import CalibrationWarning
-from ..evaluation.predictions import MultipleChoiceResult
-from ..utils.versions import VERSIONS
-from ..vocabulary import BAYES, BAYES_LABEL, role_domain
-from .render import hub_id, public_name
-from .scores import Scored, null_of_report, score_result, score_tokens, scores_of_report
-from .wording import shown_arguments
+from ...cache.folder import load_manifest
+from ...cache.manifest import Manifest
+from ...calibration import CalibrationWarning
+from ...cards.render import hub_id, public_name
+from ...cards.scores import Scored, null_of_report, score_result, score_tokens, scores_of_report
+from ...cards.wording import shown_arguments
+from ...evaluation.predictions import MultipleChoiceResult
+from ...utils.versions import VERSIONS
+from ...vocabulary import BAYES, BAYES_LABEL, role_domain
 
 
 _TRAINED = ("sft", "distill")
@@ -291,7 +291,7 @@ class Run:
         """Where the rows of a role come from: `name`, `id`, `config` and `revision` on the Hub, `split`, and `bundled`
         for rows that the task brings with it."""
         # Tasks import the tokenizer library, which the cards of a cache do not need
-        from ..tasks import get_task
+        from ...tasks import get_task
 
         task, spec = self.recipe["task"], self.recipe["task"]["splits"][role]
         name = spec["task"] or task["name"]

@@ -4,11 +4,11 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from ..vocabulary import METRICS
-from .license import License, find_license
-from .render import hub_id, render
+from ...cards.license import License, find_license
+from ...cards.render import hub_id, render
+from ...cards.wording import legend
+from ...vocabulary import METRICS
 from .run_folder import Run
-from .wording import legend
 
 
 def run_model_card(

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .cache.verify_folder import verify_cache_folder
-from .cards import find_license, teacher_cache_card, write_student_cards
-from .cards.render import hub_id
-from .cards.run_folder import Run
-from .cards.run_model import run_model_card
-from .hub import push_folder
-from .utils.files import write_json
+from ...cache.verify_folder import verify_cache_folder
+from ...cards import find_license, teacher_cache_card, write_student_cards
+from ...cards.render import hub_id
+from ...hub import push_folder
+from ...utils.files import write_json
+from .model import run_model_card
+from .run_folder import Run
 
 
 __all__ = ["push_run", "push_teacher_cache", "write_student_cards"]
