@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from .. import __version__
+from ..utils.versions import __version__
 from ..calibration import reliability_diagram
 from ..vocabulary import FEW_ROWS, METRICS
 from .license import License

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from .. import __version__
+from ..utils.versions import __version__
 
 
 # Name -> (module with `add_arguments(parser)` and `main(args) -> int`, help). Only the module of the command that is

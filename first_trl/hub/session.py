@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import parse_ratelimit_headers
 
-from .. import __version__
+from ..utils.versions import __version__
 
 
 logger = logging.getLogger(__name__)

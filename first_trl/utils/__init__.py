@@ -1,0 +1,1 @@
+"""What every storey may use: files, names, processes, resources, versions. Imports nothing of the package."""

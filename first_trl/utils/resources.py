@@ -4,7 +4,7 @@ import difflib
 from pathlib import Path
 
 
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 
 
 def _folder(name: str) -> Path:

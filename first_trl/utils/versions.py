@@ -2,9 +2,8 @@
 
 from importlib.metadata import version
 
-from .. import __version__
 
-
+__version__ = "0.1.0"
 VERSIONS = "versions.json"  # beside the log of a training
 _LIBRARIES = ("trl", "transformers", "peft", "torch", "datasets")
 

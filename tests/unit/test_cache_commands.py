@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from first_trl import load_teacher_cache, verify_teacher_cache
-from first_trl.cli.main.main import main
+from first_trl.cli import main
 from tests.capture_process import free_port
 from tests.tiny import tiny_llama, tiny_tokenizer
 
@@ -108,7 +108,7 @@ def test_a_missing_file_is_named(inputs, tmp_path, capsys):
 def test_quantisation_and_placement_reach_from_pretrained():
     import argparse
 
-    from first_trl.cli.main.precompute import _init_kwargs, add_arguments
+    from first_trl.cli.precompute import _init_kwargs, add_arguments
 
     parser = argparse.ArgumentParser()
     add_arguments(parser)

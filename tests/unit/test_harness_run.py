@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from first_trl import expected_calibration_error
-from first_trl.cli.main import calibrate
+from first_trl.cli import calibrate
 from first_trl.evaluation.readers import add_ece_to_harness_task, read_harness_log, read_harness_results
 from tests.conftest import DATA
 

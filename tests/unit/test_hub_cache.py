@@ -11,7 +11,7 @@ CAPTURE = """
 import sys
 from datasets import Dataset
 from first_trl import add_teacher_topk
-from first_trl.cli.main import main
+from first_trl.cli import main
 from tests.tiny import tiny_llama, tiny_rows, tiny_tokenizer
 
 add_teacher_topk(Dataset.from_list(tiny_rows(24)), tiny_llama(0), tiny_tokenizer(), output_dir=FOLDER, shard_size=10)
@@ -55,7 +55,7 @@ assert list(load_teacher_cache("alice/prompts", streaming=True)) == list(prompts
 stream = load_teacher_cache("alice/cache", streaming=True)
 assert list(stream) == list(cache) and read_manifest(stream) is not None
 verify_teacher_cache(load_dataset("alice/cache", split="train"), tiny_tokenizer())
-from first_trl.cli.main import main
+from first_trl.cli import main
 assert main(["cache", "pull", "alice/cache", "pulled"]) == 0
 assert main(["cache", "verify", "pulled"]) == 0
 """

@@ -15,7 +15,7 @@ pytest.importorskip("evaluate", reason="needs evaluate")
 def test_push_and_load_back(tmp_path: Path) -> None:
     code = """
 import sys
-from first_trl.cli.main import main
+from first_trl.cli import main
 assert main(["metric", "push", "alice/my_ece"]) == 0
 """
     load = """

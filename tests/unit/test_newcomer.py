@@ -51,7 +51,7 @@ def test_every_command_works(tmp_path):
         ["first-trl", "run"],
         ["first-trl", "push"],
     ]
-    code = "import os, shlex\nfrom first_trl.cli.main import main\n" + f"os.chdir({str(tmp_path)!r})\n"
+    code = "import os, shlex\nfrom first_trl.cli import main\n" + f"os.chdir({str(tmp_path)!r})\n"
     for command in commands:
         code += f"assert main(shlex.split({command!r})[1:]) == 0\n".replace("USER", "alice")
     with HubServer(tmp_path / "hub") as hub:

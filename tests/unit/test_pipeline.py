@@ -12,7 +12,7 @@ import yaml
 from datasets import load_dataset
 
 from first_trl.calibration import expected_calibration_error
-from first_trl.cli.main.main import main
+from first_trl.cli import main
 from first_trl.experiments.smoke.rows import DATA as SMOKE_DATA
 
 

@@ -10,7 +10,7 @@ import yaml
 from datasets import load_dataset, load_from_disk
 from transformers import AutoModelForCausalLM
 
-from first_trl.cli.main.main import main
+from first_trl.cli import main
 from first_trl.utils.resources import recipe_path
 from tests.unit.test_pipeline import TINY
 

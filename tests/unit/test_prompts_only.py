@@ -19,7 +19,7 @@ from first_trl import (
 from first_trl.cache.folder import store_recalibration
 from first_trl.cache.manifest import read_manifest, read_manifests
 from first_trl.cache.verify_folder import verify_cache_folder
-from first_trl.cli.main.main import main
+from first_trl.cli import main
 from first_trl.tasks import encode_prompts, get_task, tokenize_rows
 from first_trl.teacher.prepare import prepare_rows
 from tests.tiny import VOCAB, run, tiny_config, tiny_llama, tiny_rows, tiny_tokenizer

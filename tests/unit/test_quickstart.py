@@ -8,7 +8,7 @@ import pytest
 from datasets import load_from_disk
 
 from first_trl import answer_pipeline, expected_calibration_error
-from first_trl.cli.main.main import main
+from first_trl.cli import main
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from first_trl import expected_calibration_error
-from first_trl.cli.main import calibrate
+from first_trl.cli import calibrate
 from first_trl.evaluation.confidence import Confidences, choice_scores, sequence_confidence
 from first_trl.evaluation.predictions import MultipleChoiceResult, multiple_choice_report
 from first_trl.evaluation.readers import (

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from first_trl.cli.main.main import main
+from first_trl.cli import main
 
 
 # The answer letter follows an opening bracket: this sentencepiece vocabulary writes " A" as two tokens

@@ -87,7 +87,7 @@ def test_missing_keys_files_and_broken_yaml(tmp_path):
 
 def test_the_command_line_answers_a_typo_in_one_line_and_without_torch():
     code = (
-        "import sys; from first_trl.cli.main import main; status = main(sys.argv[1:]); "
+        "import sys; from first_trl.cli import main; status = main(sys.argv[1:]); "
         "assert 'torch' not in sys.modules, 'torch was loaded'; sys.exit(status)"
     )
     done = subprocess.run([sys.executable, "-c", code, "run", "quikstart"], capture_output=True, text=True, timeout=60)
@@ -97,7 +97,7 @@ def test_the_command_line_answers_a_typo_in_one_line_and_without_torch():
 
 
 def test_recipes_commands(capsys):
-    from first_trl.cli.main.main import main
+    from first_trl.cli import main
 
     assert main(["recipes", "list"]) == 0
     assert "quickstart" in capsys.readouterr().out

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from first_trl.calibration import calibration_report, expected_calibration_error, reliability_diagram
-from first_trl.cli.main.main import main
+from first_trl.cli import main
 from first_trl.experiments.report import MergedReport, merge_runs, write_merged_report, write_report
 from first_trl.experiments.report.content import table_parts, write_parts
 from first_trl.experiments.report.latex import escape, to_latex

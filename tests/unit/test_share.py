@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from first_trl.cli.main.main import main
+from first_trl.cli import main
 from first_trl.experiments.share.push import push_run, repo_name, repo_prefix, write_student_cards
 from first_trl.utils.resources import recipe_path
 from tests.hub_server import HubServer, run_client
@@ -47,7 +47,7 @@ def run(finished, tmp_path) -> Path:
 
 PUSH = """
 import json
-from first_trl.cli.main import main
+from first_trl.cli import main
 from first_trl.experiments.share.push import push_run
 
 first = push_run(RUN, "alice", arms=["teacher", "sft", "first", "lora"], private=True, tag="v1")

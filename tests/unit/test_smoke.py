@@ -10,7 +10,7 @@ import torch
 import trl
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from first_trl.cli.main.main import main
+from first_trl.cli import main
 from first_trl.experiments.recipe import (
     ArmSpec,
     CaptureSpec,
@@ -100,7 +100,7 @@ def test_every_recipe_runs_to_its_report(name, tmp_path):
 
 
 PUSH = """
-from first_trl.cli.main import main
+from first_trl.cli import main
 assert main(["run", "my_questions", "--smoke", "hub={namespace: alice, private: false}"]) == 0
 """
 

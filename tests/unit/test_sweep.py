@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from first_trl.cli.main.main import main
+from first_trl.cli import main
 from first_trl.utils.resources import recipe_path
 from tests.unit.test_pipeline import TINY
 

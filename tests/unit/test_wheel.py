@@ -36,7 +36,7 @@ def test_a_recipe_is_found_by_name_with_no_checkout_around(wheel, tmp_path):
     code = (
         "import first_trl, first_trl.utils.resources as r; "
         f"assert first_trl.__file__.startswith({str(site)!r}), first_trl.__file__; "
-        "from first_trl.cli.main import main; raise SystemExit(main(['recipes', 'check']))"
+        "from first_trl.cli import main; raise SystemExit(main(['recipes', 'check']))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -1,0 +1,1 @@
+"""Shares what a run made: students, cache and their cards."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ... import __version__
+from ...utils.versions import __version__
 from ...utils.files import plain, write_json
 from ...utils.processes import process_state
 
