@@ -3,6 +3,10 @@
 from typing import Any, NamedTuple
 
 
+# Row of a report for tasks whose true answer distribution is known
+BAYES = "bayes"
+
+
 class Metric(NamedTuple):
     """One column: its key in a report, its heading, and how its values are printed."""
 

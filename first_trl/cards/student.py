@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..utils.versions import __version__
 from ..calibration import reliability_diagram
+from ..utils.versions import __version__
 from ..vocabulary import FEW_ROWS, METRICS
 from .license import License
 from .render import cell, render

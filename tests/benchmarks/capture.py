@@ -29,7 +29,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from first_trl import add_teacher_topk
 from first_trl.teacher.backends import TransformersBackend
 from first_trl.teacher.rows import batches_by_length
-from tests.tiny import tiny_tokenizer
+from tests.support.tiny import tiny_tokenizer
 
 
 def build(args: argparse.Namespace) -> tuple[Any, Dataset, Any]:

@@ -22,7 +22,7 @@ from datasets import Dataset, concatenate_datasets
 
 from first_trl import FirstDistillConfig, FirstDistillTrainer
 from tests.benchmarks.train_step import SHAPES, Step, build_model, build_rows
-from tests.tiny import tiny_tokenizer
+from tests.support.tiny import tiny_tokenizer
 
 
 OBJECTIVES: dict[str, dict[str, Any]] = {

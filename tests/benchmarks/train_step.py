@@ -38,7 +38,7 @@ from trl import SFTConfig, SFTTrainer
 from first_trl import FirstDistillConfig, FirstDistillTrainer
 from first_trl.cache.manifest import tokenizer_fingerprint
 from first_trl.cache.schema import cache_features
-from tests.tiny import tiny_tokenizer, with_digests
+from tests.support.tiny import tiny_tokenizer, with_digests
 
 
 ESTIMATORS = ("topk", "bucket", "renormalized")

@@ -3,7 +3,6 @@
 from .cells import cells, merged_folder
 from .read import load_recipe
 from .schema import (
-    BAYES,
     STAGES,
     ArmSpec,
     CaptureSpec,
@@ -20,7 +19,6 @@ from .schema import (
 
 
 __all__ = [
-    "BAYES",
     "STAGES",
     "ArmSpec",
     "CaptureSpec",

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from ...recalibration import ESTIMATORS, METHODS, Recalibration
 from ...utils.names import nearest
-from .schema import ARM_KINDS, BAYES, ArmSpec, Recipe
+from ...vocabulary import BAYES
+from .schema import ARM_KINDS, ArmSpec, Recipe
 
 
 _OBJECTIVES = ("ece", "nll")

@@ -6,8 +6,6 @@ from typing import Any
 
 
 STAGES = ("data", "pretrain", "teacher", "capture", "recalibrate", "students", "evaluate", "report", "share")
-# Row of the report for tasks whose true answer distribution is known
-BAYES = "bayes"
 ARM_KINDS = ("teacher", "sft", "distill", "temperature_scaling")
 
 

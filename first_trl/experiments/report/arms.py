@@ -29,7 +29,7 @@ def describe_arms(runs: Sequence[FinishedRun]) -> dict[str, dict[str, Any]]:
         has = [run for run in runs if name in run.data["results"]]
         spec = has[0].arms.get(name, {})
         label = (has[0].data.get("labels") or {}).get(name) or spec.get("label")
-        kind = "bayes" if name == BAYES else spec.get("kind")
+        kind = BAYES if name == BAYES else spec.get("kind")
         source = has[0].arms.get(str(spec.get("of")), {}) if kind == "temperature_scaling" else spec
         arms[name] = {
             "label": label or (BAYES_LABEL if name == BAYES else name),

@@ -12,7 +12,8 @@ from ...evaluation.multiple_choice import evaluate_multiple_choice
 from ...evaluation.posthoc import fit_posthoc_temperature
 from ...evaluation.token_level import evaluate_token_level
 from ...utils.files import write_json
-from ..recipe import BAYES, ArmSpec
+from ...vocabulary import BAYES
+from ..recipe import ArmSpec
 from .context import RunContext
 from .reference import true_posterior
 from .teachers import base_model, teacher_model, teacher_of

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...cache.folder import cache_size, load_manifest
 from ...utils.files import write_json
-from ..recipe import BAYES
+from ...vocabulary import BAYES
 from ..report import write_report
 from ..share.push import push_run, write_student_cards
 from .context import RunContext

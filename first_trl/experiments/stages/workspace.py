@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ...utils.versions import __version__
 from ...utils.files import plain, write_json
 from ...utils.processes import process_state
+from ...utils.versions import __version__
 
 
 class Workspace:

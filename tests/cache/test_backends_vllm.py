@@ -1,0 +1,347 @@
+"""The vLLM backend: its HTTP habits against a small server of the same protocol, its values against vLLM itself."""
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from first_trl import add_teacher_topk, load_teacher_cache, verify_teacher_cache
+from first_trl.cache.manifest import read_manifest
+from first_trl.cache.schema import flatten_cache
+from first_trl.teacher.backends.vllm import VLLMBackend
+from tests.support.tiny import tiny_llama, tiny_rows, tiny_tokenizer
+from tests.support.vllm.server import VLLMServer, free_port, vllm_python
+
+
+TOKENS = 104
+
+
+class ProtocolServer:
+    """
+    Answers like vLLM's `/v1/completions` with `prompt_logprobs`, computed by a real model, and fails on request.
+
+    `script` holds what happens to the next requests: a status code, `"reset"`, or a callable run before the answer.
+    """
+
+    def __init__(self, model, max_logprobs=20, max_model_len=64, port=0, key=None, name="teacher"):
+        self.model, self.max_logprobs, self.max_model_len = model, max_logprobs, max_model_len
+        self.key, self.name = key, name
+        self.script, self.requests = [], []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *args):
+                pass
+
+            def reply(self, code, data, headers=()):
+                body = json.dumps(data).encode()
+                self.send_response(code)
+                for pair in headers:
+                    self.send_header(*pair)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def refuse(self, code, message):
+                self.reply(code, {"error": {"message": message, "code": code}})
+
+            def do_GET(self):
+                if outer.key and self.headers.get("Authorization") != f"Bearer {outer.key}":
+                    return self.refuse(401, "Unauthorized")
+                if self.path == "/version":
+                    return self.reply(200, {"version": "9.9"})
+                return self.reply(
+                    200,
+                    {"data": [{"id": outer.name, "root": "/models/teacher-x", "max_model_len": outer.max_model_len}]},
+                )
+
+            def do_POST(self):
+                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                outer.requests.append(request)
+                step = outer.script.pop(0) if outer.script else None
+                if step == "reset":
+                    self.connection.close()
+                    return None
+                if isinstance(step, int):
+                    return self.reply(step, {"error": {"message": "not now"}}, [("Retry-After", "0")])
+                if callable(step):
+                    step()
+                k = request["prompt_logprobs"]
+                if k > outer.max_logprobs:
+                    return self.refuse(
+                        400,
+                        f"Requested prompt logprobs of {k}, which is greater than max allowed: {outer.max_logprobs}",
+                    )
+                if request["model"] != outer.name:
+                    return self.refuse(404, f"The model `{request['model']}` does not exist.")
+                choices = [
+                    {"index": i, "prompt_logprobs": outer.answer(p, k)} for i, p in enumerate(request["prompt"])
+                ]
+                return self.reply(200, {"choices": choices[::-1]})
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def answer(self, prompt, k):
+        with torch.inference_mode():
+            logprobs = self.model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+        entries = [None]
+        for t in range(1, len(prompt)):
+            row = logprobs[t - 1]
+            order = row.argsort(descending=True, stable=True)
+            kept = {int(i): rank for rank, i in enumerate(order[:k], 1)}
+            kept.setdefault(prompt[t], int((row >= row[prompt[t]]).sum()))
+            entries.append({str(i): {"logprob": float(row[i]), "rank": rank} for i, rank in kept.items()})
+        return entries
+
+    def stop(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def serve():
+    running = []
+
+    def start(*args, **kwargs):
+        running.append(ProtocolServer(*args, **kwargs))
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.stop()
+
+
+@pytest.fixture(autouse=True)
+def _quick(tmp_path, monkeypatch):
+    torch.set_num_threads(1)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    monkeypatch.setattr("first_trl.teacher.backends.vllm._LONGEST_PAUSE", 0.05)
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+
+
+def rows(count=8):
+    return Dataset.from_list(tiny_rows(count, vocab_size=TOKENS))
+
+
+def tokenizer():
+    return tiny_tokenizer(TOKENS)
+
+
+def model(seed=0, **options):
+    return tiny_llama(seed, **({"vocab_size": TOKENS} | options))
+
+
+def same_values(a, b, atol=1e-4):
+    a, b = flatten_cache(a), flatten_cache(b)
+    np.testing.assert_array_equal(a.ids, b.ids)
+    np.testing.assert_allclose(a.logprobs, b.logprobs, atol=atol)
+    np.testing.assert_allclose(np.exp(a.tail_logprob), np.exp(b.tail_logprob), atol=atol)
+
+
+def test_the_same_cache_as_transformers(serve):
+    served = add_teacher_topk(rows(), VLLMBackend(serve(model()).url), tokenizer(), logprob_dtype="float32")
+    local = add_teacher_topk(rows(), model(), tokenizer(), logprob_dtype="float32")
+    same_values(served, local)
+    verify_teacher_cache(served, tokenizer(), head_size=TOKENS)
+    manifest = read_manifest(served)
+    assert manifest.teacher["name"] == "teacher-x" and "/models" not in manifest.to_json()
+    assert manifest.backend["name"] == "vllm" and manifest.backend["version"] == "9.9"
+    assert "tail is derived" in manifest.notes[0]
+
+
+def test_prompts_without_an_answer(serve):
+    prompts = Dataset.from_dict({"prompt": ["w3 w4 w5", "w6", "w7 w8 w9 w10"]})
+    served, local = (
+        add_teacher_topk(prompts, teacher, tokenizer(), logprob_dtype="float32")
+        for teacher in (VLLMBackend(serve(model()).url), model())
+    )
+    same = ["input_ids", "labels", "teacher_has_gold", "teacher_topk_ids"]
+    assert served.select_columns(same).to_list() == local.select_columns(same).to_list()
+    for name in ("teacher_topk_logprobs", "teacher_tail_logprob"):
+        for a, b in zip(served[name], local[name], strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-4)
+    assert read_manifest(served).counts["rows_without_gold"] == 3
+
+
+def test_padded_ids_are_replaced_by_the_next_ones(serve):
+    padded = model(vocab_size=TOKENS + 8)
+    with torch.no_grad():
+        padded.lm_head.weight[TOKENS:] = padded.lm_head.weight[3:11] * 2
+    server = serve(padded)
+    served = add_teacher_topk(
+        rows(), VLLMBackend(server.url, head_size=TOKENS + 8), tokenizer(), logprob_dtype="float32"
+    )
+    same_values(served, add_teacher_topk(rows(), padded, tokenizer(), logprob_dtype="float32"))
+    assert any(request["prompt_logprobs"] > 5 for request in server.requests)
+
+
+def test_failures_that_pass_are_waited_out(serve):
+    server = serve(model())
+    backend = VLLMBackend(server.url, retry_seconds=20)
+    server.script = [503, 429, "reset", 500]
+    served = add_teacher_topk(rows(), backend, tokenizer(), logprob_dtype="float32")
+    same_values(served, add_teacher_topk(rows(), model(), tokenizer(), logprob_dtype="float32"))
+
+
+def test_a_restarted_server_is_waited_for(serve, tmp_path):
+    server = serve(model())
+    port = server.server.server_port
+    backend = VLLMBackend(server.url, retry_seconds=30)
+
+    def restart():
+        server.stop()
+        time.sleep(0.5)
+        serve(model(), port=port)
+
+    def away():
+        threading.Thread(target=restart).start()
+        raise ConnectionError
+
+    server.script = [None, away]
+    served = add_teacher_topk(rows(), backend, tokenizer(), max_rows_per_batch=2, logprob_dtype="float32")
+    same_values(served, add_teacher_topk(rows(), model(), tokenizer(), logprob_dtype="float32"))
+
+
+def test_another_model_at_the_same_address_is_refused(serve, tmp_path):
+    server = serve(model())
+    backend = VLLMBackend(server.url)
+
+    def exchange():
+        server.model = model(seed=1)
+
+    server.script = [None, None, exchange]
+    call = {"max_rows_per_batch": 2, "shard_size": 2, "output_dir": tmp_path}
+    with pytest.raises(ValueError, match="Another model answers at"):
+        add_teacher_topk(rows(), backend, tokenizer(), **call)
+    assert list(tmp_path.glob("data/*.parquet"))
+    # A new run against the other model is refused as well, the first model finishes
+    with pytest.raises(ValueError, match="Another model answers at"):
+        add_teacher_topk(rows(), VLLMBackend(server.url), tokenizer(), **call)
+    server.model = model()
+    assert len(add_teacher_topk(rows(), VLLMBackend(server.url), tokenizer(), **call)) == 8
+    # ... and once it is finished, too
+    server.model = model(seed=1)
+    with pytest.raises(ValueError, match="Another model answers at"):
+        add_teacher_topk(rows(), VLLMBackend(server.url), tokenizer(), **call)
+
+
+def test_what_cannot_pass_is_said_at_once(serve):
+    server = serve(model(), max_logprobs=20, max_model_len=10, key="secret-key")
+    with pytest.raises(ValueError, match="401 Unauthorized Pass `api_key`") as caught:
+        VLLMBackend(server.url)
+    assert "secret-key" not in str(caught.value)
+    backend = VLLMBackend(server.url, api_key="secret-key")
+    assert "secret-key" not in json.dumps(backend.describe())
+    assert backend.max_length == 9
+    with pytest.raises(ValueError, match="max allowed: 20 Start the server with `--max-logprobs 21`"):
+        add_teacher_topk(rows(), backend, tokenizer(), k=21, max_length=9)
+    with pytest.warns(UserWarning, match="longer than the teacher's context of 9 tokens"):
+        cache = add_teacher_topk(rows(), backend, tokenizer())
+    assert read_manifest(cache).counts["dropped_longer_than_context"] > 0
+    with pytest.raises(ValueError, match="nothing can be drawn"):
+        add_teacher_topk(rows(), backend, tokenizer(), num_draws=3, max_length=9)
+    with pytest.raises(ValueError, match=r"serves \['teacher'\], not 'other'"):
+        VLLMBackend(server.url, "other", api_key="secret-key")
+    server.name = "renamed"
+    with pytest.raises(ValueError, match=r"404 .* start the first one again"):
+        add_teacher_topk(rows(), backend, tokenizer(), k=4, max_length=9)
+
+
+def test_addresses_are_checked():
+    for url in ("localhost:8000", "ftp://host", "http://"):
+        with pytest.raises(ValueError, match="http://host:port"):
+            VLLMBackend(url)
+    with pytest.raises(ValueError, match="Leave credentials out") as caught:
+        VLLMBackend("http://user:password@127.0.0.1:1")
+    assert "password" not in str(caught.value)
+
+
+def test_a_server_that_never_answers_is_given_up():
+    with pytest.raises(ConnectionError, match=r"did not answer within 0 s .*continues where it stopped"):
+        VLLMBackend(f"http://127.0.0.1:{free_port()}", retry_seconds=0.2)
+
+
+# --- vLLM itself -------------------------------------------------------------------------------------------------------
+
+NO_VLLM = (
+    "vLLM is not installed: run tests/support/vllm/install.sh FOLDER and set FIRST_TRL_VLLM_PYTHON=FOLDER/bin/python"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(vllm_python() is None, reason=NO_VLLM)
+def test_against_vllm(tmp_path):
+    """Ids and log-probabilities of transformers; the server killed and restarted mid-capture; then another model."""
+    vocab, k = 5000, 5
+    config = {
+        "vocab_size": vocab, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2,
+        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0, "tie_word_embeddings": False,
+    }  # fmt: skip
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(tmp_path / f"model-{seed}")
+    tokenizer = tiny_tokenizer(vocab)
+    dataset = Dataset.from_list(tiny_rows(120, vocab_size=vocab, longest=80, seed=3))
+    port, log = free_port(), tmp_path / "server.log"
+    server = VLLMServer(tmp_path / "model-0", "teacher", port, log)
+    try:
+        server.wait()
+        backend = VLLMBackend(server.url, head_size=vocab)
+        call = {"k": k, "output_dir": tmp_path / "cache", "shard_size": 30, "max_rows_per_batch": 10}
+        scored = []
+
+        class Killed(VLLMBackend):
+            def score(self, rows, *args, **kwargs):
+                nonlocal server
+                if len(scored) == 4:  # in the second shard
+                    server.kill()
+                    server = VLLMServer(tmp_path / "model-0", "teacher", port, log)
+                scored.append(len(rows))
+                return super().score(rows, *args, **kwargs)
+
+        served = add_teacher_topk(
+            dataset, Killed(server.url, head_size=vocab), tokenizer, logprob_dtype="float32", **call
+        )
+        assert sum(scored) == len(dataset) == len(served)
+        verify_teacher_cache(served, tokenizer, head_size=vocab)
+
+        local = flatten_cache(
+            add_teacher_topk(
+                dataset, str(tmp_path / "model-0"), tokenizer, k=k + 1, logprob_dtype="float32", dtype="float32"
+            )
+        )
+        served = flatten_cache(served)
+        gaps = -np.diff(local.logprobs, axis=1)
+        clear = (gaps > 1e-4).all(axis=1)
+        equal = (served.ids == local.ids[:, :k]).all(axis=1)
+        difference = np.abs(served.logprobs - local.logprobs[:, :k])[equal].max()
+        print(
+            f"positions {len(equal)}, near-ties excluded {int((~clear).sum())}, ids equal {equal[clear].mean():.5f}, "
+            f"largest log-probability difference {difference:.2e}"
+        )
+        assert clear.mean() > 0.95 and equal[clear].mean() >= 0.999 and difference < 1e-3
+
+        with pytest.raises(ValueError, match="--max-logprobs 21"):
+            add_teacher_topk(dataset, backend, tokenizer, k=21)
+        server.kill()
+        server = VLLMServer(tmp_path / "model-1", "teacher", port, log)
+        server.wait()
+        # The same folder name would be no way out: the probe tells the models apart
+        with pytest.raises(ValueError, match=r"holds a capture of other inputs|Another model answers"):
+            add_teacher_topk(
+                dataset, VLLMBackend(server.url, head_size=vocab), tokenizer, logprob_dtype="float32", **call
+            )
+        with pytest.raises(ValueError, match="Another model answers"):
+            backend.score([np.array([3, 4, 5])], [np.array([1, 2])], k, vocab)
+    finally:
+        server.kill()
+    assert len(load_teacher_cache(tmp_path / "cache")) == len(dataset)

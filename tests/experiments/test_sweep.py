@@ -1,0 +1,107 @@
+"""A recipe of several seeds: missing runs are made, killed ones continued, and the merged report does not tell."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from first_trl.cli import main
+from first_trl.utils.resources import recipe_path
+from tests.support.quickstart import TINY
+
+
+ARMS = {
+    "teacher": {"kind": "teacher"},
+    "sft": {"kind": "sft"},
+    "c": {"kind": "distill", "recalibration": "probability_temperature"},
+}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> str:
+    data = yaml.safe_load(recipe_path("quickstart").read_text())
+    data |= {"arms": ARMS, "seeds": [0, 1], "grid": {"arms.c.recalibration_value": [0.2, 0.5]}}
+    path = tmp_path_factory.mktemp("recipe") / "sweep.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return str(path)
+
+
+def merged(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / "report" / name).read_bytes() for name in ("report.md", "report.json", "report.tex")}
+
+
+@pytest.fixture(scope="module")
+def whole(recipe, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    assert main(["run", recipe, *TINY, "--output-dir", str(folder)]) == 0
+    return folder
+
+
+def test_a_seed_that_is_there_is_kept_and_the_missing_one_made(recipe, whole, tmp_path, capsys):
+    assert main(["run", recipe, *TINY, "--output-dir", str(tmp_path), "--seed", "1"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["seed-1"]
+    weights = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert main(["run", recipe, *TINY, "--output-dir", str(tmp_path)]) == 0
+    assert weights.items() <= {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}.items()
+    assert merged(tmp_path) == merged(whole)
+
+
+def test_the_report_command_gives_the_same_report(whole, tmp_path):
+    assert main(["report", str(whole), "--output-dir", str(tmp_path / "again")]) == 0
+    tables = [
+        [
+            line
+            for line in (folder / "report.md").read_text().splitlines()
+            if line.startswith("|") and "seed-" not in line
+        ]
+        for folder in (whole / "report", tmp_path / "again")
+    ]
+    assert len(tables[0]) > 20 and tables[0] == tables[1]
+
+
+def test_killed_at_five_random_moments(recipe, whole, tmp_path):
+    """Each attempt is killed somewhere; the one that is left alone ends with the report of an undisturbed sweep."""
+    command = [sys.executable, "-m", "first_trl", "run", recipe, *TINY, "--output-dir", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    chance = random.Random(7)
+    units = len(list(whole.glob("seed-*/**/unit.json")))
+    kills = 0
+    while kills < 5:
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, cwd=tmp_path
+        )
+        # A moment counted in finished units, so that a slow machine is killed in the middle of its work too
+        before = len(done(tmp_path))
+        target = before + chance.randint(0, max(1, (units - before) // (6 - kills)))
+        deadline = time.monotonic() + 300
+        while len(done(tmp_path)) <= target and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(chance.random() * 0.5)
+        assert process.poll() is None, "finished before it could be killed five times"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=540)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert "done before, kept" in finished.stdout
+    assert merged(tmp_path) == merged(whole)
+
+
+def done(folder: Path) -> list[Path]:
+    """Units that are finished; a marker that is being replaced while it is read counts as not."""
+    found = []
+    # Not `glob`, which fails when a folder it is about to look into is removed meanwhile, as checkpoints are
+    for path in (Path(place) / "unit.json" for place, _, names in os.walk(folder) if "unit.json" in names):
+        try:
+            found += [path] if json.loads(path.read_text())["status"] == "done" else []
+        except (OSError, ValueError):
+            continue
+    return found

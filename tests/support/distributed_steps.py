@@ -1,0 +1,94 @@
+"""
+Optimizer steps of the trainer on this process group, for comparison with one process.
+
+    python -m torch.distributed.run --nproc_per_node 2 -m tests.support.distributed_steps OUTPUT
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from first_trl import FirstDistillTrainer
+from tests.support.tiny import GradientRecorder, tiny_cache, tiny_config, tiny_llama, tiny_rows, tiny_tokenizer
+
+
+# Batch shapes of 8 rows on two processes
+SHAPES: dict[str, dict[str, Any]] = {
+    "4 x 1": {"per_device_train_batch_size": 4},
+    "2 x 2": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+}
+DDP_ESTIMATORS = ("topk", "sampled")
+# Layers and root are sharded as accelerate does it; accelerate itself refuses to shard on CPUs
+SHARDED = {"untied": (False, False), "tied": (True, False), "head apart": (False, True)}
+
+
+def trainer_of(
+    folder: Path, estimator: str = "topk", tied: bool = False, **options: Any
+) -> tuple[FirstDistillTrainer, GradientRecorder]:
+    tokenizer, teacher = tiny_tokenizer(), tiny_llama()
+    draws = 9 if estimator == "sampled" else 0
+    # Rows of very different numbers of labels: a mean of per-rank means would differ
+    cache = tiny_cache(teacher, tokenizer, tiny_rows(8, longest=20), k=5, num_draws=draws)
+    recorder = GradientRecorder()
+    if "WORLD_SIZE" in os.environ:
+        options["ddp_backend"] = "gloo"
+    trainer = FirstDistillTrainer(
+        tiny_llama(seed=1, tie_word_embeddings=tied),
+        tiny_config(folder, estimator=estimator, **options),
+        cache,
+        eval_dataset=cache.select(range(7)),
+        processing_class=tokenizer,
+        callbacks=[recorder],
+    )
+    return trainer, recorder
+
+
+def step(folder: Path, **options: Any) -> dict[str, Any]:
+    trainer, recorder = trainer_of(folder, **options)
+    before = trainer.evaluate()
+    trainer.train()
+    gradients = {name.removeprefix("module."): tensor for name, tensor in recorder.gradients[0].items()}
+    return {"gradients": gradients, "log": next(log for log in recorder.logs if "loss" in log), "eval": before}
+
+
+def sharded_step(folder: Path, tied: bool, head_apart: bool) -> dict[str, Any]:
+    trainer, _ = trainer_of(folder, tied=tied, per_device_train_batch_size=4)
+    model: Any = trainer.model
+    mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    if head_apart:
+        fully_shard(model.lm_head, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    model.train()
+    [batch] = list(trainer.get_train_dataloader())
+    count = trainer._get_num_items_in_batch([batch], torch.device("cpu"))
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.compute_loss(model, batch, num_items_in_batch=count).backward()
+    return {"gradients": {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    output = Path(sys.argv[1])
+    results: dict[str, Any] = {}
+    for estimator in DDP_ESTIMATORS:
+        for name, shape in SHAPES.items():
+            results[f"ddp {estimator} {name}"] = step(
+                output.parent, estimator=estimator, per_device_eval_batch_size=3, **shape
+            )
+    for name, (tied, head_apart) in SHARDED.items():
+        results[f"fsdp2 {name}"] = sharded_step(output.parent, tied, head_apart)
+    if dist.get_rank() == 0:
+        torch.save(results, output)
+
+
+if __name__ == "__main__":
+    main()
