@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features
 
-from ..teacher.backends import Scores
 from .manifest import Manifest
 from .schema import (
     CACHE_COLUMNS,
@@ -31,6 +30,7 @@ from .schema import (
     gold_flags,
     row_digest,
 )
+from .scores import Scores
 
 
 _SPLIT_COLUMNS = (TOPK_IDS, TOPK_LOGPROBS, TAIL_LOGPROB, DRAW_IDS)

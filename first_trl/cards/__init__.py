@@ -1,6 +1,5 @@
 """Cards: the README of what is shared on the Hub, rendered from the templates in `model_cards/`."""
 
-from ..experiments.share.cards import write_student_cards
 from .license import License, find_license
 from .render import render
 from .scores import Scored, score_result
@@ -17,5 +16,4 @@ __all__ = [
     "render",
     "score_result",
     "teacher_cache_card",
-    "write_student_cards",
 ]

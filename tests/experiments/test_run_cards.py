@@ -8,10 +8,10 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from first_trl.cards import write_student_cards
 from first_trl.evaluation.predictions import multiple_choice_report
 from first_trl.experiments.recipe import ArmSpec, HubSpec, TeacherSpec, load_recipe
 from first_trl.experiments.share import push as share
+from first_trl.experiments.share.cards import write_student_cards
 from first_trl.experiments.share.model import run_model_card
 from first_trl.experiments.share.push import push_run
 from first_trl.experiments.share.run_folder import Run

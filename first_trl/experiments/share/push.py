@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ...cache.verify_folder import verify_cache_folder
-from ...cards import find_license, teacher_cache_card, write_student_cards
+from ...cards import find_license, teacher_cache_card
 from ...cards.render import hub_id
 from ...hub import push_folder
 from ...utils.files import write_json
+from .cards import write_student_cards
 from .model import run_model_card
 from .run_folder import Run
 
