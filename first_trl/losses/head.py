@@ -10,8 +10,8 @@ import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
-from trl.trainer.utils import maybe_gather_lm_head_ctx
 
+from .._trl_compat import maybe_gather_lm_head_ctx
 from . import fused_sparse_kl
 
 

@@ -1,14 +1,12 @@
 """From any dataset SFTTrainer accepts, and from prompts alone, to the token rows the teacher scores."""
 
 import json
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets
-from trl import SFTTrainer
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
+from .._trl_compat import get_training_chat_template, has_generation_markers, prepare_as_sft_trainer
 from ..cache.schema import HAS_GOLD, INPUT_IDS, LABELS
 from ..tasks.tokenize import IGNORE_INDEX, encode_prompts, filler_token_id
 
@@ -92,23 +90,16 @@ def prepare_rows(
         chat_template = get_training_chat_template(processing_class)
     if completion_only_loss is None:
         completion_only_loss = "prompt" in columns and "completion" in columns
-    # The method is borrowed instead of rewritten: a second tokenisation path would sooner or later differ from the
-    # trainer's, and the difference would be silent. It reads these attributes of its trainer and nothing else.
-    trainer: Any = SimpleNamespace(
-        _tokenizer=getattr(processing_class, "tokenizer", processing_class),
+    return prepare_as_sft_trainer(
+        dataset,
+        processing_class,
         completion_only_loss=completion_only_loss,
         chat_template=chat_template,
-    )
-    args: Any = SimpleNamespace(
         dataset_num_proc=num_proc,
         dataset_text_field=dataset_text_field,
         assistant_only_loss=assistant_only_loss,
         max_length=max_length,
         truncation_mode=truncation_mode,
-        shuffle_dataset=False,
-    )
-    return SFTTrainer._prepare_dataset(
-        trainer, dataset, processing_class, args, packing=False, formatting_func=None, dataset_name="teacher"
     )
 
 

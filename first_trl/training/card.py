@@ -7,8 +7,8 @@ from typing import Any
 
 from accelerate.utils import is_peft_model
 from transformers import is_wandb_available
-from trl.trainer.utils import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
 
+from .._trl_compat import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
 from ..cache.manifest import read_manifests
 from ..cards.license import find_license
 from ..cards.render import hub_id, public_name

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from .._trl_compat import DataCollatorForLanguageModeling
 from ..cache.schema import DRAW_COUNTS, DRAW_IDS, HAS_GOLD, IGNORE_INDEX, TAIL_LOGPROB, TOPK_IDS, TOPK_LOGPROBS
 from ..recalibration import Recalibration
 from .alignment import DRAW_LENGTHS

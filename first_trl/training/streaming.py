@@ -4,8 +4,8 @@ from typing import Any
 
 import pyarrow as pa
 from datasets import IterableDataset
-from trl.data_utils import get_dataset_column_names
 
+from .._trl_compat import get_dataset_column_names
 from ..cache.manifest import Manifest, read_manifest, tokenizer_fingerprint
 from ..cache.schema import CacheBatch
 from ..cache.verify import RowStatistics, check_batch, check_columns

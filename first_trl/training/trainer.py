@@ -10,9 +10,8 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
-from trl.data_utils import get_dataset_column_names
-from trl.trainer.utils import global_then_local_main_first
 
+from .._trl_compat import fingerprint, get_dataset_column_names, global_then_local_main_first
 from ..cache.manifest import read_manifests
 from ..cache.schema import DRAW_COLUMNS, HAS_GOLD, IGNORE_INDEX, TEACHER_COLUMNS, count_without_gold
 from ..cache.verify import verify_teacher_cache
@@ -146,7 +145,7 @@ class FirstDistillTrainer(ModelCardMixin, TokenDropoutMixin, SFTTrainer):  # typ
         self._start_card(train_dataset)
         # Filled by `_prepare_dataset`, which the parent's constructor calls before `self.model` exists
         self._student_head_size = None if isinstance(model, str) else _head_size(model)
-        self._prepared: set[str] = set()
+        self._prepared: set[str | None] = set()  # fingerprints; a stream has none and is never added
 
         super().__init__(
             model=model,
@@ -211,7 +210,7 @@ class FirstDistillTrainer(ModelCardMixin, TokenDropoutMixin, SFTTrainer):  # typ
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
-        if getattr(dataset, "_fingerprint", None) in self._prepared:
+        if fingerprint(dataset) in self._prepared:
             return dataset  # `evaluate` was given a dataset of this trainer
         columns = get_dataset_column_names(dataset)
         if not any(name in columns for name in TEACHER_COLUMNS):  # an evaluation set without a teacher
@@ -246,7 +245,7 @@ class FirstDistillTrainer(ModelCardMixin, TokenDropoutMixin, SFTTrainer):  # typ
         # Flat Arrow lists become arrays without a Python object per token
         dataset = dataset.with_format("numpy")
         if map_style:
-            self._prepared.add(dataset._fingerprint)
+            self._prepared.add(fingerprint(dataset))
         return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
