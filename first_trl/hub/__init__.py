@@ -1,12 +1,12 @@
-"""Sharing on the Hugging Face Hub: datasets and folders go up in one commit, folders come down pinned to one.
+"""Sharing on the Hugging Face Hub: folders go up in one commit and come down pinned to one.
 
 A push may be interrupted, repeated and raced by other writers: it is committed once, it replaces what it names and
 nothing else, and what was already sent is not sent again.
 """
 
-from .dataset import push_dataset
-from .folder import PulledFolder, pull_folder, push_folder, resolve_revision
-from .session import DEFAULT_RETRY_POLICY, RetryPolicy
+from ..utils.retry import RetryPolicy
+from .folder import PulledFolder, pull_folder, push_folder
+from .session import DEFAULT_RETRY_POLICY
 
 
 __all__ = [
@@ -14,7 +14,5 @@ __all__ = [
     "PulledFolder",
     "RetryPolicy",
     "pull_folder",
-    "push_dataset",
     "push_folder",
-    "resolve_revision",
 ]

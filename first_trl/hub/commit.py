@@ -2,10 +2,9 @@
 
 import re
 import uuid
-from collections.abc import Callable
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+from huggingface_hub import CommitOperationAdd
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
@@ -49,25 +48,17 @@ def open_repo(session: HubSession, private: bool | None, revision: str | None, s
     return branch
 
 
-def upload_content(
-    session: HubSession, branch: str, additions: list[CommitOperationAdd], free_memory: bool = True
-) -> None:
+def upload_content(session: HubSession, branch: str, additions: list[CommitOperationAdd]) -> None:
     """Send the content of large files; small ones travel inside the commit. Finished files are skipped on a retry."""
     session.call(
         "Uploading",
         lambda: session.api.preupload_lfs_files(
-            session.repo_id, additions, repo_type=session.repo_type, revision=branch, free_memory=free_memory
+            session.repo_id, additions, repo_type=session.repo_type, revision=branch, free_memory=False
         ),
     )
 
 
-def commit_once(
-    session: HubSession,
-    branch: str,
-    message: str,
-    additions: list[CommitOperationAdd],
-    other_operations: Callable[[str, Tree], list[CommitOperationAdd | CommitOperationDelete]],
-) -> str:
+def commit_once(session: HubSession, branch: str, message: str, additions: list[CommitOperationAdd]) -> str:
     """Commit on top of the current head, exactly once.
 
     Each try names the head it was prepared for as its parent, so the Hub refuses it when another commit came in
@@ -93,7 +84,7 @@ def commit_once(
             addition._remote_oid = None if file is None else file.lfs.sha256 if file.lfs else file.blob_id
         done = session.api.create_commit(
             session.repo_id,
-            [*additions, *other_operations(head, tree)],
+            additions,
             commit_message=message,
             commit_description=mark,
             repo_type=session.repo_type,

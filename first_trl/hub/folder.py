@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 from huggingface_hub import CommitOperationAdd
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
+from ..utils.retry import RetryPolicy
 from .commit import commit_once, find_commit, list_files, open_repo, tag_commit, upload_content
-from .session import DEFAULT_RETRY_POLICY, HubSession, RepoType, RetryPolicy, is_offline
+from .session import DEFAULT_RETRY_POLICY, HubSession, RepoType, is_offline
 
 
 class PulledFolder(NamedTuple):
@@ -39,10 +40,20 @@ def push_folder(
             `"namespace/name"`; created if it does not exist.
         repo_type (`str`, defaults to `"model"`):
             `"model"`, `"dataset"` or `"space"`.
+        private (`bool`, *optional*):
+            Visibility of a repository that is created. `True` for a repository that exists and is public is an error.
+        revision (`str`, *optional*):
+            Branch to push to, created from `main` if it does not exist.
+        tag (`str`, *optional*):
+            Tag to set on the commit.
+        commit_message (`str`, *optional*):
+            First line of the commit.
         space_sdk (`str`, *optional*):
             `"gradio"`, `"docker"` or `"static"`; needed when a Space has to be created.
-        private, revision, tag, commit_message, token, retry_policy:
-            As in [`push_dataset`].
+        token (`str`, *optional*):
+            Hub token; defaults to the one of `hf auth login` or `HF_TOKEN`.
+        retry_policy ([`RetryPolicy`], *optional*):
+            Bounds of the retries of each step.
 
     Returns:
         `str`: The commit that holds the folder.
@@ -59,28 +70,11 @@ def push_folder(
     session = HubSession(repo_id, repo_type, token, retry_policy, write=True)
     branch = open_repo(session, private, revision, space_sdk)
     additions = [CommitOperationAdd(path, folder / path) for path in paths]
-    upload_content(session, branch, additions, free_memory=False)
-    commit = commit_once(session, branch, commit_message or "Upload folder", additions, lambda head, tree: [])
+    upload_content(session, branch, additions)
+    commit = commit_once(session, branch, commit_message or "Upload folder", additions)
     if tag:
         tag_commit(session, tag, commit, set(paths))
     return commit
-
-
-def resolve_revision(
-    repo_id: str,
-    repo_type: RepoType = "dataset",
-    revision: str | None = None,
-    *,
-    token: str | None = None,
-    retry_policy: RetryPolicy = DEFAULT_RETRY_POLICY,
-) -> str:
-    """The commit that a branch or tag stands for now; loads pinned to it do not change under a running experiment.
-
-    Raises:
-        `ValueError`: Repository or revision do not exist or may not be seen.
-        `RuntimeError`: The Hub did not manage within the bounds.
-    """
-    return find_commit(HubSession(repo_id, repo_type, token, retry_policy), revision)
 
 
 def pull_folder(

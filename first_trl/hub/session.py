@@ -6,11 +6,9 @@ that running the function again is harmless.
 """
 
 import logging
-import random
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Literal, TypeVar
 
@@ -25,6 +23,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import parse_ratelimit_headers
 
+from ..utils.retry import GaveUp, RetryPolicy, retry
 from ..utils.versions import __version__
 
 
@@ -36,32 +35,6 @@ RepoType = Literal["model", "dataset", "space"]
 _TRANSIENT_STATUSES = {408, 425, 429, 500, 502, 503, 504}
 # Another writer was faster: 409 while its commit is in progress, 412 when our parent commit is no longer the head.
 _CONFLICT_STATUSES = {409, 412}
-
-
-@dataclass(frozen=True)
-class RetryPolicy:
-    """How long to insist. Waits grow twofold from `base_seconds`, with jitter, up to `max_wait_seconds` each.
-
-    The clients insist on their own while they transfer data (a dead server: 23 s over LFS, minutes over Xet). That is one
-    try here, and it is not cut short.
-
-    Args:
-        max_attempts (`int`, defaults to `8`): Tries of one step, the first included.
-        base_seconds (`float`, defaults to `1.0`): Upper bound of the first wait.
-        max_wait_seconds (`float`, defaults to `60.0`): Upper bound of a wait that the Hub did not ask for.
-        max_total_seconds (`float`, defaults to `900.0`): No further try of a step starts after this long, and no
-            `Retry-After` that would end later is waited for.
-    """
-
-    max_attempts: int = 8
-    base_seconds: float = 1.0
-    max_wait_seconds: float = 60.0
-    max_total_seconds: float = 900.0
-
-    def wait_seconds(self, attempt: int) -> float:
-        """Wait after try number `attempt` (from 1): between half and the whole of the current bound."""
-        bound = min(self.max_wait_seconds, self.base_seconds * 2 ** (attempt - 1))
-        return bound * random.uniform(0.5, 1.0)
 
 
 DEFAULT_RETRY_POLICY = RetryPolicy()
@@ -127,40 +100,39 @@ class HubSession:
             `RuntimeError`: The Hub did not manage within the bounds, or refused for another reason.
         """
         policy = self.retry_policy
-        started = time.monotonic()
-        for attempt in range(1, policy.max_attempts + 1):
-            try:
-                return function()
-            except Exception as error:
-                failure = error
-            if not is_transient(failure, retry_conflicts):
-                explained = self._explained(doing, failure)
-                if explained is failure:
-                    raise failure
-                # The client's own error would be printed above ours, with the request in it and without the mend.
-                raise explained from None
+
+        def wait_seconds(failure: Exception, attempt: int) -> float:
             # A conflict is over as soon as the other commit is: no reason to wait as long as for a server in trouble.
-            wait = max(policy.wait_seconds(1 if _status(failure) in _CONFLICT_STATUSES else attempt), 0.0)
-            wait = max(wait, retry_after_seconds(failure) or 0.0)
-            elapsed = time.monotonic() - started
-            if attempt == policy.max_attempts or elapsed + wait > policy.max_total_seconds:
-                break
-            logger.warning(
-                "%s (%s): %s. Try %d of %d failed, next in %.1f s.",
-                doing,
-                self.repo_id,
-                self.scrub(_summary(failure)),
-                attempt,
-                policy.max_attempts,
-                wait,
+            wait = policy.wait_seconds(1 if _status(failure) in _CONFLICT_STATUSES else attempt)
+            return max(wait, retry_after_seconds(failure) or 0.0)
+
+        def before_wait(failure: Exception, attempt: int, wait: float) -> None:
+            text = "%s (%s): %s. Try %d of %d failed, next in %.1f s."
+            summary = self.scrub(_summary(failure))
+            logger.warning(text, doing, self.repo_id, summary, attempt, policy.max_attempts, wait)
+
+        try:
+            return retry(
+                function,
+                policy,
+                is_transient=lambda failure: is_transient(failure, retry_conflicts),
+                wait_seconds=wait_seconds,
+                before_wait=before_wait,
             )
-            time.sleep(wait)
+        except GaveUp as error:
+            gave_up = error
+        except Exception as error:
+            explained = self._explained(doing, error)
+            if explained is error:
+                raise
+            # The client's own error would be printed above ours, with the request in it and without the mend.
+            raise explained from None
         raise RuntimeError(
-            f"{doing} failed for {self.name}: gave up at try {attempt} of {policy.max_attempts} after "
-            f"{time.monotonic() - started:.0f} s. "
-            f"Last error: {self.scrub(_summary(failure))}. Run the same command again later: what was already sent is "
-            "not sent again, and nothing was committed halfway."
-        )
+            f"{doing} failed for {self.name}: gave up at try {gave_up.attempts} of {policy.max_attempts} after "
+            f"{gave_up.seconds:.0f} s. "
+            f"Last error: {self.scrub(_summary(gave_up.failure))}. Run the same command again later: what was already "
+            "sent is not sent again, and nothing was committed halfway."
+        ) from None
 
     def scrub(self, text: str) -> str:
         """`text` without the token."""

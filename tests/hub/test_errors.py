@@ -13,9 +13,13 @@ PRELUDE = """
 import logging, os
 logging.basicConfig(level=logging.DEBUG)
 from datasets import Dataset, load_dataset
-from first_trl.hub import pull_folder, push_dataset
+from pathlib import Path
+from first_trl.hub import pull_folder, push_folder
 
-rows = Dataset.from_dict({"a": [1, 2]})
+def push(values, repo, **options):
+    Path("rows").mkdir(exist_ok=True)
+    Dataset.from_dict({"a": values}).to_parquet("rows/train.parquet")
+    return push_folder("rows", repo, repo_type="dataset", **options)
 """
 
 
@@ -56,32 +60,32 @@ def fail(hub: HubServer, client: Client, call: str, token: str | None = None) ->
 
 
 def test_wrong_token(hub: HubServer, client: Client) -> None:
-    error = fail(hub, client, "push_dataset(rows, 'alice/new')", "hf_thisTokenWasRevokedLongAgo")
+    error = fail(hub, client, "push([1, 2], 'alice/new')", "hf_thisTokenWasRevokedLongAgo")
     assert "does not know the token" in error and "hf auth login" in error
 
 
 def test_no_token(hub: HubServer, client: Client) -> None:
     before = len(hub.requests)
-    error = fail(hub, client, "push_dataset(rows, 'alice/new')", "")
+    error = fail(hub, client, "push([1, 2], 'alice/new')", "")
     assert "needs a Hub token and there is none" in error and "hf auth login" in error
     assert len(hub.requests) == before
 
 
 def test_read_only_token_on_a_new_repository(hub: HubServer, client: Client) -> None:
-    error = fail(hub, client, "push_dataset(rows, 'alice/new')", hub.read_token)
+    error = fail(hub, client, "push([1, 2], 'alice/new')", hub.read_token)
     assert "the token is read-only" in error and "'write'" in error
 
 
 def test_read_only_token_on_an_existing_repository(hub: HubServer, client: Client) -> None:
-    client.result("push_dataset(rows, 'alice/old')")
-    error = fail(hub, client, "push_dataset(rows.select([0]), 'alice/old')", hub.read_token)
+    client.result("push([1, 2], 'alice/old')")
+    error = fail(hub, client, "push([1], 'alice/old')", hub.read_token)
     assert "the token is read-only" in error
 
 
 @pytest.mark.parametrize("private", [True, False])
 def test_foreign_namespace(hub: HubServer, client: Client, private: bool) -> None:
-    client.result(f"push_dataset(rows, 'bob/d{private}', private={private}, token={hub.other_token!r})")
-    error = fail(hub, client, f"push_dataset(rows.select([0]), 'bob/d{private}')")
+    client.result(f"push([1, 2], 'bob/d{private}', private={private}, token={hub.other_token!r})")
+    error = fail(hub, client, f"push([1], 'bob/d{private}')")
     assert "'alice' may not write to the namespace 'bob'" in error and "alice, team" in error
     assert f"'alice/d{private}'" in error
 
@@ -97,7 +101,7 @@ def test_missing_or_private_repository_without_token(hub: HubServer, client: Cli
 
 
 def test_missing_revision_names_those_that_exist(hub: HubServer, client: Client) -> None:
-    client.result("push_dataset(rows, 'team/d', tag='v1')")
+    client.result("push([1, 2], 'team/d', tag='v1')")
     error = fail(hub, client, "pull_folder('team/d', revision='v9')")
     assert "no such revision" in error and "branches and tags: main, v1" in error
 
@@ -105,13 +109,13 @@ def test_missing_revision_names_those_that_exist(hub: HubServer, client: Client)
 @pytest.mark.parametrize("token", ["hf_withLineBreak\n ", "hf_with space", "hf_mit_ü"])
 def test_malformed_token_is_not_quoted(hub: HubServer, client: Client, token: str) -> None:
     before = len(hub.requests)
-    error = fail(hub, client, f"push_dataset(rows, 'alice/new', token=''.join({list(token)!r}))")
+    error = fail(hub, client, f"push([1, 2], 'alice/new', token=''.join({list(token)!r}))")
     assert "spaces, line breaks or non-ASCII" in error and token.strip() not in error
     assert len(hub.requests) == before
 
 
 def test_successful_push_leaves_no_token_and_contacts_no_other_host(tmp_path: Path) -> None:
-    code = PRELUDE + "push_dataset(rows, 'alice/d')\nprint(load_dataset('alice/d')['train'][:])"
+    code = PRELUDE + "push([1, 2], 'alice/d')\nprint(load_dataset('alice/d')['train'][:])"
     with HubServer(tmp_path) as hub:
         for kind in ("503", "reset", "lost"):
             hub.fail(r"POST .*/commit/", kind)

@@ -15,7 +15,7 @@ PRELUDE = """
 import logging
 import numpy as np
 from datasets import Dataset, DatasetDict, load_dataset
-from first_trl.hub import RetryPolicy, pull_folder, push_dataset, push_folder
+from first_trl.hub import RetryPolicy, pull_folder, push_folder
 from pathlib import Path
 
 logging.basicConfig(level=logging.DEBUG)
@@ -29,9 +29,13 @@ def data(seed):
     return DatasetDict({"train": rows(2000, seed), "validation": rows(50, seed + 1000)})
 
 def push(repo, seed):
-    extra = {"manifest.json": b'{"k": 5}', "README.md": b"---\\nlicense: mit\\n---\\n# A cache\\n"}
-    return push_dataset(data(seed), repo, private=True, tag="v1", revision="captures", extra_files=extra,
-                        retry_policy=policy)
+    folder = Path(f"cache-{seed}")
+    for name, part in data(seed).items():
+        part.to_parquet(folder / "data" / f"{name}-00000-of-00001.parquet")
+    (folder / "manifest.json").write_bytes(b'{"k": 5}')
+    (folder / "README.md").write_bytes(b"---\\nlicense: mit\\n---\\n# A cache\\n")
+    return push_folder(folder, repo, repo_type="dataset", private=True, tag="v1", revision="captures",
+                       retry_policy=policy)
 
 def load(repo, seed, commit):
     loaded = load_dataset(repo, revision=commit)
@@ -130,7 +134,7 @@ def check_push(driven: Driven, route: str, kind: str) -> None:
     commit = driven.push(repo)
     assert driven.hub.faults.pending == 0, "the fault never happened: this test would prove nothing"
     state = driven.hub.repo(repo)
-    assert [found.title for found in state.history("captures")] == ["Upload default", "initial commit"]
+    assert [found.title for found in state.history("captures")] == ["Upload folder", "initial commit"]
     assert state.branches["captures"] == commit == state.tags["v1"]
     assert state.private
     assert driven.loads_equal(repo, commit)
@@ -168,23 +172,6 @@ def test_pull_survives(driven: Driven, mode: str, step: int, kind: str) -> None:
     assert driven.client.result(f"pull({repo!r}, {commit!r})")
     assert driven.hub.faults.pending == 0
     assert driven.loads_equal(repo, commit)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", FAULTS)
-@pytest.mark.parametrize("method", ["HEAD", "GET"])
-def test_reading_the_card_that_is_there_survives(driven: Driven, method: str, kind: str) -> None:
-    """The second push merges its metadata into the card of the first."""
-    repo = driven.fresh_repo()
-    driven.push(repo)
-    driven.hub.fail(rf"{method} /datasets/.*/resolve/.*/README.md", kind, retry_after="1" if kind == "429" else None)
-    push = f"push_dataset(data({driven.seed})['train'], {repo!r}, config_name='second', revision='captures', retry_policy=policy)"
-    driven.client.result(push)
-    assert driven.hub.faults.pending == 0
-    titles = [found.title for found in driven.hub.repo(repo).history("captures")]
-    assert titles == ["Upload second", "Upload default", "initial commit"]
-    card = driven.hub.files(repo, revision="captures")["README.md"].decode()
-    assert "config_name: default" in card and "config_name: second" in card and "# A cache" in card
 
 
 @pytest.mark.parametrize("kind", ["503", "lost"])

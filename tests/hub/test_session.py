@@ -7,7 +7,8 @@ import httpx2
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from first_trl.hub.session import HubSession, RetryPolicy, is_transient, retry_after_seconds
+from first_trl.hub.session import HubSession, is_transient, retry_after_seconds
+from first_trl.utils.retry import RetryPolicy
 
 
 def answer(status: int, **headers: str) -> HfHubHTTPError:

@@ -5,7 +5,6 @@ import http.client
 import json
 import logging
 import os
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ...utils.retry import GaveUp, RetryPolicy, retry
 from .base import Scores
 
 
@@ -26,6 +26,14 @@ _PROBE = [(61 * i) % 97 for i in range(1, 17)]
 # Mean difference of the probe's log-probabilities, in nats: the same weights in bfloat16 stay well below, another
 # model is above one
 _PROBE_TOLERANCE = 0.1
+
+
+class _NotNow(Exception):
+    """The server is away or busy; it may have said for how many seconds."""
+
+    def __init__(self, problem: str, retry_after: str = "") -> None:
+        super().__init__(problem)
+        self.retry_after = retry_after
 
 
 class VLLMBackend:
@@ -172,25 +180,40 @@ class VLLMBackend:
         headers = {"Content-Type": "application/json"}
         if self._api_key:
             headers["Authorization"] = f"Bearer {self._api_key}"
-        end, pause = time.monotonic() + self._retry_seconds, 0.5
-        while True:
+        policy = RetryPolicy(
+            None, base_seconds=0.5, max_wait_seconds=_LONGEST_PAUSE, max_total_seconds=self._retry_seconds
+        )
+
+        def attempt() -> Any:
+            request = urllib.request.Request(self._url + path, body, headers)
             try:
-                request = urllib.request.Request(self._url + path, body, headers)
                 with urllib.request.urlopen(request, timeout=self._timeout) as response:
                     return json.loads(response.read())
             except urllib.error.HTTPError as error:
-                problem, retry_after = self._explain(error, data), error.headers.get("Retry-After") or ""
+                raise _NotNow(self._explain(error, data), error.headers.get("Retry-After") or "") from None
             except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
-                problem, retry_after = str(error) or type(error).__name__, ""
-            wait = max(pause, float(retry_after) if retry_after.isdigit() else 0.0)
-            if time.monotonic() + wait > end:
-                raise ConnectionError(
-                    f"The vLLM server at {self._url} did not answer within {self._retry_seconds:.0f} s ({problem}). "
-                    "Start it and run the capture again: it continues where it stopped."
-                )
-            logger.warning("vLLM at %s: %s; next try in %.1f s.", self._url, problem, wait)
-            time.sleep(wait)
-            pause = min(2 * pause, _LONGEST_PAUSE)
+                raise _NotNow(str(error) or type(error).__name__) from None
+
+        def wait_seconds(failure: Exception, number: int) -> float:
+            asked = getattr(failure, "retry_after", "")
+            return max(policy.wait_seconds(number), float(asked) if asked.isdigit() else 0.0)
+
+        def before_wait(failure: Exception, number: int, wait: float) -> None:
+            logger.warning("vLLM at %s: %s; next try in %.1f s.", self._url, failure, wait)
+
+        try:
+            return retry(
+                attempt,
+                policy,
+                is_transient=lambda failure: isinstance(failure, _NotNow),
+                wait_seconds=wait_seconds,
+                before_wait=before_wait,
+            )
+        except GaveUp as error:
+            raise ConnectionError(
+                f"The vLLM server at {self._url} did not answer within {self._retry_seconds:.0f} s ({error.failure}). "
+                "Start it and run the capture again: it continues where it stopped."
+            ) from None
 
     def _explain(self, error: urllib.error.HTTPError, data: dict[str, Any] | None) -> str:
         """What went wrong if it can pass; `ValueError` with the mend if it cannot."""
