@@ -161,7 +161,7 @@ def _grid(
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("A reliability diagram needs matplotlib: `pip install matplotlib`.") from error
+        raise ImportError("A reliability diagram needs matplotlib: `pip install 'first_trl[plots]'`.") from error
 
     n_plots = len(titles)
     if columns is None:

@@ -3,6 +3,13 @@
 from typing import Any
 
 import numpy as np
+
+from ..utils.extras import optional
+
+
+optional("sklearn", extra="tasks", what="A scikit-learn calibrator")
+
+# ruff: noqa: E402
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.frozen import FrozenEstimator

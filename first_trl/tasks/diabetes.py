@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from sklearn.datasets import load_diabetes
 from transformers import PreTrainedTokenizerBase
 
+from ..utils.extras import optional
 from .base import Example, Task
 from .word_tokenizer import word_tokenizer
 
@@ -43,7 +43,8 @@ def build_tokenizer() -> PreTrainedTokenizerBase:
 @lru_cache(maxsize=4)
 def make_levels(seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Split name -> levels of shape `(n, 10)` from 0 to 7, and quarters of shape `(n,)` from 0 to 3."""
-    values, target = load_diabetes(return_X_y=True, scaled=False)
+    datasets = optional("sklearn.datasets", extra="tasks", what="The task `diabetes`")
+    values, target = datasets.load_diabetes(return_X_y=True, scaled=False)
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(values))
     bounds = np.cumsum(list(SIZES.values()))[:-1]

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from sklearn.datasets import load_digits
 from transformers import PreTrainedTokenizerBase
 
+from ..utils.extras import optional
 from .base import Example, Task
 from .word_tokenizer import word_tokenizer
 
@@ -41,7 +41,8 @@ def build_tokenizer() -> PreTrainedTokenizerBase:
 @lru_cache(maxsize=4)
 def make_images(seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Split name -> images of shape `(n, 8, 8)` with values in 0..16, and their digits of shape `(n,)`."""
-    images, digits = load_digits(return_X_y=True)
+    datasets = optional("sklearn.datasets", extra="tasks", what="The task `digits`")
+    images, digits = datasets.load_digits(return_X_y=True)
     images = images.reshape(-1, 8, 8)
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(images))
