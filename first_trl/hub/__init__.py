@@ -1,7 +1,7 @@
 """Sharing on the Hugging Face Hub: folders go up in one commit and come down pinned to one.
 
-A push may be interrupted, repeated and raced by other writers: it is committed once, it replaces what it names and
-nothing else, and what was already sent is not sent again.
+A push may be interrupted, repeated and raced by other writers: it is committed once, the repository
+then equals the folder, and what was already sent is not sent again.
 """
 
 from ..utils.retry import RetryPolicy

@@ -4,12 +4,15 @@ import re
 import uuid
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
 from .session import HubSession
 
+
+# Written by the Hub: which files are stored apart from git
+_KEPT = {".gitattributes"}
 
 Tree = dict[str, RepoFile]
 
@@ -59,11 +62,12 @@ def upload_content(session: HubSession, branch: str, additions: list[CommitOpera
 
 
 def commit_once(session: HubSession, branch: str, message: str, additions: list[CommitOperationAdd]) -> str:
-    """Commit on top of the current head, exactly once.
+    """Make the current head hold the additions and nothing else, exactly once.
 
     Each try names the head it was prepared for as its parent, so the Hub refuses it when another commit came in
     between, be it somebody else's or our own whose answer was lost. Our own is recognised by a mark in its description.
     """
+    pushed = {addition.path_in_repo for addition in additions}
     mark = f"first_trl push {uuid.uuid4().hex}"
     known: list[str] = []  # heads of earlier tries: commits up to them are older than this push
 
@@ -82,9 +86,11 @@ def commit_once(session: HubSession, branch: str, message: str, additions: list[
             # since: compare with this head.
             file = tree.get(addition.path_in_repo)
             addition._remote_oid = None if file is None else file.lfs.sha256 if file.lfs else file.blob_id
+        # Of this head too: what another writer added since is not part of the folder
+        deletions = [CommitOperationDelete(path) for path in sorted(set(tree) - pushed - _KEPT)]
         done = session.api.create_commit(
             session.repo_id,
-            additions,
+            [*additions, *deletions],
             commit_message=message,
             commit_description=mark,
             repo_type=session.repo_type,

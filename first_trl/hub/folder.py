@@ -31,7 +31,10 @@ def push_folder(
     token: str | None = None,
     retry_policy: RetryPolicy = DEFAULT_RETRY_POLICY,
 ) -> str:
-    """Push every file of a folder in one commit. Files of the repository that the folder does not have stay.
+    """Make a repository equal to a folder, in one commit.
+
+    Files of an earlier push that the folder does not have are deleted: shards of a larger cache, weights in another
+    format. Only `.gitattributes`, which the Hub writes, stays. Every deleted file remains in the earlier commit.
 
     Args:
         folder (`str` or `Path`):

@@ -75,3 +75,26 @@ def test_push_then_load_elsewhere_then_train_equals_local(env, tmp_path: Path) -
         files = hub.files("alice/cache")
         assert b"# Teacher cache" in files["README.md"]
         assert hub.token.encode() not in b"".join(files.values())
+
+
+AGAIN = """
+from datasets import Dataset, load_dataset
+from first_trl import add_teacher_topk, load_teacher_cache
+from first_trl.cli import main
+from tests.support.tiny import tiny_llama, tiny_rows, tiny_tokenizer
+
+# The second time the rows are fewer and the files larger
+for name, count, size in (("a", 24, 4), ("b", 20, 10)):
+    rows = Dataset.from_list(tiny_rows(count))
+    add_teacher_topk(rows, tiny_llama(0), tiny_tokenizer(), output_dir=name, shard_size=size, disable_tqdm=True)
+    assert main(["cache", "push", name, "alice/cache"]) == 0
+    assert len(load_dataset("alice/cache", split="train")) == len(load_teacher_cache("alice/cache")) == count
+    assert main(["cache", "pull", "alice/cache", "pulled_" + name]) == 0
+    assert main(["cache", "verify", "pulled_" + name]) == 0
+"""
+
+
+def test_a_cache_pushed_again_with_fewer_files_leaves_none_behind(tmp_path: Path) -> None:
+    with HubServer(tmp_path / "hub") as hub:
+        run_client(AGAIN, hub, {"HF_HUB_DISABLE_XET": "1"})
+        assert len([path for path in hub.files("alice/cache") if path.endswith(".parquet")]) == 2

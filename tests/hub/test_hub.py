@@ -82,9 +82,10 @@ def test_unchanged_folder_makes_no_commit_and_sends_no_data(hub: HubServer, clie
     assert client.result(push) == first
     new = hub.requests[before:]
     assert not [request for request in new if "/commit/" in request.path or "/xorbs/" in request.path]
-    # Another split moves the head; the tag stays where it is, and the same push is still fine with that.
-    head = client.result(f"push(rows(3), {repo!r}, split='other')")
-    assert client.result(push) == head
+    # Another push moves the head; the tag stays where it is, and the first push again is still fine with that.
+    client.result(f"push(rows(3), {repo!r}, split='other')")
+    again = client.result(push)
+    assert again != first and hub.files(repo, revision=again) == hub.files(repo, revision=first)
     assert hub.repo(repo).tags == {"v1": first}
     answer = client.ask(f"push(rows(4), {repo!r}, shards=3, tag='v1')")
     assert "ValueError: The tag 'v1'" in answer["error"] and "choose another tag" in answer["error"]
@@ -136,8 +137,22 @@ def test_private_data_do_not_go_to_a_public_repository(hub: HubServer, client: C
     assert [request.method for request in hub.requests[before:]] == ["GET"]
 
 
-def test_conflicting_commit_is_merged(hub: HubServer, client: Client, mode: str, repo: str) -> None:
-    """Another client's whole push of another split happens while our commit is on its way."""
+def test_repository_equals_the_folder(hub: HubServer, client: Client, repo: str) -> None:
+    client.result(f"push(rows(900), {repo!r}, shards=6, extra_files={{'old.json': b'1', 'README.md': b'# One'}})")
+    commit = client.result(f"push(rows(20, seed=1), {repo!r}, shards=2, extra_files={{'README.md': b'# Two'}})")
+    shards = {f"data/train-0000{index}-of-00002.parquet" for index in range(2)}
+    assert set(hub.files(repo)) == {".gitattributes", "README.md", *shards}
+    assert client.result(f"same(rows(20, seed=1), {repo!r}, split='train')")
+    # One commit, not a deletion and an upload
+    history = hub.repo(repo).history("main")
+    assert history[0].oid == commit and len(history) == 3
+    # Deleting alone is a change too
+    client.result(f"push(rows(20, seed=1), {repo!r}, shards=2)")
+    assert set(hub.files(repo)) == {".gitattributes", *shards}
+
+
+def test_conflicting_commit_is_replaced(hub: HubServer, client: Client, mode: str, repo: str) -> None:
+    """Another client's whole push of another split happens while our commit is on its way: no mixture comes out."""
     client.result(f"push(rows(3), {repo!r}, split='zero', commit_message='zero')")
     with start_session(PRELUDE, hub, env=MODES[mode]) as other:
         hub.before(
@@ -147,9 +162,13 @@ def test_conflicting_commit_is_merged(hub: HubServer, client: Client, mode: str,
         client.result(f"push(rows(4), {repo!r}, split='ours', commit_message='ours')")
     assert hub.faults.pending == 0
     assert hub.count(rf"POST /api/datasets/{repo}/commit/", status=412) == 1
-    assert [commit.title for commit in hub.repo(repo).history("main")][:-1] == ["ours", "theirs", "zero"]
-    for name, rows in {"zero": "rows(3)", "ours": "rows(4)", "theirs": "rows(5, seed=1)"}.items():
-        assert client.result(f"same({rows}, {repo!r}, split={name!r})")
+    history = hub.repo(repo).history("main")
+    assert [commit.title for commit in history][:-1] == ["ours", "theirs", "zero"]
+    splits = {"zero": "rows(3)", "theirs": "rows(5, seed=1)", "ours": "rows(4)"}
+    for (name, rows), commit in zip(splits.items(), reversed(history[:-1]), strict=True):
+        files = {path for path in hub.files(repo, revision=commit.oid) if path.endswith(".parquet")}
+        assert files == {f"data/{name}-00000-of-00001.parquet"}
+        assert client.result(f"same({rows}, {repo!r}, split={name!r}, revision={commit.oid!r})")
 
 
 def test_same_split_is_not_mixed_with_a_concurrent_writer(
@@ -179,8 +198,9 @@ def test_three_concurrent_writers_all_land(hub: HubServer, mode: str, repo: str)
         commits = [session.receive()["result"] for session in sessions]
         history = hub.repo(repo).history("main")
         assert {commit.oid for commit in history[:-1]} == set(commits) and len(history) == 4
-        for name in names:
-            assert sessions[0].result(f"same(rows(50, seed={ord(name)}), {repo!r}, split={name!r})")
+        for name, commit in zip(names, commits, strict=True):
+            same = f"same(rows(50, seed={ord(name)}), {repo!r}, split={name!r}, revision={commit!r})"
+            assert sessions[0].result(same)
     finally:
         for session in sessions:
             session.kill()
