@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .bins import BinTable
+from .bins import BinTable, assign, width_edges
 
 
 def bin_error(
@@ -61,3 +61,25 @@ def debiased_l2(table: BinTable) -> tuple[float | None, str | None]:
     gap = table.gap_sum[filled] / count
     squares = gap**2 - accuracy * (1 - accuracy) / (count - 1)
     return float(np.sqrt(max(0.0, float((count * squares).sum() / count.sum())))), None
+
+
+def equal_width_gaps(
+    confidence: npt.NDArray[np.float64],
+    correct: npt.NDArray[Any],
+    n_bins: int,
+    group: npt.NDArray[np.intp] | None = None,
+    n_groups: int = 1,
+) -> npt.NDArray[np.float64]:
+    """
+    Sums of confidence minus outcome in each right-closed bin of equal width, of shape `(n_bins,)`, or `(n_groups, n_bins)`
+    for groups of rows. Checks nothing: for loops over values known to be float64 in [0, 1 + rounding].
+    """
+    bins = assign(np.minimum(confidence, 1.0), width_edges(n_bins), "right", uniform=n_bins)
+    cell = bins if group is None else group * n_bins + bins
+    gaps = np.bincount(cell, weights=confidence - correct, minlength=n_groups * n_bins).astype(np.float64, copy=False)
+    return gaps if group is None else gaps.reshape(n_groups, n_bins)
+
+
+def equal_width_ece(confidence: npt.NDArray[np.float64], correct: npt.NDArray[Any], n_bins: int) -> float:
+    """ECE of confidences already known to be in [0, 1], for a search that asks for it hundreds of times."""
+    return float(np.abs(equal_width_gaps(confidence, correct, n_bins)).sum() / len(confidence))

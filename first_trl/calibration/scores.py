@@ -17,6 +17,11 @@ def average(values: npt.NDArray[Any], weight: npt.NDArray[np.float64] | None) ->
     return float(np.dot(values.astype(np.float64), weight) / weight.sum())
 
 
+def brier_of(sum_squares: Any, gold_probability: Any) -> Any:
+    """Brier score of a distribution against one right class, `Σ (p - y)²`, from `Σ p²` and the right class's `p`."""
+    return sum_squares - 2.0 * gold_probability + 1.0
+
+
 def brier_score(examples: Examples) -> float:
     """
     Mean squared error of the probabilities: over all classes, summed, for full rows (Brier 1950, range [0, 2]); of the

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .bins import assign, width_edges
+from .errors import equal_width_ece
+from .scores import brier_of
 
 
 _MIN_TEMPERATURE, _MAX_TEMPERATURE = 0.05, 20.0
@@ -76,13 +77,6 @@ def _check(logits: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
     return z - z.max(axis=1, keepdims=True), y
 
 
-def equal_width_ece(confidence: np.ndarray, correct: np.ndarray, n_bins: int) -> float:
-    """ECE of confidences already known to be in [0, 1]: the search calls it hundreds of times, so it checks nothing."""
-    bins = assign(np.minimum(confidence, 1.0), width_edges(n_bins), "right", uniform=n_bins)
-    gaps = np.bincount(bins, weights=confidence - correct, minlength=n_bins)
-    return float(np.abs(gaps).sum() / len(confidence))
-
-
 def _scores(z: np.ndarray, y: np.ndarray, temperature: float, n_bins: int) -> dict[str, float]:
     scaled = z / temperature
     lse = np.logaddexp.reduce(scaled, axis=1)
@@ -94,7 +88,7 @@ def _scores(z: np.ndarray, y: np.ndarray, temperature: float, n_bins: int) -> di
         "temperature": temperature,
         "ece": equal_width_ece(confidence, best == y, n_bins),
         "nll": float(np.mean(lse - scaled[rows, y])),
-        "brier": float(np.mean(np.square(p).sum(axis=1) - 2.0 * p[rows, y] + 1.0)),
+        "brier": float(np.mean(brier_of(np.square(p).sum(axis=1), p[rows, y]))),
     }
 
 

@@ -1,6 +1,5 @@
 """Scores on a card: every figure with its 95 % interval, from the predictions of an evaluation."""
 
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -9,15 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..calibration import CalibrationWarning, calibration_report
-from ..calibration.config import CalibrationConfig
-from ..calibration.examples import prepare
-from ..calibration.resampling import locate
+from ..calibration.intervals import clustered_intervals, normal_interval, wilson_interval
 from ..evaluation.predictions import MultipleChoiceResult, brier_scores
 from ..vocabulary import METRICS, Metric, number
-
-
-_Z = 1.959964  # 97.5 % point of the normal distribution
-_RESAMPLES = 1000
 
 
 class Score(NamedTuple):
@@ -81,10 +74,13 @@ def score_result(result: MultipleChoiceResult, *, seed: int = 0) -> Scored:
         )
     rows = {"nll": -p["gold_logprob"], "brier": brier_scores(p)}
     ece, accuracy = float(calibration["ece"]), float(correct.mean())
+    # Accuracy and ECE hang together: their difference is resampled, not put together from two intervals
+    alone = np.arange(len(correct))
+    trust = clustered_intervals(alone, confidence, correct.astype(np.float64), {}, n_bins=n_bins, seed=seed)["trust"]
     scores = {
-        "accuracy": Score(accuracy, *_wilson(accuracy, len(correct))),
+        "accuracy": Score(accuracy, *wilson_interval(accuracy, len(correct))),
         "ece": Score(ece, calibration["ci_low"], calibration["ci_high"]),
-        "trust": Score(accuracy - ece, *_trust_interval(confidence, correct, accuracy - ece, n_bins, seed)),
+        "trust": Score(accuracy - ece, *trust),
         **{name: _mean(values) for name, values in rows.items()},
     }
     options = {name: float(report["options"][name]) for name in ("accuracy", "ece")}
@@ -126,32 +122,4 @@ def null_of_report(report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _mean(values: np.ndarray) -> Score:
-    mean = float(values.mean())
-    if len(values) < 2:
-        return Score(mean)
-    half = _Z * float(values.std(ddof=1)) / math.sqrt(len(values))
-    return Score(mean, mean - half, mean + half)
-
-
-def _wilson(share: float, n: int) -> tuple[float, float]:
-    centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-    half = _Z / (1 + _Z**2 / n) * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def _trust_interval(
-    confidence: np.ndarray, correct: np.ndarray, estimate: float, n_bins: int, seed: int
-) -> tuple[float, float]:
-    """Accuracy and ECE hang together, so that their difference is resampled, not put together from two intervals.
-    Reflected around the estimate: resampling adds to the noise in an ECE, and percentiles would keep that."""
-    config = CalibrationConfig(n_bins=n_bins)
-    cells = locate(prepare(confidence, correct, config), config)
-    bins, rng = cells.index[:, 0], np.random.default_rng(seed)
-    drawn = np.empty(_RESAMPLES)
-    for i in range(_RESAMPLES):
-        rows = rng.integers(0, len(correct), size=len(correct))
-        gaps = np.bincount(bins[rows], weights=(confidence - correct)[rows], minlength=cells.n_cells)
-        counts = np.bincount(bins[rows], minlength=cells.n_cells).astype(np.float64)
-        drawn[i] = correct[rows].mean() - float(cells.error(gaps.astype(np.float64), counts, config))
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return float(max(2 * estimate - high, -1.0)), float(min(2 * estimate - low, 1.0))
+    return Score(float(values.mean()), *(normal_interval(values) or (None, None)))

@@ -7,7 +7,9 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from ..calibration.temperature import TemperatureFit, equal_width_ece, search_temperature
+from ..calibration.errors import equal_width_ece
+from ..calibration.scores import brier_of
+from ..calibration.temperature import TemperatureFit, search_temperature
 from .multiple_choice import read_multiple_choice_rows
 from .next_token import next_token_logits
 from .supervised import read_supervised_rows, supervised_logits
@@ -83,7 +85,7 @@ def fit_posthoc_temperature(
             "temperature": temperature,
             "ece": equal_width_ece(confidence, correct, n_bins),
             "nll": float(-gold_logprob.mean()),
-            "brier": float((sum_squares - 2.0 * np.exp(gold_logprob) + 1.0).mean()),
+            "brier": float(brier_of(sum_squares, np.exp(gold_logprob)).mean()),
         }
 
     return search_temperature(scores, n, objective=objective, low=_LOW, high=_HIGH)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..calibration import calibration_report
+from ..calibration.scores import brier_of
 from .confidence import Confidences
 
 
@@ -149,7 +150,7 @@ def multiple_choice_report(predictions: Mapping[str, np.ndarray], *, n_bins: int
             options[every, answer],
             answer == gold,
             log_mass - p["gold_logprob"],
-            np.square(options).sum(axis=1) - 2.0 * options[every, gold] + 1.0,
+            brier_of(np.square(options).sum(axis=1), options[every, gold]),
             n_bins,
         ),
     }
@@ -157,7 +158,7 @@ def multiple_choice_report(predictions: Mapping[str, np.ndarray], *, n_bins: int
 
 def brier_scores(predictions: Mapping[str, np.ndarray]) -> np.ndarray:
     """Brier score of each prediction over the whole vocabulary: the sum of (p - y)² with y the one-hot reference."""
-    return predictions["sum_squares"] - 2.0 * np.exp(predictions["gold_logprob"]) + 1.0
+    return brier_of(predictions["sum_squares"], np.exp(predictions["gold_logprob"]))
 
 
 def mean_scores(

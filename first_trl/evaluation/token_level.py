@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from ..calibration.bins import assign, width_edges
+from ..calibration.intervals import clustered_intervals
 from .confidence import Confidences
 from .predictions import brier_scores, mean_scores
 from .supervised import read_supervised_rows, supervised_logits
@@ -205,37 +205,14 @@ def row_intervals(
     Returns:
         `dict`: lower and upper limit of `accuracy`, `mean_confidence`, `ece`, `trust`, `nll` and `brier`.
     """
-    if not 0.0 < level < 1.0 or n_resamples < 1:
-        raise ValueError(
-            f"`level` must lie between 0 and 1 and `n_resamples` be at least 1, got {level} and {n_resamples}."
-        )
     p = {name: np.asarray(values) for name, values in predictions.items()}
-    _, row = np.unique(p["row"], return_inverse=True)
-    n_rows = int(row.max()) + 1
-    confidence, correct = np.minimum(p["top_prob"], 1.0), p["top_is_gold"].astype(np.float64)
-    values = {
-        "accuracy": correct,
-        "mean_confidence": confidence,
-        "nll": -p["gold_logprob"],
-        "brier": brier_scores(p),
-    }
-    sums = np.stack([np.bincount(row, weights=v, minlength=n_rows) for v in (np.ones(len(row)), *values.values())], 1)
-    cell = row * n_bins + assign(confidence, width_edges(n_bins), "right", uniform=n_bins)
-    gaps = np.bincount(cell, weights=confidence - correct, minlength=n_rows * n_bins).reshape(n_rows, n_bins)
-    rng = np.random.default_rng(seed)
-    means, errors = np.empty((n_resamples, len(values))), np.empty(n_resamples)
-    for i in range(n_resamples):
-        times = np.bincount(rng.integers(0, n_rows, n_rows), minlength=n_rows)
-        total = times @ sums
-        means[i] = total[1:] / total[0]
-        errors[i] = np.abs(times @ gaps).sum() / total[0]
-    tails = [(1.0 - level) / 2.0, (1.0 + level) / 2.0]
-    limits = np.quantile(means, tails, axis=0)
-    intervals = {name: (float(limits[0, i]), float(limits[1, i])) for i, name in enumerate(values)}
-    ece = float(np.abs(gaps.sum(axis=0)).sum() / len(row))
-    low, high = np.quantile(errors, tails)
-    intervals["ece"] = (float(max(2.0 * ece - high, 0.0)), float(min(max(2.0 * ece - low, 0.0), 1.0)))
-    trust = float(correct.mean()) - ece
-    low, high = np.quantile(means[:, 0] - errors, tails)
-    intervals["trust"] = (float(max(2.0 * trust - high, -1.0)), float(min(2.0 * trust - low, 1.0)))
-    return intervals
+    return clustered_intervals(
+        p["row"],
+        np.minimum(p["top_prob"], 1.0),
+        p["top_is_gold"].astype(np.float64),
+        {"nll": -p["gold_logprob"], "brier": brier_scores(p)},
+        level=level,
+        n_resamples=n_resamples,
+        n_bins=n_bins,
+        seed=seed,
+    )

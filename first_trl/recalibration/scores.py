@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ..calibration.bins import assign, width_edges
+from ..calibration.errors import equal_width_ece, equal_width_gaps
+from ..calibration.scores import brier_of
 from .rescale import Recalibration
 
 
@@ -130,9 +131,7 @@ class TargetScores:
         best = np.argmax(target, axis=1)
         confidence = target[rows, best]
         correct = self.hit[rows, best]
-        bins = assign(np.minimum(confidence, 1.0), width_edges(self.n_bins), "right", uniform=self.n_bins)
-        gap = confidence - correct
-        ece = float(np.abs(np.bincount(bins, weights=gap, minlength=self.n_bins)).sum() / n)
+        ece = equal_width_ece(confidence, correct, self.n_bins)
         # A label outside the kept tokens is the bucket. Without a bucket its target is 0 at every value: such rows cannot
         # move the choice, and leaving them out keeps the number finite.
         gold_logprob = np.where(self.hit, head, 0.0).sum(axis=1, where=self.hit)
@@ -146,7 +145,7 @@ class TargetScores:
             square = square + np.exp(2.0 * tail)
         losses = np.where(counted, -gold_logprob, 0.0)
         nll = float(losses.sum() / counted.sum()) if counted.any() else math.inf
-        brier = float(np.mean(square - 2.0 * gold_target + 1.0))
+        brier = float(np.mean(brier_of(square, gold_target)))
         self.points[value] = CurvePoint(
             "raw", value, ece, nll if math.isfinite(nll) else None, brier, float(confidence.mean())
         )
@@ -159,11 +158,11 @@ class TargetScores:
             "log_label_smoothing": value,
         }.get(self.method, float(np.abs(confidence - self.raw_confidence).mean()))
         if self.objective == "ece":
-            sums = np.bincount(self.unit * self.n_bins + bins, weights=gap, minlength=self.n_units * self.n_bins)
-            self.units[value] = (sums.reshape(self.n_units, self.n_bins), np.bincount(self.unit).astype(float))
+            sums = equal_width_gaps(confidence, correct, self.n_bins, group=self.unit, n_groups=self.n_units)
+            self.units[value] = (sums, np.bincount(self.unit).astype(float))
         else:
-            sums = np.bincount(self.unit, weights=losses, minlength=self.n_units)
-            self.units[value] = (sums[:, None], np.bincount(self.unit, weights=counted, minlength=self.n_units))
+            totals = np.bincount(self.unit, weights=losses, minlength=self.n_units)
+            self.units[value] = (totals[:, None], np.bincount(self.unit, weights=counted, minlength=self.n_units))
 
     def choose(self, values: list[float]) -> float:
         """The best value; between equals the one nearest to no rescale."""

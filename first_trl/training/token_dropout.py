@@ -15,6 +15,7 @@ import torch
 from trl import SFTTrainer
 
 from ..cache.schema import IGNORE_INDEX
+from .options import TrainerOptions, check_options
 
 
 def drop_tokens(
@@ -99,7 +100,7 @@ class TokenDropoutMixin:
             rate (`float`): Probability of each token, in [0, 1); 0 leaves training as it is.
             token_id (`int`, *optional*): Token put in place, see [`replacement_token`].
         """
-        check_token_dropout(rate, token_id)
+        check_options(TrainerOptions(token_dropout=rate, token_dropout_id=token_id))
         self._token_dropout = rate
         if rate > 0:
             tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
@@ -149,18 +150,6 @@ class TokenDropoutSFTTrainer(TokenDropoutMixin, SFTTrainer):
     def __init__(
         self, *args: Any, token_dropout: float = 0.0, token_dropout_id: int | None = None, **kwargs: Any
     ) -> None:
-        check_token_dropout(token_dropout, token_dropout_id)
+        check_options(TrainerOptions(token_dropout=token_dropout, token_dropout_id=token_dropout_id))
         super().__init__(*args, **kwargs)
         self.set_token_dropout(token_dropout, token_dropout_id)
-
-
-def check_token_dropout(rate: float, token_id: int | None) -> None:
-    """Raises `ValueError` on options that no tokenizer is needed to refuse."""
-    if not 0.0 <= rate < 1.0:
-        raise ValueError(f"`token_dropout` must be in [0, 1), got {rate}.")
-    if token_id is not None and rate == 0.0:
-        raise ValueError(
-            f"`token_dropout_id={token_id}` has no effect with `token_dropout=0`. Set the rate, or leave the id unset."
-        )
-    if token_id is not None and token_id < 0:
-        raise ValueError(f"`token_dropout_id` must be an id of the vocabulary, got {token_id}.")

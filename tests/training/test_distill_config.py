@@ -4,8 +4,10 @@ import dataclasses
 import re
 
 import pytest
+from trl import SFTConfig
 
 from first_trl import FirstDistillConfig
+from first_trl.training.options import DistillOptions, TrainerOptions
 
 
 CPU = {"output_dir": "unused", "use_cpu": True, "bf16": False, "report_to": "none"}
@@ -66,8 +68,9 @@ def test_every_own_field_is_documented_alike_for_the_api_and_the_command_line():
     def words(text):
         return re.sub(r"\W+", " ", text).strip()
 
-    parent = {field.name for field in dataclasses.fields(FirstDistillConfig.__mro__[1])}
-    for field in dataclasses.fields(FirstDistillConfig):
-        if field.name not in parent:
-            assert f"{field.name} (`" in FirstDistillConfig.__doc__
-            assert words(field.metadata["help"]) in words(FirstDistillConfig.__doc__)
+    for cls in (DistillOptions, TrainerOptions):
+        for name in cls.__annotations__:
+            field = FirstDistillConfig.__dataclass_fields__[name]
+            assert f"{name} (`" in cls.__doc__
+            assert words(field.metadata["help"]) in words(cls.__doc__)
+            assert name not in {field.name for field in dataclasses.fields(SFTConfig)}

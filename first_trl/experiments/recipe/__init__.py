@@ -1,8 +1,7 @@
 """Recipes: the keys, how a file is read and checked, and the runs it stands for."""
 
-from .cells import cells, merged_folder
-from .read import load_recipe
-from .schema import (
+from .grid import cells, merged_folder
+from .models import (
     STAGES,
     ArmSpec,
     CaptureSpec,
@@ -16,6 +15,7 @@ from .schema import (
     TaskSpec,
     TeacherSpec,
 )
+from .read import load_recipe
 
 
 __all__ = [

@@ -1,10 +1,6 @@
 """From a YAML file to a checked [`Recipe`]."""
 
-import copy
-import dataclasses
 import re
-import types
-import typing
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +8,9 @@ import yaml
 
 from ...utils.names import nearest
 from ...utils.resources import recipe_path
-from .check import check_recipe
-from .schema import ModelSpec, Recipe, SplitSpec
+from .models import Recipe
+from .parse import parse
+from .rules import check_recipe
 
 
 class _Loader(yaml.SafeLoader):
@@ -66,7 +63,7 @@ def load_recipe(
             data["merge"] = False
     if output_dir is not None:
         data["output_dir"] = output_dir
-    recipe: Recipe = build(Recipe, data, str(path))
+    recipe = parse(data, str(path))
     check_recipe(recipe, str(path))
     _resolve_paths(recipe)
     return recipe
@@ -127,56 +124,8 @@ def _case_target(data: dict[str, Any], override: str, parents: list[str]) -> tup
     return case, [".".join(rest)]
 
 
-def build(cls: Any, data: Any, where: str) -> Any:
-    """A dataclass from a mapping; every key and type is checked, `where` names the place in messages."""
-    if cls is ModelSpec and isinstance(data, str):
-        data = {"name_or_path": data}
-    if cls is SplitSpec and isinstance(data, str):
-        data = {"split": data}
-    if not isinstance(data, dict):
-        raise ValueError(f"{where} must be a mapping, got {data!r}.")
-    hints = typing.get_type_hints(cls)
-    for key in data:
-        if key not in hints:
-            raise ValueError(f"{where}: unknown key {key!r}.{nearest(str(key), hints)}")
-    required = [
-        f.name
-        for f in dataclasses.fields(cls)
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    missing = [name for name in required if name not in data]
-    if missing:
-        raise ValueError(f"{where}: missing key {missing[0]!r}. Required here: {', '.join(required)}.")
-    return cls(**{key: _convert(value, hints[key], f"{where}: {key}") for key, value in data.items()})
-
-
 def _unshare(value: Any) -> Any:
     """A copy in which nothing is the same object twice: YAML aliases are, and an override of one must leave the others."""
     if isinstance(value, dict):
         return {key: _unshare(item) for key, item in value.items()}
     return [_unshare(item) for item in value] if isinstance(value, list) else value
-
-
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in args:
-            return None
-        return _convert(value, next(arg for arg in args if arg is not type(None)), where)
-    if dataclasses.is_dataclass(hint):
-        return build(hint, value, where)
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise ValueError(f"{where} must be a mapping, got {value!r}.")
-        if dataclasses.is_dataclass(args[1]):
-            return {str(key): build(args[1], item, f"{where}.{key}") for key, item in value.items()}
-        return copy.deepcopy(value)
-    if origin is list:
-        if not isinstance(value, list) or not all(isinstance(item, args[0]) for item in value):
-            raise ValueError(f"{where} must be a list of {args[0].__name__}, got {value!r}.")
-        return list(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ValueError(f"{where} must be of type {hint.__name__}, got {value!r}.")
-    return value

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
+from ...calibration.intervals import holds_zero
 from ...vocabulary import HIGHER_IS_BETTER, METRICS, Metric
 from .document import Heading, Paragraph, Part, Table, Value
 from .merged import MergedCell, MergedReport
-from .statistics import holds_zero
 from .tables import NOTHING, difference_value
 
 

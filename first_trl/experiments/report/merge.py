@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...calibration.intervals import holds_zero, paired_difference, summarize
 from ...vocabulary import HIGHER_IS_BETTER, METHOD_SYMBOLS, METRICS, READINGS, role_domain
 from .arms import check_baselines, default_baselines, describe_arms, find_sweeps, fit_beside
 from .collect import FinishedRun, cell_title, default_parent, find_runs, load_runs
 from .merged import MergedCell, MergedReport
-from .statistics import holds_zero, paired_difference, summarize
 
 
 def merge_runs(

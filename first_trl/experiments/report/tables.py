@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ...calibration.intervals import holds_zero
 from ...vocabulary import BAYES, METRICS, Metric, key_title, number
 from .document import Table, Value
 from .merged import MergedCell, MergedReport
-from .statistics import holds_zero
 
 
 NOTHING = "–"

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ...utils.names import nearest
-from .check import check_recipe
-from .schema import Recipe
+from .models import Recipe
+from .parse import parse
+from .rules import check_recipe
 
 
 def cells(recipe: Recipe) -> list[Recipe]:
@@ -86,11 +87,9 @@ def _set(data: dict[str, Any], key: str, value: Any, where: str) -> None:
 
 def _finish(data: dict[str, Any], of_arms: dict[str, list[Any]], where: str) -> Recipe:
     """The recipe of one run, its arms expanded and checked like one that was read."""
-    from .read import build
-
     # Values that came from `cases` may use the short forms of a file
-    data["arms"] = _expand_arms(dataclasses.asdict(build(Recipe, data, where))["arms"], of_arms, where)
-    recipe: Recipe = build(Recipe, data, where)
+    data["arms"] = _expand_arms(dataclasses.asdict(parse(data, where))["arms"], of_arms, where)
+    recipe = parse(data, where)
     check_recipe(recipe, where)
     return recipe
 

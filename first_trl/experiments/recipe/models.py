@@ -1,15 +1,46 @@
-"""The keys of a recipe: one YAML file that describes one experiment."""
+"""
+The keys of a recipe: one YAML file that describes one experiment.
 
-from dataclasses import dataclass, field
+Every key is checked by its type when an object is made. What relates several keys is in `rules`.
+"""
+
+from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Strict
+from pydantic.dataclasses import dataclass
+
+from ...training.options import DistillOptions, For, recalibrations
+from ...utils.names import nearest
 
 
 STAGES = ("data", "pretrain", "teacher", "capture", "recalibrate", "students", "evaluate", "report", "share")
-ARM_KINDS = ("teacher", "sft", "distill", "temperature_scaling")
+# A key nobody knows is refused. "3" is no number, and 1 is not `true`.
+_CONFIG = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+Text = Annotated[str, Strict()]
+Flag = Annotated[bool, Strict()]
+Integer = Annotated[int, Strict()]
+Count = Annotated[int, Strict(), Ge(1)]
+Number = Annotated[float, Strict()]
+Mapping = dict[Text, Any]
+_STUDENTS = For(("sft", "distill"))
+_DISTILL = For(("distill",))
 
 
-@dataclass
+def _short(key: str) -> BeforeValidator:
+    """A text in place of a mapping is the value of this key."""
+    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
+
+
+def _method(value: str) -> str:
+    if value not in recalibrations()[1:]:
+        raise ValueError(f"unknown value {value!r}.{nearest(value, recalibrations()[1:])}")
+    return value
+
+
+@dataclass(config=_CONFIG)
 class SplitSpec:
     """
     Rows for one role.
@@ -24,15 +55,15 @@ class SplitSpec:
             anything is chosen on, shares it with this role. Rows that do are dropped and counted.
     """
 
-    split: str
-    task: str | None = None
-    path: str | None = None
-    options: dict[str, Any] | None = None
-    limit: int | None = None
-    unseen: str | None = None
+    split: Text
+    task: Text | None = None
+    path: Text | None = None
+    options: Mapping | None = None
+    limit: Count | None = None
+    unseen: Literal["group", "question"] | None = None
 
 
-@dataclass
+@dataclass(config=_CONFIG)
 class TaskSpec:
     """
     Args:
@@ -48,17 +79,17 @@ class TaskSpec:
         append_eos (`bool`): End the completion with the end-of-sequence token.
     """
 
-    name: str
-    splits: dict[str, SplitSpec]
-    path: str | None = None
-    revision: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    max_length: int | None = None
-    on_overflow: str = "error"
-    append_eos: bool = False
+    name: Text
+    splits: dict[Text, Annotated[SplitSpec, _short("split")]]
+    path: Text | None = None
+    revision: Text | None = None
+    options: Mapping = field(default_factory=dict)
+    max_length: Count | None = None
+    on_overflow: Literal["error", "drop", "truncate_prompt_left", "truncate_right"] = "error"
+    append_eos: Flag = False
 
 
-@dataclass
+@dataclass(config=_CONFIG)
 class ModelSpec:
     """
     Args:
@@ -74,21 +105,21 @@ class ModelSpec:
             `validation`, instead of the last.
     """
 
-    name_or_path: str | None = None
-    architecture: str | None = None
-    config: dict[str, Any] = field(default_factory=dict)
-    init_kwargs: dict[str, Any] = field(default_factory=dict)
-    pretrain: dict[str, Any] | None = None
-    sft: dict[str, Any] | None = None
-    lora: dict[str, Any] | None = None
-    select: str | None = None
+    name_or_path: Text | None = None
+    architecture: Text | None = None
+    config: Mapping = field(default_factory=dict)
+    init_kwargs: Mapping = field(default_factory=dict)
+    pretrain: Mapping | None = None
+    sft: Mapping | None = None
+    lora: Mapping | None = None
+    select: Literal["nll"] | None = None
 
     @property
     def from_scratch(self) -> bool:
         return self.name_or_path is None
 
 
-@dataclass
+@dataclass(config=_CONFIG)
 class TeacherSpec:
     """
     A further teacher, for the arms that name it: the recipe's teacher, fine-tuned in another way.
@@ -101,13 +132,13 @@ class TeacherSpec:
         fold_by (`str`): Column whose values stay together in a fold: `group`, or `id` for single rows.
     """
 
-    sft: dict[str, Any] = field(default_factory=dict)
-    select: str | None = None
-    folds: int | None = None
-    fold_by: str = "group"
+    sft: Mapping = field(default_factory=dict)
+    select: Literal["nll"] | None = None
+    folds: Annotated[int, Strict(), Ge(2)] | None = None
+    fold_by: Literal["group", "id"] = "group"
 
 
-@dataclass
+@dataclass(config=_CONFIG)
 class CaptureSpec:
     """
     Args:
@@ -121,16 +152,16 @@ class CaptureSpec:
         vllm_model (`str`, *optional*): Name it is served under, when there are several.
     """
 
-    k: int = 5
-    logprob_dtype: str = "float16"
-    max_tokens_per_batch: int = 8192
-    shard_size: int = 1000
-    num_draws: int = 0
-    vllm_url: str | None = None
-    vllm_model: str | None = None
+    k: Count = 5
+    logprob_dtype: Literal["float16", "float32"] = "float16"
+    max_tokens_per_batch: Count = 8192
+    shard_size: Count = 1000
+    num_draws: Annotated[int, Strict(), Ge(0)] = 0
+    vllm_url: Text | None = None
+    vllm_model: Text | None = None
 
 
-@dataclass
+@dataclass(config=_CONFIG)
 class RecalibrationSpec:
     """
     How the rescale of the teacher is fitted on `validation`. Every arm without a `recalibration_value` gets the value
@@ -143,32 +174,38 @@ class RecalibrationSpec:
         methods (`list[str]`): Methods to fit for the report, whether an arm needs them or not.
     """
 
-    objective: str = "ece"
-    positions: str = "first"
-    n_bins: int = 10
-    methods: list[str] = field(default_factory=lambda: ["probability_temperature", "logit_temperature"])
+    objective: Literal["ece", "nll"] = "ece"
+    positions: Literal["first", "all"] = "first"
+    n_bins: Count = 10
+    methods: list[Annotated[Text, AfterValidator(_method)]] = field(
+        default_factory=lambda: ["probability_temperature", "logit_temperature"]
+    )
 
 
-@dataclass
-class ArmSpec:
+@dataclass(config=_CONFIG)
+class _Arm:
+    """What an arm begins with."""
+
+    kind: Literal["teacher", "sft", "distill", "temperature_scaling"]
+    label: Text | None = None
+    of: Annotated[Text, For(("temperature_scaling",))] | None = None
+    training: Annotated[Mapping, _STUDENTS] = field(default_factory=dict)
+
+
+@dataclass(config=_CONFIG)
+class ArmSpec(DistillOptions, _Arm):
     """
-    One row of the report.
+    One row of the report. An arm has the options of the trainer, see
+    [`~first_trl.training.options.DistillOptions`], and these:
 
     Args:
         kind (`str`): `teacher`, `sft`, `distill` or `temperature_scaling`.
         label (`str`, *optional*): Name in tables and figures. With a grid, `{top_k}` and the like are filled in.
         of (`str`, *optional*): Arm that `temperature_scaling` is applied to.
-        training (`dict`): Training arguments on top of the recipe's `training`.
-        recalibration (`str`): Rescale of the teacher, for `distill`.
-        recalibration_value (`float`, *optional*): Its value; fitted when not given.
-        estimator (`str`): Estimator of the divergence, for `distill`.
-        ce_weight (`float`): Weight of the hard-label cross-entropy, for `distill`.
-        top_k (`int`, *optional*): Entries of the cache to use, all by default; for `distill`.
-        student_temperature (`float`, *optional*): Of the `probability_softmax` estimator.
+        training (`dict`): Training arguments on top of the recipe's `training`. `training.token_dropout_id` names the
+            token put in the place of dropped ones.
         objective (`str`, *optional*): Objective of the fit, when it is another than the recipe's.
         min_value (`float`, *optional*): Lower bound of the fitted value; 1 keeps a temperature from sharpening.
-        token_dropout (`float`): Share of the input tokens that a student does not see in training; for `sft` and
-            `distill`. `training.token_dropout_id` names the token put in their place.
         select (`str`, *optional*): `nll` keeps the student of the epoch with the lowest negative log-likelihood on
             `validation`, instead of the last.
         teacher (`str`, *optional*): A name in the recipe's `teachers`; default is the teacher itself.
@@ -177,27 +214,16 @@ class ArmSpec:
         swept (`dict`): Filled in for the arms that a grid makes: key -> value.
     """
 
-    kind: str
-    label: str | None = None
-    of: str | None = None
-    training: dict[str, Any] = field(default_factory=dict)
-    recalibration: str = "none"
-    recalibration_value: float | None = None
-    estimator: str = "topk"
-    ce_weight: float = 0.0
-    top_k: int | None = None
-    student_temperature: float | None = None
-    objective: str | None = None
-    min_value: float | None = None
-    token_dropout: float = 0.0
-    select: str | None = None
-    teacher: str | None = None
-    data: list[str] = field(default_factory=lambda: ["train"])
-    lora: dict[str, Any] | None = None
-    swept: dict[str, Any] = field(default_factory=dict)
+    objective: Annotated[Literal["ece", "nll"], _DISTILL] | None = None
+    min_value: Annotated[Number, _DISTILL] | None = None
+    select: Annotated[Literal["nll"], _STUDENTS] | None = None
+    teacher: Annotated[Text, For(("teacher", "distill"))] | None = None
+    data: Annotated[list[Text], _DISTILL] = field(default_factory=lambda: ["train"])
+    lora: Annotated[Mapping, _STUDENTS] | None = None
+    swept: Mapping = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(config=_CONFIG)
 class EvaluationSpec:
     """
     Args:
@@ -207,12 +233,12 @@ class EvaluationSpec:
         n_bins (`int`): Equal-width bins of the ECE.
     """
 
-    splits: list[str] = field(default_factory=lambda: ["test"])
-    batch_size: int = 64
-    n_bins: int = 10
+    splits: list[Text] = field(default_factory=lambda: ["test"])
+    batch_size: Count = 64
+    n_bins: Count = 10
 
 
-@dataclass
+@dataclass(config=_CONFIG)
 class ReportSpec:
     """
     Args:
@@ -224,13 +250,13 @@ class ReportSpec:
             cases.
     """
 
-    title: str | None = None
-    notes: list[str] = field(default_factory=list)
-    baselines: list[str] = field(default_factory=list)
-    highlight: list[str] = field(default_factory=list)
+    title: Text | None = None
+    notes: list[Text] = field(default_factory=list)
+    baselines: list[Text] = field(default_factory=list)
+    highlight: list[Text] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(config=_CONFIG)
 class HubSpec:
     """
     What the last stage shares.
@@ -244,14 +270,14 @@ class HubSpec:
         license (`str`, *optional*): Licence of students whose base model states none.
     """
 
-    namespace: str
-    private: bool = True
-    license: str | None = None
-    arms: list[str] = field(default_factory=list)
-    cache: bool = True
+    namespace: Text
+    private: Flag = True
+    license: Text | None = None
+    arms: list[Text] = field(default_factory=list)
+    cache: Flag = True
 
 
-@dataclass
+@dataclass(config=_CONFIG)
 class Recipe:
     """
     One experiment.
@@ -282,30 +308,30 @@ class Recipe:
         cell (`dict`): Filled in for the runs that `cases` and `grid` make: key -> value.
     """
 
-    name: str
+    name: Text
     task: TaskSpec
-    teacher: ModelSpec
-    student: ModelSpec
-    arms: dict[str, ArmSpec]
-    teachers: dict[str, TeacherSpec] = field(default_factory=dict)
-    training: dict[str, Any] = field(default_factory=dict)
+    teacher: Annotated[ModelSpec, _short("name_or_path")]
+    student: Annotated[ModelSpec, _short("name_or_path")]
+    arms: dict[Text, ArmSpec]
+    teachers: dict[Text, TeacherSpec] = field(default_factory=dict)
+    training: Mapping = field(default_factory=dict)
     capture: CaptureSpec = field(default_factory=CaptureSpec)
     recalibration: RecalibrationSpec = field(default_factory=RecalibrationSpec)
     evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
     report: ReportSpec = field(default_factory=ReportSpec)
     hub: HubSpec | None = None
-    tokenizer: str | None = None
-    seed: int = 0
-    seeds: list[int] = field(default_factory=list)
-    grid: dict[str, Any] = field(default_factory=dict)
-    cases: dict[str, Any] = field(default_factory=dict)
-    output_dir: str | None = None
-    num_threads: int | None = None
-    report_to: str = "none"
-    description: str = ""
-    reproduces: list[str] = field(default_factory=list)
-    merge: bool = True
-    cell: dict[str, Any] = field(default_factory=dict)
+    tokenizer: Text | None = None
+    seed: Integer = 0
+    seeds: list[Integer] = field(default_factory=list)
+    grid: Mapping = field(default_factory=dict)
+    cases: Mapping = field(default_factory=dict)
+    output_dir: Text | None = None
+    num_threads: Count | None = None
+    report_to: Text = "none"
+    description: Text = ""
+    reproduces: list[Text] = field(default_factory=list)
+    merge: Flag = True
+    cell: Mapping = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:

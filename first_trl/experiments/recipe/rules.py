@@ -1,0 +1,168 @@
+"""What relates several keys of a recipe: roles that exist, arms that make sense, training arguments that are known."""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+
+from ...training.options import DistillOptions, For, marks
+from ...utils.names import nearest
+from ...vocabulary import BAYES
+from .models import ArmSpec, Recipe
+from .parse import refuse
+
+
+# Fields that would share things behind the recipe's back, or put a secret where it is printed
+_REFUSED = ("hub_token", "push_to_hub", "hub_model_id")
+# What an arm trains with belongs to the arm itself, where the run, the report and the card look for it
+_ARM_KEYS = tuple(f.name for f in dataclasses.fields(DistillOptions))
+
+
+def check_recipe(recipe: Recipe, where: str) -> None:
+    """Raises `ValueError` with every combination that has no meaning; the message starts with `where`."""
+    refuse(_problems(recipe), where)
+
+
+def _problems(recipe: Recipe) -> Iterator[str]:
+    yield from _roles(recipe)
+    yield from _capture(recipe)
+    yield from _models(recipe)
+    for name, arm in recipe.arms.items():
+        yield from _arm(recipe, name, arm)
+    yield from _named_arms(recipe)
+    yield from _training(recipe)
+
+
+def _roles(recipe: Recipe) -> Iterator[str]:
+    splits = recipe.task.splits
+    for role in ("train", "validation"):
+        if role not in splits:
+            yield f"task.splits must name the rows for {role!r}."
+    for role in recipe.evaluation.splits:
+        if role not in splits:
+            yield f"evaluation.splits names {role!r}, which task.splits does not hold ({', '.join(splits)})."
+    if not recipe.evaluation.splits:
+        yield "evaluation.splits is empty; name at least one role to evaluate on."
+    for role, split in splits.items():
+        if split.unseen is not None and role not in recipe.evaluation.splits:
+            yield f"task.splits.{role}.unseen only belongs to roles of evaluation.splits."
+
+
+def _capture(recipe: Recipe) -> Iterator[str]:
+    if recipe.capture.vllm_url is None:
+        return
+    if recipe.teachers:
+        yield "capture.vllm_url serves one teacher, and `teachers` names more. Leave one of the two out."
+    if recipe.capture.num_draws:
+        yield "capture.num_draws needs the teacher in this process; leave vllm_url out."
+
+
+def _models(recipe: Recipe) -> Iterator[str]:
+    for role, model in (("teacher", recipe.teacher), ("student", recipe.student)):
+        if model.name_or_path is None and model.architecture is None:
+            yield f"{role} needs `name_or_path` (a pretrained model) or `architecture` (made from scratch)."
+        if model.pretrain is not None and "pretrain" not in recipe.task.splits:
+            yield f"{role}.pretrain needs rows: name task.splits.pretrain."
+    for key in ("sft", "lora", "select"):
+        if getattr(recipe.student, key) is not None:
+            yield f"student.{key} has no meaning; students are arms with their own training."
+        if key != "sft" and getattr(recipe.teacher, key) is not None and recipe.teacher.sft is None:
+            yield f"teacher.{key} belongs to a fine-tuning: give teacher.sft."
+    for name in recipe.teachers:
+        yield from _name(name, f"teachers.{name}")
+        if recipe.teacher.sft is None:
+            yield f"teachers.{name}: the teacher is not fine-tuned here; give teacher.sft."
+
+
+def _name(name: str, place: str) -> Iterator[str]:
+    # Names become folders and repositories
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        yield f"{place}: use letters, digits, '_', '-' and '.' in names, got {name!r}."
+    if name == BAYES:
+        yield f"{place}: {name!r} is the row of the true posterior; choose another name."
+
+
+def _arm(recipe: Recipe, name: str, arm: ArmSpec) -> Iterator[str]:
+    place = f"arms.{name}"
+    if not arm.swept:
+        yield from _name(name, place)
+    if arm.kind == "temperature_scaling" and (
+        arm.of not in recipe.arms or recipe.arms[str(arm.of)].kind == "temperature_scaling"
+    ):
+        yield f"{place}.of must name a trained arm, got {arm.of!r}.{nearest(str(arm.of), recipe.arms)}"
+    misplaced = list(_misplaced(arm))
+    for key in misplaced:
+        kinds = " and ".join(_kinds_of(key) or ())
+        yield f"{place}.{key} has no meaning for kind {arm.kind}, only for {kinds}."
+    if arm.teacher is not None and "teacher" not in misplaced:
+        if arm.teacher not in recipe.teachers:
+            yield f"{place}.teacher: no teacher {arm.teacher!r}.{nearest(arm.teacher, recipe.teachers)}"
+        elif arm.kind == "teacher" and recipe.teachers[arm.teacher].folds is not None:
+            yield f"{place}: teacher {arm.teacher!r} is made of folds; there is no single one to evaluate."
+    if not arm.data:
+        yield f"{place}.data is empty; name at least one role to train on."
+    for role in arm.data:
+        if role not in recipe.task.splits or role in recipe.evaluation.splits:
+            yield f"{place}.data names {role!r}; choose roles of task.splits that nothing is evaluated on."
+    for key, text in arm.problems():
+        if key not in misplaced:
+            yield f"{place}.{key} {text}"
+    if arm.kind == "distill":
+        yield from _target(recipe, arm, place)
+
+
+def _kinds_of(key: str) -> tuple[str, ...] | None:
+    """The kinds of arm that a key means something for; `None` for all of them."""
+    found = next((mark.kinds for mark in marks(ArmSpec)[key] if isinstance(mark, For)), None)
+    return ("distill",) if found is None and key in _ARM_KEYS else found
+
+
+def _misplaced(arm: ArmSpec) -> Iterator[str]:
+    defaults = ArmSpec(kind=arm.kind)
+    for f in dataclasses.fields(ArmSpec):
+        kinds = _kinds_of(f.name)
+        if kinds is not None and arm.kind not in kinds and getattr(arm, f.name) != getattr(defaults, f.name):
+            yield f.name
+
+
+def _target(recipe: Recipe, arm: ArmSpec, place: str) -> Iterator[str]:
+    """What a distilled arm needs of the rest of the recipe, and of the fit of its value."""
+    if arm.top_k is not None and arm.top_k > recipe.capture.k:
+        yield f"{place}.top_k must be from 1 to capture.k = {recipe.capture.k}, got {arm.top_k}."
+    if arm.estimator == "sampled" and not recipe.capture.num_draws:
+        yield f"{place}: the estimator 'sampled' needs draws: set capture.num_draws, e.g. 50."
+    for key in ("objective", "min_value"):
+        if getattr(arm, key) is None:
+            continue
+        if arm.recalibration == "none":
+            yield f"{place}.{key} has no effect without `recalibration`: name the method it belongs to."
+        elif arm.recalibration_value is not None:
+            yield f"{place}.{key} is about a fit, and recalibration_value is given. Leave one out."
+
+
+def _named_arms(recipe: Recipe) -> Iterator[str]:
+    for name in recipe.hub.arms if recipe.hub is not None else []:
+        if name not in recipe.arms or recipe.arms[name].kind not in ("sft", "distill"):
+            yield f"hub.arms names {name!r}, which trains no student.{nearest(name, recipe.arms)}"
+    for key in ("baselines", "highlight"):
+        for name in getattr(recipe.report, key):
+            if name not in recipe.arms:
+                yield f"report.{key}: no arm {name!r}.{nearest(name, recipe.arms)}"
+
+
+def _training(recipe: Recipe) -> Iterator[str]:
+    from ...training.config import FirstDistillConfig
+
+    known = {f.name for f in dataclasses.fields(FirstDistillConfig)} | {"global_batch_size"}
+    trainings = {"training": recipe.training}
+    trainings |= {f"arms.{name}.training": arm.training for name, arm in recipe.arms.items()}
+    trainings |= {f"teachers.{name}.sft": variant.sft for name, variant in recipe.teachers.items()}
+    for name, model in (("teacher", recipe.teacher), ("student", recipe.student)):
+        trainings |= {f"{name}.{part}": getattr(model, part) or {} for part in ("pretrain", "sft")}
+    for place, training in trainings.items():
+        for key in training:
+            if key not in known:
+                yield f"{place}: unknown training argument {key!r}.{nearest(key, known, list_known=False)}"
+            elif key in _ARM_KEYS:
+                yield f"{place}.{key} is a key of the arm itself: arms.NAME.{key}."
+            elif key in _REFUSED:
+                yield (f"{place}.{key}: log in with `hf auth login`; what is shared is named in the recipe's `hub`.")

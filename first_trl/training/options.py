@@ -1,0 +1,262 @@
+"""
+The options of the trainer that are known without torch: [`FirstDistillConfig`] takes its fields from here, and so does an
+arm of a recipe. What an option is, which values it may have and which others it goes with is said here only.
+"""
+
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import Strict
+
+from ..recalibration import ESTIMATORS, METHODS, Recalibration
+from ..utils.names import nearest
+
+
+@dataclass(frozen=True)
+class For:
+    """Marks an option with the kinds of arm that it means something for; without the mark, `distill` only."""
+
+    kinds: tuple[str, ...]
+
+
+def estimators() -> tuple[str, ...]:
+    """Names for `estimator`."""
+    return (*ESTIMATORS, "sampled")
+
+
+def recalibrations() -> tuple[str, ...]:
+    """Names for `recalibration`, with `"none"` first."""
+    return METHODS
+
+
+@dataclass
+class DistillOptions:
+    r"""
+    What a student is distilled on, and what it sees of it.
+
+    Parameters:
+        estimator (`str`, *optional*, defaults to `"topk"`):
+            How the KL divergence to the teacher is estimated from its cached entries. `"topk"`: target renormalised
+            over the k ids, student's full softmax. `"bucket"`: target over the k ids and one entry for all other
+            tokens, with the teacher's exact tail mass. `"renormalized"`: teacher and student both renormalised over
+            the k ids; constrains ratios only, for students that were fine-tuned before. `"sampled"`: draws from the
+            teacher stored at capture; unbiased for the full KL. `"probability_softmax"`: softmax of the student's
+            probabilities over `student_temperature`, as in the authors' code; for replication only.
+        ce_weight (`float`, *optional*, defaults to `0.0`):
+            Weight `w` of the hard-label cross-entropy: the loss is `(1 - w) * KL + w * CE`.
+        student_temperature (`float`, *optional*):
+            Divides the student's probabilities at the k ids, for `estimator="probability_softmax"` only, where 1 is
+            used when not set. Equal to `c` of `recalibration="probability_temperature"`, the optimum is the raw
+            teacher up to a constant: nothing is recalibrated.
+        top_k (`int`, *optional*):
+            Number of cached entries to use, from the most likely. The others move into the tail. When not set, all
+            are used.
+        recalibration (`str`, *optional*, defaults to `"none"`):
+            Rescale of the cached teacher probabilities, never applied to the student. `"probability_temperature"`:
+            softmax of probabilities over `c`, as in the paper. `"logit_temperature"`: power `1/T`.
+            `"label_smoothing"`: `delta` moved from rank 1 to the others. `"log_label_smoothing"`: the same between
+            log-probabilities, as in the authors' code, which is far milder.
+        recalibration_value (`float`, *optional*):
+            c, T or delta. When not set, the value fitted for this method and stored with the cache is used.
+        token_dropout (`float`, *optional*, defaults to `0.0`):
+            Probability that a token of the student's input is replaced in training, while the teacher's target stays
+            that of the whole text (word dropout). Special tokens, padding and supervised tokens are never replaced.
+    """
+
+    estimator: Annotated[str, Strict()] = field(
+        default="topk",
+        metadata={
+            "help": "How the KL divergence to the teacher is estimated from its cached entries. `topk`: target "
+            "renormalised over the k ids, student's full softmax. `bucket`: target over the k ids and one entry for "
+            "all other tokens, with the teacher's exact tail mass. `renormalized`: teacher and student both "
+            "renormalised over the k ids; constrains ratios only, for students that were fine-tuned before. "
+            "`sampled`: draws from the teacher stored at capture; unbiased for the full KL. `probability_softmax`: "
+            "softmax of the student's probabilities over `student_temperature`, as in the authors' code; for "
+            "replication only.",
+        },
+    )
+    ce_weight: Annotated[float, Strict(), Ge(0.0), Le(1.0)] = field(
+        default=0.0,
+        metadata={"help": "Weight `w` of the hard-label cross-entropy: the loss is `(1 - w) * KL + w * CE`."},
+    )
+    student_temperature: Annotated[float, Strict(), Gt(0.0), Lt(float("inf"))] | None = field(
+        default=None,
+        metadata={
+            "help": "Divides the student's probabilities at the k ids, for `estimator='probability_softmax'` only, "
+            "where 1 is used when not set. Equal to `c` of `recalibration='probability_temperature'`, the optimum is "
+            "the raw teacher up to a constant: nothing is recalibrated."
+        },
+    )
+    top_k: Annotated[int, Strict(), Ge(1)] | None = field(
+        default=None,
+        metadata={
+            "help": "Number of cached entries to use, from the most likely. The others move into the tail. When not "
+            "set, all are used."
+        },
+    )
+    recalibration: Annotated[str, Strict()] = field(
+        default="none",
+        metadata={
+            "help": "Rescale of the cached teacher probabilities, never applied to the student. "
+            "`probability_temperature`: softmax of probabilities over `c`, as in the paper. `logit_temperature`: "
+            "power `1/T`. `label_smoothing`: `delta` moved from rank 1 to the others. `log_label_smoothing`: the same "
+            "between log-probabilities, as in the authors' code, which is far milder.",
+        },
+    )
+    recalibration_value: Annotated[float, Strict()] | None = field(
+        default=None,
+        metadata={
+            "help": "c, T or delta. When not set, the value fitted for this method and stored with the cache is used."
+        },
+    )
+    token_dropout: Annotated[float, Strict(), Ge(0.0), Lt(1.0), For(("sft", "distill"))] = field(
+        default=0.0,
+        metadata={
+            "help": "Probability that a token of the student's input is replaced in training, while the teacher's "
+            "target stays that of the whole text (word dropout). Special tokens, padding and supervised tokens are "
+            "never replaced."
+        },
+    )
+
+    def options(self) -> dict[str, Any]:
+        """The options by name, without what a subclass adds."""
+        return {f.name: getattr(self, f.name) for f in fields(DistillOptions)}
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """What is wrong with the options: the name of one, and the rest of a sentence that begins with it."""
+        yield from _outside(self)
+        for key, known in (("estimator", estimators()), ("recalibration", recalibrations())):
+            value = getattr(self, key)
+            if value not in known:
+                yield (
+                    key,
+                    f"must be one of {', '.join(known)}, got {value!r}.{nearest(value, known, list_known=False)}",
+                )
+        if self.recalibration_value is not None and self.recalibration in recalibrations():
+            if self.recalibration == "none":
+                methods = ", ".join(recalibrations()[1:])
+                yield (
+                    "recalibration_value",
+                    f"has no effect with `recalibration='none'`. Name the method it belongs to, one of {methods}.",
+                )
+            else:
+                try:
+                    Recalibration(self.recalibration, self.recalibration_value)
+                except ValueError as error:
+                    yield "recalibration_value", f"is out of range: {error}"
+        if self.student_temperature is not None and self.estimator != "probability_softmax":
+            yield (
+                "student_temperature",
+                f"has no effect with estimator={self.estimator!r}: it belongs to the estimator probability_softmax. "
+                "Leave it unset, or choose that estimator.",
+            )
+        if self.estimator == "sampled" and self.recalibration != "none":
+            yield (
+                "recalibration",
+                "has no meaning with `estimator='sampled'`, which trains on draws from the raw teacher, which cannot be "
+                "rescaled afterwards. Set `recalibration='none'`, or use `estimator='bucket'`.",
+            )
+        if self.estimator == "sampled" and self.top_k is not None:
+            yield (
+                "top_k",
+                "has no meaning with `estimator='sampled'`: leaving draws out would bias it. Leave it unset.",
+            )
+
+
+@dataclass
+class TrainerOptions(DistillOptions):
+    r"""
+    The options of [`FirstDistillConfig`]: those of [`DistillOptions`], and two that are about how, not what.
+
+    Parameters:
+        loss_chunk_size (`int`, *optional*):
+            Supervised tokens per chunk of the fused loss. When not set, chosen from the vocabulary size.
+        token_dropout_id (`int`, *optional*):
+            Token put in place of dropped ones. When not set, the first that the tokenizer has of unknown, mask,
+            padding and end-of-sequence token.
+    """
+
+    loss_chunk_size: Annotated[int, Ge(1)] | None = field(
+        default=None,
+        metadata={
+            "help": "Supervised tokens per chunk of the fused loss. When not set, chosen from the vocabulary size."
+        },
+    )
+    token_dropout_id: int | None = field(
+        default=None,
+        metadata={
+            "help": "Token put in place of dropped ones. When not set, the first that the tokenizer has of unknown, "
+            "mask, padding and end-of-sequence token."
+        },
+    )
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """As in [`DistillOptions`]."""
+        yield from super().problems()
+        if self.token_dropout_id is not None and self.token_dropout == 0.0:
+            yield "token_dropout_id", "has no effect with `token_dropout=0`. Set the rate, or leave the id unset."
+        elif self.token_dropout_id is not None and self.token_dropout_id < 0:
+            yield "token_dropout_id", f"must be an id of the vocabulary, got {self.token_dropout_id}."
+
+
+def check_options(options: DistillOptions) -> None:
+    """Raises `ValueError` with all that is wrong with the options."""
+    found = [f"`{key}` {text}" for key, text in options.problems()]
+    if found:
+        raise ValueError(" ".join(found))
+
+
+def marks(cls: type) -> dict[str, list[Any]]:
+    """Field name -> what its type is annotated with, of a dataclass."""
+    return {name: marks_of(hint) for name, hint in typing.get_type_hints(cls, include_extras=True).items()}
+
+
+def marks_of(hint: Any) -> list[Any]:
+    """What a type is annotated with, `None` or not."""
+    found = []
+    if typing.get_origin(hint) is Annotated:
+        found = list(hint.__metadata__)
+        hint = hint.__origin__
+    # Of a list or a mapping, the marks are about its items
+    if typing.get_origin(hint) not in (list, dict):
+        found += [mark for part in typing.get_args(hint) for mark in marks_of(part)]
+    return found
+
+
+def limits_text(found: list[Any]) -> str:
+    """`at least 1`, `in [0, 1)`, ... from the marks of a field."""
+    limits = _limits(found)
+    low = limits.get("ge", limits.get("gt"))
+    high = limits.get("le", limits.get("lt"))
+    if high is None:
+        return f"at least {low:g}" if "ge" in limits else f"above {low:g}"
+    if low is None:
+        return f"at most {high:g}" if "le" in limits else f"below {high:g}"
+    if high == float("inf"):
+        return f"finite and {'at least' if 'ge' in limits else 'above'} {low:g}"
+    return f"in {'[' if 'ge' in limits else '('}{low:g}, {high:g}{']' if 'le' in limits else ')'}"
+
+
+def _limits(found: list[Any]) -> dict[str, Any]:
+    return {name: getattr(mark, name) for mark in found for name in ("ge", "gt", "le", "lt") if hasattr(mark, name)}
+
+
+def _outside(options: DistillOptions) -> Iterator[tuple[str, str]]:
+    cls = TrainerOptions if isinstance(options, TrainerOptions) else DistillOptions
+    for key, found in marks(cls).items():
+        value, limits = getattr(options, key), _limits(found)
+        if value is None or not limits:
+            continue
+        # NaN is within no limits
+        inside = (
+            isinstance(value, int | float)
+            and value >= limits.get("ge", float("-inf"))
+            and (value > limits["gt"] if "gt" in limits else True)
+            and (value <= limits["le"] if "le" in limits else True)
+            and (value < limits["lt"] if "lt" in limits else True)
+        )
+        if not inside:
+            yield key, f"must be {limits_text(found)}, got {value!r}."
