@@ -3,17 +3,20 @@
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset
+import pyarrow as pa
+from datasets import Dataset, ReadInstruction
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
 from ..cache.folder import cache_size, load_manifest
 from ..teacher.backends import TeacherBackend, VLLMBackend
 from ..teacher.capture import add_teacher_topk
 from ..utils.processes import process_state
+from ..utils.tables import file_kind, load_table
 
 
 QUANTIZATIONS = ("8bit", "4bit")
@@ -25,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--teacher-revision", help="branch, tag or commit of the teacher")
     source.add_argument("--tokenizer", help="Hub id or folder of the tokenizer; default: the teacher's")
     source.add_argument(
-        "--dataset", required=True, help="Hub id, folder saved by datasets, or a json/jsonl/parquet/csv file"
+        "--dataset",
+        required=True,
+        help="Hub id, folder saved by datasets, or a file (csv, tsv, json, jsonl, parquet, arrow, xlsx; also compressed)",
     )
     source.add_argument("--config", help="configuration of a Hub dataset")
     source.add_argument("--dataset-revision", help="branch, tag or commit of the dataset")
@@ -123,18 +128,48 @@ def _load_rows(args: argparse.Namespace) -> Dataset:
                 raise ValueError(f"{path} has splits {sorted(loaded)}, not {args.split!r}. Choose one with `--split`.")
             loaded = loaded[args.split]
     elif path.is_file():
-        kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}.get(
-            path.suffix if path.suffix != ".gz" else Path(path.stem).suffix
-        )
-        if kind is None:
-            raise ValueError(f"{path}: expected a .json, .jsonl, .parquet or .csv file.")
-        name = args.split.split("[")[0]
-        loaded = datasets.load_dataset(kind, data_files={name: str(path)}, split=args.split)
-    elif path.suffix in (".json", ".jsonl", ".parquet", ".csv", ".gz") or args.dataset.startswith(("/", ".")):
+        loaded = _slice(_from_file(path), args.split)
+    elif file_kind(path)[1:] != (None, None) or args.dataset.startswith(("/", ".")):
         raise ValueError(f"{path} does not exist. Check the path.")
     else:
         loaded = datasets.load_dataset(args.dataset, args.config, split=args.split, revision=args.dataset_revision)
     return loaded if args.max_rows is None else loaded.select(range(min(args.max_rows, len(loaded))))
+
+
+def _from_file(path: Path) -> Dataset:
+    """Rows of a file as a dataset."""
+    table = load_table(path)
+    if table.empty:
+        print(f"{path}: {len(table.empty)} empty rows left out", file=sys.stderr)
+    names = list(dict.fromkeys(name for row in table.rows for name in row))
+    try:
+        return Dataset.from_dict({name: [row.get(name) for row in table.rows] for name in names})
+    except (pa.ArrowException, OverflowError) as error:
+        column = next((name for name in names if not _has_one_type([row.get(name) for row in table.rows])), None)
+        where = f"column {column!r}" if column is not None else "a column"
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"{path}: {where} holds values of different types ({reason}). Write all of them as texts, or all as numbers."
+        ) from None
+
+
+def _has_one_type(values: list[Any]) -> bool:
+    try:
+        pa.array(values)
+    except (pa.ArrowException, OverflowError):
+        return False
+    return True
+
+
+def _slice(rows: Dataset, split: str) -> Dataset:
+    name = split.split("[")[0]
+    if name == split:
+        return rows
+    try:
+        parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows)})
+    except (ValueError, AssertionError) as error:
+        raise ValueError(f"Cannot read the slice {split!r} of {len(rows)} rows: {error}") from None
+    return rows.select([i for part in parts for i in range(part.from_, part.to)])
 
 
 def _teacher(args: argparse.Namespace) -> str | TeacherBackend:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from .base import DropRow, Example, Task
-from .multiple_choice import required
+from .multiple_choice import optional_text, required_text
 from .sizes import SplitSize
 from .template import check_template
 
@@ -56,8 +56,8 @@ class Alpaca(Task):
         check_template("completion", self.completion, ("output",), ("output",))
 
     def example(self, row: dict[str, Any], *, split: str) -> Example:
-        instruction, output = str(required(row, "instruction")).strip(), str(required(row, "output"))
-        given = str(row.get("input") or "").strip()
+        instruction, output = required_text(row, "instruction").strip(), required_text(row, "output")
+        given = optional_text(row, "input").strip()
         if not instruction:
             raise ValueError("the instruction is empty")
         if not output.strip():

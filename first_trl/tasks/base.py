@@ -4,7 +4,7 @@ import dataclasses
 import importlib
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -13,6 +13,7 @@ from datasets import Dataset, Features, List, ReadInstruction, Value
 from transformers import PreTrainedTokenizerBase
 
 from ..utils.names import nearest
+from ..utils.tables import is_nan, listed
 from .sizes import SplitSize
 from .source import read_rows
 
@@ -122,8 +123,8 @@ class Task:
     unlabelled_splits: ClassVar[tuple[str, ...]] = ()
     # A split of the original release may be spread over one file per subject.
     many_files: ClassVar[bool] = False
-    # The first row of a CSV file names its columns (the original releases have no such row).
-    csv_header: ClassVar[bool] = False
+    # The first row of a CSV file names its columns.
+    csv_header: ClassVar[bool] = True
     # The rows are the user's own: there is no default place to read them from.
     needs_path: ClassVar[bool] = False
 
@@ -145,10 +146,14 @@ class Task:
         """Turns one source row into an [`Example`]; raises `ValueError` or [`DropRow`] with the reason alone."""
         raise NotImplementedError(f"{type(self).__name__} reads no source rows")
 
+    def hint(self, rows: Sequence[dict[str, Any]]) -> str:
+        """What the rows as a whole tell about their mend, when some of them cannot be used; `""` for nothing."""
+        return ""
+
     def rows(
         self, split: str, path: str | None, revision: str | None, seed: int
-    ) -> Iterable[tuple[str, dict[str, Any] | Example]]:
-        """Yields `(where, row)`: `where` names the row in error messages."""
+    ) -> Iterable[tuple[str, dict[str, Any] | Example | None]]:
+        """Yields `(where, row)`: `where` names the row in error messages, and an empty row is `None`."""
         return read_rows(
             path or self.hub_id or "",
             split=split,
@@ -175,8 +180,8 @@ class Task:
                 Name of the split, with an optional slice in the notation of `datasets`: `"train"`,
                 `"train[:90%]"`, `"validation[100:200]"`. The slice counts source rows, before any is dropped.
             path (`str`, *optional*):
-                Hub dataset id, or local file or folder in the benchmark's original format (`.jsonl`, `.json`, `.csv`,
-                each also gzipped, or `.parquet`). Defaults to the benchmark's own repository on the Hub.
+                Hub dataset id, or local file or folder in the benchmark's original format, see
+                [`first_trl.utils.tables`]. Defaults to the benchmark's own repository on the Hub.
             revision (`str`, *optional*):
                 Commit, tag or branch of the Hub dataset.
             limit (`int`, *optional*):
@@ -206,30 +211,46 @@ class Task:
             raise ValueError(f"Task {self.name!r} is generated, so `revision` has no meaning; remove it.")
         if path is not None and generated:
             raise ValueError(f"Task {self.name!r} is generated, so `path` has no meaning; remove it.")
-        source = list(enumerate(self.rows(name, path, revision, seed)))
+        found: list[tuple[str, dict[str, Any] | Example]] = []
+        empty: Counter[int] = Counter()
+        for where, row in self.rows(name, path, revision, seed):
+            if row is None:
+                # Counted with the row in front of it when a slice is taken
+                empty[max(len(found) - 1, 0)] += 1
+            else:
+                found.append((where, row))
+        source = list(enumerate(found))
         if name != split:
             source = _slice(source, name, split)
+        n_empty = sum(empty[index] for index, _ in source)
         kept: list[dict[str, Any]] = []
-        reasons: Counter[str] = Counter()
+        reasons: Counter[str] = Counter({"empty row": n_empty} if n_empty else {})
         seen: dict[str, str] = {}
+        errors: list[str] = []
         for index, (where, row) in source:
             try:
                 example = row if isinstance(row, Example) else self.example(row, split=name)
+                row_id = row.get("id") if isinstance(row, dict) else None
+                row_id = f"{self.name}-{name}-{index}" if row_id in (None, "") else str(row_id)
+                if isinstance(row, dict) and is_nan(row.get("id")):
+                    raise ValueError("the id is NaN. Fill it in, or leave it out")
+                if row_id in seen:
+                    raise ValueError(
+                        f"id {row_id!r} was already used by {seen[row_id]}. Predictions are joined by id, so ids must be "
+                        "unique; rename one of them or remove the duplicate row."
+                    )
             except DropRow as error:
                 reasons[str(error)] += 1
                 continue
             except ValueError as error:
-                raise ValueError(f"{where}: {error}") from None
-            row_id = row.get("id") if isinstance(row, dict) else None
-            row_id = f"{self.name}-{name}-{index}" if row_id in (None, "") else row_id
-            if row_id in seen:
-                raise ValueError(
-                    f"{where}: id {row_id!r} was already used by {seen[row_id]}. Predictions are joined by id, so ids "
-                    "must be unique; rename one of them or remove the duplicate row."
-                )
+                errors.append(f"{where}: {error}")
+                continue
             seen[row_id] = where
             values = {field: value for field, value in vars(example).items() if value is not None}
-            kept.append({**values, "id": str(row_id), "question": example.question or example.prompt})
+            kept.append({**values, "id": row_id, "question": example.question or example.prompt})
+        if errors:
+            hint = self.hint([row for _, (_, row) in source if isinstance(row, dict)])
+            raise ValueError(listed(errors, len(source)) + (f" {hint}" if hint else ""))
         if not kept:
             raise ValueError(
                 f"Split {split!r} of task {self.name!r} has no usable rows ({len(source)} read, dropped: "
@@ -245,7 +266,7 @@ class Task:
         # `from_list` takes the columns of the first row, and an unlabelled row has no completion.
         columns = {name: [row.get(name) for row in kept] for name in features}
         dataset = Dataset.from_dict(columns, features=features)
-        return TaskSplit(dataset, len(source), n_usable - len(kept), dict(reasons))
+        return TaskSplit(dataset, len(source) + n_empty, n_usable - len(kept), dict(reasons))
 
     @classmethod
     def from_options(cls, **options: Any) -> Self:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from .base import Example, Task
-from .multiple_choice import required
+from .multiple_choice import optional_text, required, required_text
 from .sizes import SplitSize
 from .template import check_template
 
@@ -60,14 +60,14 @@ class BoolQ(Task):
         return "{passage}\nQuestion: {question}?\nAnswer:" if self.with_passage else "Question: {question}?\nAnswer:"
 
     def example(self, row: dict[str, Any], *, split: str) -> Example:
-        values = {"question": str(required(row, "question")).strip().rstrip("?")}
+        values = {"question": required_text(row, "question").strip().rstrip("?")}
         if self.with_passage:
             if row.get("passage") is None:
                 raise ValueError(
                     "field 'passage' is missing. Give a file that has it, or ask for questions without passages with "
                     "with_passage=False"
                 )
-            values["passage"] = str(row["passage"]).strip()
+            values["passage"] = required_text(row, "passage").strip()
         for field, value in values.items():
             if not value:
                 raise ValueError(f"the {field} is empty")
@@ -81,6 +81,6 @@ class BoolQ(Task):
             choices[gold],
             choices,
             gold,
-            group=str(row.get("title") or ""),
+            group=optional_text(row, "title"),
             question=values["question"],
         )

@@ -1,10 +1,11 @@
 """
-Your own multiple-choice questions: a CSV, JSON-lines, JSON or Parquet file, or a dataset on the Hub.
+Your own multiple-choice questions: a CSV, TSV, Excel, JSON, JSON-lines, Parquet or Arrow file, or a dataset on the Hub.
 
 Columns: `question`; the choices, either as `choices` (a list, or the text of a JSON list) or one column per choice,
-`A`, `B` and so on; `answer`, the letter of the right choice or its exact text; and, where you have them, `id` and
-`group` (rows that belong together, such as those of one document). Other columns are left alone. A row may have 2 to
-26 choices.
+`A`, `B` and so on; `answer`, the letter of the right choice (`B`, `b`, `(B)`, `B.`) or its exact text, or its number
+where the option `answers_from` says whether numbers count from 0 or from 1; and, where you have them, `id` and `group`
+(rows that belong together, such as those of one document). Other columns are left alone. A row may have 2 to 26
+choices. What a cell means, and what is missing, is told in [`first_trl.utils.tables`].
 
 ```text
 question,A,B,C,answer
@@ -18,15 +19,17 @@ ones.
 """
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..utils.tables import as_text, is_nan
 from .base import Example
-from .multiple_choice import LETTERS, MultipleChoice, required
+from .multiple_choice import LETTERS, MultipleChoice, cell_texts, optional_text, required
 from .source import SPLIT_WORDS, names_split
 
 
@@ -38,20 +41,27 @@ class Custom(MultipleChoice):
     Attributes:
         shuffle_seed (`int` or `None`): Puts the rows of a file in an order drawn with this seed before a slice is
             taken. `None` keeps the order of the file, in which the last rows may be about other things than the first.
+        answers_from (`0`, `1` or `None`): What the first choice is called where answers are numbers. With `None` a number
+            is an answer only where it is the text of a choice.
     """
 
     shuffle_seed: int | None = None
+    answers_from: int | None = None
 
     name = "custom"
     splits = {split: split for split in ("train", "validation", "test", "ood", "unlabelled")}
     unlabelled_splits = ("unlabelled",)
     n_choices = (2, len(LETTERS))
-    csv_header = True
     needs_path = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.answers_from not in (None, 0, 1) or isinstance(self.answers_from, bool):
+            raise ValueError(f"`answers_from` must be 0 or 1, got {self.answers_from!r}.")
 
     def rows(
         self, split: str, path: str | None, revision: str | None, seed: int
-    ) -> Iterable[tuple[str, dict[str, Any] | Example]]:
+    ) -> Iterable[tuple[str, dict[str, Any] | Example | None]]:
         file = Path(path or "").expanduser()
         if split != "train" and file.is_file() and not names_split(file, split):
             words = " or ".join(map(repr, SPLIT_WORDS.get(split, (split,))))
@@ -62,24 +72,44 @@ class Custom(MultipleChoice):
             )
         rows = list(super().rows(split, path, revision, seed))
         if self.shuffle_seed is not None:
-            rows = [rows[i] for i in np.random.default_rng(self.shuffle_seed).permutation(len(rows))]
+            empty = [row for row in rows if row[1] is None]
+            rows = [row for row in rows if row[1] is not None]
+            order = np.random.default_rng(self.shuffle_seed).permutation(len(rows))
+            rows = [*(rows[i] for i in order), *empty]
         return rows
+
+    def hint(self, rows: Sequence[dict[str, Any]]) -> str:
+        numbers = [number for row in rows if (number := _whole(row.get("answer"))) is not None]
+        if self.answers_from is not None or not numbers or len(numbers) < len(rows):
+            return ""
+        low, high = min(numbers), max(numbers)
+        try:
+            reaches = any(number == len(_choices(row)) for row, number in zip(rows, numbers, strict=True))
+        except ValueError:
+            return ""
+        if low == 0 and not reaches:
+            return "The answers are numbers that count from 0: give the option answers_from=0."
+        if low > 0 and reaches:
+            return "The answers are numbers that count from 1: give the option answers_from=1."
+        return (
+            f"The answers are the numbers {low} to {high}, which may count from 0 or from 1: say which with the option "
+            "answers_from=0 or answers_from=1."
+        )
 
     def example(self, row: dict[str, Any], *, split: str) -> Example:
         texts = _choices(row)
         gold = -1
         if split not in self.unlabelled_splits:
-            if row.get("answer") is None:
+            if row.get("answer") is None or is_nan(row["answer"]):
                 raise ValueError(
                     "field 'answer' is missing. Fill it in, or put questions without an answer into the split "
                     f"'unlabelled' (the row has: {', '.join(row)})"
                 )
-            gold = _gold(row["answer"], texts)
+            gold = _gold(row["answer"], texts, self.answers_from)
         question = required(row, "question")
         if not isinstance(question, str):
             raise ValueError(f"the question is {question!r}, not a text")
-        group = row.get("group")
-        return self.fill(question, texts, gold, group="" if group is None else str(group))
+        return self.fill(question, texts, gold, group=optional_text(row, "group"))
 
 
 def _choices(row: dict[str, Any]) -> list[str]:
@@ -108,34 +138,57 @@ def _choices(row: dict[str, Any]) -> list[str]:
             choices.pop()
     else:
         raise ValueError(f"there are no choices: give 'choices', or columns A, B, ... (the row has: {', '.join(row)})")
-    texts = []
-    for i, choice in enumerate(choices):
-        name = LETTERS[i] if i < len(LETTERS) else f"number {i + 1}"
-        if choice is None:
-            raise ValueError(f"choice {name} is empty")
-        if isinstance(choice, bool) or not isinstance(choice, str | int | float):
-            raise ValueError(f"choice {name} is {choice!r}, not a text")
-        texts.append(str(choice).strip())
-        if texts[-1] in texts[:-1]:
-            raise ValueError(f"choices {LETTERS[texts.index(texts[-1])]} and {name} are both {texts[-1]!r}")
+    texts = [text.strip() for text in cell_texts(choices)]
+    for i, text in enumerate(texts):
+        if text in texts[:i]:
+            raise ValueError(f"choices {LETTERS[texts.index(text)]} and {_name(i)} are both {text!r}")
     return texts
 
 
-def _gold(answer: Any, texts: list[str]) -> int:
-    """Index of the right choice, from its letter or its text."""
-    key = str(answer).strip()
+def _name(i: int) -> str:
+    return LETTERS[i] if i < len(LETTERS) else f"number {i + 1}"
+
+
+def _whole(answer: Any) -> int | None:
+    """An answer as a whole number, `None` when it is none."""
+    if isinstance(answer, str):
+        return int(answer) if re.fullmatch(r"\s*\d{1,9}\s*", answer) else None
+    if isinstance(answer, bool) or not isinstance(answer, int | float) or answer != answer // 1:
+        return None
+    return int(answer)
+
+
+def _gold(answer: Any, texts: list[str], answers_from: int | None) -> int:
+    """Index of the right choice, from its letter, its text, or its number where that is said to be one."""
     letters = LETTERS[: len(texts)]
-    by_letter = letters.index(key) if len(key) == 1 and key in letters else None
+    number = _whole(answer)
+    if answers_from is not None and number is not None:
+        if not 0 <= number - answers_from < len(texts):
+            raise ValueError(
+                f"the answer {answer!r} is no number from {answers_from} to {len(texts) - 1 + answers_from}, as "
+                f"{len(texts)} choices counted from {answers_from} have"
+            )
+        return number - answers_from
+    key = as_text(answer).strip()
     by_text = texts.index(key) if key in texts else None
+    # Only a text can be written like a letter and mean itself, so "b" is a letter where no choice is called so
+    written = re.fullmatch(r"\(?([A-Z])[).:]?" if by_text is not None else r"\(?([A-Za-z])[).:]?", key)
+    letter = written[1].upper() if written else ""
+    by_letter = letters.index(letter) if letter and letter in letters else None
     if by_letter is not None and by_text is not None and by_letter != by_text:
         raise ValueError(
-            f"the answer {key!r} is the letter of choice {key} and the text of choice {letters[by_text]}; reorder or "
+            f"the answer {key!r} is the letter of choice {letter} and the text of choice {letters[by_text]}; reorder or "
             "reword the choices"
         )
     found = by_letter if by_letter is not None else by_text
     if found is None:
         raise ValueError(
-            f"the answer {answer!r} is neither a letter from A to {letters[-1:] or 'A'} nor the text of a choice. "
-            "Numbers of choices are not read, as they may count from 0 or from 1; write the letter"
+            f"the answer {answer!r} is neither a letter from A to {letters[-1:] or 'A'} nor the text of a choice"
+            + (
+                ". Numbers of choices are read only where the option `answers_from` says whether they count from 0 or "
+                "from 1"
+                if number is not None
+                else ". Write one letter"
+            )
         )
     return found

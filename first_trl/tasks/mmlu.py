@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from .base import DropRow, Example
-from .multiple_choice import LETTERS, MultipleChoice, required
+from .multiple_choice import LETTERS, MultipleChoice, cell_texts, optional_text, required
 from .sizes import SplitSize
 
 
@@ -31,6 +31,8 @@ class MMLU(MultipleChoice):
     splits = {"dev": "dev", "validation": "validation", "test": "test", "auxiliary_train": "auxiliary_train"}
     n_choices = (4, 4)
     many_files = True
+    # The original release
+    csv_header = False
     published: ClassVar[dict[str, SplitSize]] = {
         "dev": SplitSize(285, 429.9, 2, 107.2, 1, 548),
         "validation": SplitSize(1531),
@@ -44,7 +46,7 @@ class MMLU(MultipleChoice):
 
     def example(self, row: dict[str, Any], *, split: str) -> Example:
         if "cells" in row:  # original release
-            cells = row["cells"]
+            cells = [cell or "" for cell in row["cells"]]
             if len(cells) != 6:
                 raise ValueError(f"{len(cells)} columns, expected 6: question, four choices, letter of the answer")
             question, *texts, letter = cells
@@ -54,9 +56,11 @@ class MMLU(MultipleChoice):
             subject = re.sub("_(dev|val|test)$", "", row["file"])  # "abstract_algebra_test"
         else:  # the Hub's layout
             question, texts, gold = required(row, "question"), required(row, "choices"), required(row, "answer")
-            subject = row.get("subject") or ""
+            subject = optional_text(row, "subject")
+            if gold in list("ABCD"):  # `datasets` names its class labels so
+                gold = LETTERS.index(gold)
             if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(texts):
                 raise ValueError(f"the answer {gold!r} is not the number of one of {len(texts)} choices")
         if self.subject is not None and subject != self.subject:
             raise DropRow("other subject")
-        return self.fill(question, [str(text) for text in texts], gold, group=subject)
+        return self.fill(question, cell_texts(texts), gold, group=subject)

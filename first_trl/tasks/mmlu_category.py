@@ -190,8 +190,16 @@ def _questions(path: str, revision: str | None, with_choices: bool) -> list[tupl
     mmlu = MMLU(completion="{text}")
     found = []
     for where, row in read_rows(
-        path, split="test", hub_split="test", config=mmlu.hub_config, revision=revision, many_files=True
+        path,
+        split="test",
+        hub_split="test",
+        config=mmlu.hub_config,
+        revision=revision,
+        many_files=True,
+        csv_header=False,
     ):
+        if row is None:
+            continue
         try:
             example = mmlu.example(row, split="test")
             if example.group not in _CATEGORY:

@@ -1,9 +1,10 @@
 """What the lettered multiple-choice benchmarks share: one template, letters by position, and the checks of a row."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ..utils.tables import as_text, is_nan
 from .base import Example, Task
 from .template import check_template
 
@@ -104,16 +105,48 @@ def labelled_choices(choices: Any, answer_key: str | None, *, gold_required: boo
         raise ValueError(f"choice labels repeat: {labels}")
     key = str(answer_key or "").strip()
     if key in labels:
-        return [str(text) for text in texts], labels.index(key)
+        return cell_texts(texts), labels.index(key)
     if key:
         raise ValueError(f"answerKey {key!r} is not among the labels {labels}")
     if gold_required:
         raise ValueError("answerKey is missing, and this split must have one")
-    return [str(text) for text in texts], -1
+    return cell_texts(texts), -1
 
 
 def required(row: Mapping[str, Any], field: str) -> Any:
     """Value of a field that must be there."""
     if row.get(field) is None:
         raise ValueError(f"field {field!r} is missing (the row has: {', '.join(row)})")
+    if is_nan(row[field]):
+        raise ValueError(f"field {field!r} is NaN, which pandas writes for an empty cell. Fill it in")
     return row[field]
+
+
+def required_text(row: Mapping[str, Any], field: str) -> str:
+    """Text of a field that must be there."""
+    required(row, field)
+    return optional_text(row, field)
+
+
+def optional_text(row: Mapping[str, Any], field: str) -> str:
+    """Text of a field that may be absent, then `""`; a NaN is refused, as it is not the word "nan"."""
+    if row.get(field) is None:
+        return ""
+    try:
+        return as_text(row[field])
+    except ValueError as error:
+        raise ValueError(f"field {field!r} {error}") from None
+
+
+def cell_texts(choices: Iterable[Any]) -> list[str]:
+    """Texts of the choices of a row; one that is missing is refused, as it is not the word "None"."""
+    texts = []
+    for i, choice in enumerate(choices):
+        name = LETTERS[i] if i < len(LETTERS) else f"number {i + 1}"
+        if choice is None:
+            raise ValueError(f"choice {name} is empty")
+        try:
+            texts.append(as_text(choice))
+        except ValueError as error:
+            raise ValueError(f"choice {name} {error}") from None
+    return texts

@@ -1,16 +1,13 @@
 """Where rows come from: a dataset on the Hub, or a local file or folder in a benchmark's original format."""
 
-import csv
-import gzip
-import io
-import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..utils.tables import ENDINGS, file_kind, label_name, load_table
 
-_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
 # Words that mark a split in file names of the original releases ("dev_rand_split.jsonl", "test-00000-of-00001.parquet").
 SPLIT_WORDS = {
     "validation": ("validation", "valid", "val", "dev"),
@@ -28,10 +25,10 @@ def read_rows(
     config: str | None = None,
     revision: str | None = None,
     many_files: bool = False,
-    csv_header: bool = False,
-) -> Iterator[tuple[str, dict[str, Any]]]:
+    csv_header: bool = True,
+) -> Iterator[tuple[str, dict[str, Any] | None]]:
     """
-    Yields `(where, row)` for every row of a split, with no change to the row.
+    Yields `(where, row)` for every row of a split, with no change to the row, and `(where, None)` for every empty row.
 
     Args:
         path (`str`): Existing file or folder, else a Hub dataset id.
@@ -41,7 +38,7 @@ def read_rows(
         revision (`str`, *optional*): Revision on the Hub.
         many_files (`bool`, *optional*, defaults to `False`): Whether a split may be spread over several files in a
             folder. Shards of one Parquet file always may.
-        csv_header (`bool`, *optional*, defaults to `False`): Whether the first row of a CSV file names its columns.
+        csv_header (`bool`, *optional*, defaults to `True`): Whether the first row of a CSV file names its columns.
             Without it, a row is `{"file": name of the file, "cells": [...]}`.
 
     Raises:
@@ -51,7 +48,7 @@ def read_rows(
     if not local.exists():
         if _looks_local(path):
             raise ValueError(
-                f"There is no file or folder {path!r}. Give an existing {', '.join(_SUFFIXES)} file (also gzipped), a "
+                f"There is no file or folder {path!r}. Give an existing file ({ENDINGS}), a "
                 "folder that holds one per split, or the id of a dataset on the Hub."
             )
         yield from _hub_rows(path, hub_split, config, revision)
@@ -64,17 +61,14 @@ def read_rows(
 
 def _looks_local(path: str) -> bool:
     return (
-        path.startswith((".", "/", "~"))
-        or path.count("/") > 1
-        or "\\" in path
-        or path.removesuffix(".gz").endswith(_SUFFIXES)
+        path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path or file_kind(path)[1:] != (None, None)
     )
 
 
 def _hub_rows(
     path: str, hub_split: str, config: str | None, revision: str | None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    from datasets import load_dataset
+    from datasets import ClassLabel, load_dataset
 
     try:
         dataset = load_dataset(path, config, split=hub_split, revision=revision)
@@ -85,8 +79,11 @@ def _hub_rows(
             f"While loading split {hub_split!r} of {path!r} from the Hub. Without a network, give `path` a local copy."
         )
         raise
+    labels = {name: feature.names for name, feature in dataset.features.items() if isinstance(feature, ClassLabel)}
     for i, row in enumerate(dataset):
-        yield f"{path} {hub_split} row {i}", row
+        where = f"{path} {hub_split} row {i}"
+        named = {name: label_name(row[name], names, f"{where}: {name!r}") for name, names in labels.items()}
+        yield where, {**row, **named}
 
 
 def _split_files(folder: Path, split: str, config: str | None, many_files: bool) -> list[Path]:
@@ -125,69 +122,14 @@ def _has_word(file: Path, folder: Path, word: str) -> bool:
 
 def _stem(file: Path) -> str | None:
     """File name without its data suffix; `None` when it has none."""
-    name = file.name.removesuffix(".gz")
-    suffix = next((s for s in _SUFFIXES if name.endswith(s)), None)
-    return None if suffix is None else name.removesuffix(suffix)
+    stem, kind, _ = file_kind(file)
+    return None if kind is None else stem
 
 
-def _file_rows(file: Path, csv_header: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    stem = _stem(file)
-    if stem is None:
-        raise ValueError(f"{str(file)!r} is not a {', '.join(_SUFFIXES)} file (also gzipped); convert it to one.")
-    suffix = file.name.removesuffix(".gz").removeprefix(stem)
-    try:
-        if suffix == ".parquet":
-            import pyarrow.parquet as pq
-
-            rows: Iterable = enumerate(pq.read_table(file).to_pylist())
-        else:
-            raw = gzip.decompress(file.read_bytes()) if file.name.endswith(".gz") else file.read_bytes()
-            text = raw.decode("utf-8-sig")
-            rows = {".jsonl": _jsonl, ".json": _json, ".csv": _csv_with_header if csv_header else _csv}[suffix](text)
-        for i, row in rows:
-            if not isinstance(row, dict):
-                raise ValueError(f"row {i} is {type(row).__name__}, not an object with named fields")
-            # Which file a row stood in is part of the data where the release has one file per subject.
-            yield f"{file} row {i}", {"file": stem, **row} if suffix == ".csv" and not csv_header else row
-    except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError, ValueError, csv.Error) as error:
-        raise ValueError(f"Cannot read {str(file)!r}: {error}. Give an undamaged UTF-8 {suffix} file.") from None
-
-
-def _jsonl(text: str) -> Iterator[tuple[int, Any]]:
-    # Only "\n" ends a row: `splitlines` would also cut at the line separators that JSON strings may hold unescaped.
-    for i, line in enumerate(text.split("\n")):
-        if line.strip():
-            try:
-                yield i, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"line {i + 1} is not JSON ({error})") from None
-
-
-def _json(text: str) -> Iterator[tuple[int, Any]]:
-    value = json.loads(text)
-    if not isinstance(value, list):
-        raise ValueError("a .json file must hold one list of rows (one row a line is .jsonl)")
-    yield from enumerate(value)
-
-
-def _csv(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows of a CSV file without header, the form of the original MMLU release: `{"cells": [...]}`."""
-    for i, cells in enumerate(csv.reader(io.StringIO(text, newline=""))):
-        if cells:
-            yield i, {"cells": cells}
-
-
-def _csv_with_header(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows of a CSV file by the names of its columns; an empty cell is an absent value."""
-    reader = csv.reader(io.StringIO(text, newline=""))
-    names = [name.strip() for name in next(reader, [])]
-    if len(set(names)) < len(names) or not all(names):
-        raise ValueError(f"the first row must name the columns, each differently: {names}")
-    rows = (cells for cells in reader if cells)
-    for i, cells in enumerate(rows):
-        if len(cells) != len(names):
-            raise ValueError(
-                f"row {i} has {len(cells)} cells under {len(names)} columns ({', '.join(names)}); put a text that "
-                'holds a comma or a line break into double quotes, and double the quotes inside it ("")'
-            )
-        yield i, {name: cell if cell.strip() else None for name, cell in zip(names, cells, strict=True)}
+def _file_rows(file: Path, csv_header: bool) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    table = load_table(file, header=csv_header)
+    for number in table.empty:
+        yield f"{file}, an empty row behind row {number}", None
+    for i, row in enumerate(table.rows):
+        # Which file a row stood in is part of the data where the release has one file per subject.
+        yield table.place(i), row if "cells" not in row or csv_header else {"file": _stem(file), **row}

@@ -20,10 +20,10 @@ FOLDER = Path(__file__).resolve().parents[2] / "first_trl" / "metrics" / "ece"
 def test_the_folder_is_complete(tmp_path: Path) -> None:
     folder = build_space_folder(tmp_path / "space", repo_id="someone/my_ece")
     names = {path.name for path in folder.iterdir()}
-    assert {"README.md", "app.py", "requirements.txt", "tests.py", "my_ece.py"} <= names
+    assert {"README.md", "app.py", "requirements.txt", "table_reader", "tests.py", "my_ece.py"} <= names
     assert "ece.py" not in names
     imported: set[str] = set()
-    for path in folder.glob("*.py"):
+    for path in folder.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom):
                 assert (node.module or "").split(".")[0] != "first_trl", path
@@ -32,7 +32,7 @@ def test_the_folder_is_complete(tmp_path: Path) -> None:
             elif isinstance(node, ast.Import):
                 assert all(not alias.name.startswith("first_trl") for alias in node.names), path
     # evaluate fetches what the main script imports, and nothing else.
-    assert imported == names - {"README.md", "app.py", "requirements.txt", "tests.py", "my_ece.py"}
+    assert imported == names - {"README.md", "app.py", "requirements.txt", "table_reader", "tests.py", "my_ece.py"}
     assert 'evaluate.load("someone/my_ece")' in (folder / "README.md").read_text()
     assert '"my_ece.py"' in (folder / "app.py").read_text()
     for name in imported:
@@ -58,6 +58,8 @@ def test_a_used_folder_is_left_alone(tmp_path: Path) -> None:
 def test_it_loads_where_first_trl_is_not_installed(tmp_path: Path) -> None:
     pytest.importorskip("evaluate", reason="needs evaluate")
     folder = build_space_folder(tmp_path / "ece")
+    table = tmp_path / "TABLE.CSV"
+    table.write_bytes("confidence;correct\n0,5;1\n".encode("utf-16"))
     script = f"""
         import sys
 
@@ -77,6 +79,9 @@ def test_it_loads_where_first_trl_is_not_installed(tmp_path: Path) -> None:
         module.plot(result).savefig({str(tmp_path / "plot.png")!r})
         module.add_batch(predictions=[0.5], references=[1])
         assert module.compute()["n"] == 1
+        sys.path.insert(0, {str(folder)!r})
+        from table_reader import load_table
+        assert load_table({str(table)!r}).rows == [{{"confidence": "0,5", "correct": "1"}}]
         assert "first_trl" not in sys.modules and "torch" not in sys.modules
         print(result["ece"])
     """
@@ -132,18 +137,18 @@ def test_app_reads_class_columns_and_models(app: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "header needs"),
+        ("", "is empty"),
         ("confidence,right\n0.5,1\n", "header needs"),
         ("confidence,correct\n", "no rows"),
-        ("confidence,correct\n0.5,1\n0.5\n", "Line 3 does not have 2 values"),
-        ("confidence,correct\n0.5,1\nx,1\n", "Line 3: could not convert"),
-        ("confidence,correct\n0.5,maybe\n", "Line 2: correct is 'maybe'"),
+        ("confidence,correct\n0.5,1\n0.5\n", r"table\.csv, row 2 \(line 3\) has 1 cell under 2"),
+        ("confidence,correct\n0.5,1\nx,1\n", r"row 2 \(line 3\): confidence is 'x', not a number"),
+        ("confidence,correct\n0.5,maybe\n", r"row 1 \(line 2\): correct is 'maybe'"),
         ("confidence,correct\n1.5,1\n", r"row 0 \(1.5\)"),
-        ("confidence,correct\nnan,1\n", r"row 0 \(nan\)"),
+        ("confidence,correct\nnan,1\n", r"row 1 \(line 2\): confidence is 'nan', not a number"),
         ("confidence,confidence,correct\n.5,.5,1\n", "twice"),
         ("a,b,label\n0.5,0.1,0\n", "sums to 0.6"),
         ("a,b,label\n0.5,0.5,2\n", r"references row 0 \(2\)"),
-        ("a,b,label\n0.5,0.5,B\n", "Line 2: invalid literal"),
+        ("a,b,label\n0.5,0.5,B\n", r"row 1 \(line 2\): label is 'B', not the number of a class"),
     ],
 )
 def test_app_explains_bad_files(app: Any, tmp_path: Path, content: str, message: str) -> None:

@@ -341,7 +341,7 @@ def test_table_with_words_as_outcome(tmp_path):
     path.write_text("p,grade\n0.9,Correct\n0.4,Wrong\n0,Unparseable\n")
     result = read_table(path, confidence_column="p", correct_column="grade", correct_value="Correct")
     assert result.correct.tolist() == [True, False, False]
-    with pytest.raises(ValueError, match=r"row 1: 'grade' is 'Correct', neither 0/1"):
+    with pytest.raises(ValueError, match=r"row 1 \(line 2\): 'grade' is 'Correct', neither 0/1"):
         read_table(path, confidence_column="p", correct_column="grade")
     with pytest.raises(ValueError, match="no row has grade = 'correct'"):
         read_table(path, confidence_column="p", correct_column="grade", correct_value="correct")
@@ -351,13 +351,13 @@ def test_table_with_words_as_outcome(tmp_path):
     ("text", "match"),
     [
         ("confidence,correct\n", "has no rows"),
-        ("confidence,correct\n0.5,1\nnan,0\n", "row 2: the confidence is 'nan'"),
-        ("confidence,correct\n1.5,1\n", "row 1: the confidence is '1.5'"),
-        ("confidence,correct\nhigh,1\n", "row 1: the confidence is 'high'"),
-        ("confidence,correct\n0.5,2\n", "row 1: 'correct' is '2'"),
-        ("confidence,correct\n0.5,\n", "row 1: 'correct' is empty"),
-        ("confidence,correct\n0.5\n", "another number of fields"),
-        ("confidence,correct\n0.5,1,3\n", "another number of fields"),
+        ("confidence,correct\n0.5,1\nnan,0\n", r"row 2 \(line 3\): the confidence is 'nan'"),
+        ("confidence,correct\n1.5,1\n", r"row 1 \(line 2\): the confidence is '1.5'"),
+        ("confidence,correct\nhigh,1\n", r"row 1 \(line 2\): the confidence is 'high'"),
+        ("confidence,correct\n0.5,2\n", r"row 1 \(line 2\): 'correct' is '2'"),
+        ("confidence,correct\n0.5,\n", r"row 1 \(line 2\): 'correct' is empty"),
+        ("confidence,correct\n0.5\n", r"row 1 \(line 2\) has \d cells? under 2 columns"),
+        ("confidence,correct\n0.5,1,3\n", r"row 1 \(line 2\) has \d cells? under 2 columns"),
         ("prob,correct\n0.5,1\n", "no column 'confidence'"),
     ],
 )

@@ -116,7 +116,8 @@ def test_questions_without_an_answer(task, tmp_path):
     [
         ({"answer": 1}, "answer 1 is neither a letter from A to C nor the text.*count from 0 or from 1"),
         ({"answer": "D"}, "answer 'D' is neither a letter from A to C"),
-        ({"answer": "b"}, "answer 'b' is neither"),
+        ({"answer": "e"}, "answer 'e' is neither"),
+        ({"answer": "A,C"}, "answer 'A,C' is neither.*Write one letter"),
         ({"answer": None}, "'answer' is missing.*split 'unlabelled'"),
         ({"choices": ["B", "A"], "answer": "A"}, "letter of choice A and the text of choice B"),
         ({"choices": ["x", "y", "x"]}, "choices A and C are both 'x'"),
@@ -140,19 +141,22 @@ def test_malformed_rows_name_their_place(task, tmp_path, row, message):
     good = {"question": "Q?", "choices": ["x", "y", "z"], "answer": "B"}
     lines = [json.dumps(r) for r in ({**good, "id": "fine"}, {**good, **row})]
     path = write(tmp_path, "\n".join(lines), "x.jsonl")
-    with pytest.raises(ValueError, match=rf"(?s)x\.jsonl row 1: .*{message}"):
+    with pytest.raises(ValueError, match=rf"(?s)x\.jsonl, row 2 \(line 2\): .*{message}"):
         task.load("train", path=path)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("question,A,B,answer\nWhy, then?,x,y,A\n", r"row 0 has 5 cells under 4 columns .*double quotes"),
+        ("question,A,B,answer\nWhy, then?,x,y,A\n", r"row 1 \(line 2\) has 5 cells under 4 columns .*double quotes"),
         ("question,A,A,answer\nWhy?,x,y,A\n", "must name the columns, each differently"),
         ("question,,B,answer\nWhy?,x,y,A\n", "must name the columns"),
-        ("question;A;B;answer\nWhy?;x;y;A\n", r"row 0: there are no choices.*the row has: question;A;B;answer"),
-        ("", "no usable rows"),
-        ("question,A,B,answer\n", "no usable rows"),
+        (
+            "question:A:B:answer\nWhy?:x:y:A\n",
+            r"row 1 \(line 2\): there are no choices.*the row has: question:A:B:answer",
+        ),
+        ("", "is empty: it has no rows"),
+        ("question,A,B,answer\n", "no rows under its header"),
     ],
 )
 def test_malformed_csv(task, tmp_path, text, message):

@@ -118,7 +118,9 @@ def test_errors(task, tmp_path):
     with pytest.raises(ValueError, match=r"different questions .*6000 are needed\. Give the whole test split"):
         task.load("train", path=str(tmp_path))
     (tmp_path / "other_test.jsonl").write_text(json.dumps({**row, "subject": "cooking"}))
-    with pytest.raises(ValueError, match=r"other_test\.jsonl row 0: the subject 'cooking' is not one of MMLU's 57"):
+    with pytest.raises(
+        ValueError, match=r"other_test\.jsonl, row 1 \(line 1\): the subject 'cooking' is not one of MMLU's 57"
+    ):
         task.load("train", path=str(tmp_path / "other_test.jsonl"))
     with pytest.raises(ValueError, match="`max_words` must be at least 1"):
         get_task("mmlu_category", max_words=0)

@@ -117,7 +117,7 @@ def test_rows_without_answers(tmp_path):
     assert rows["gold"][:] == [-1] * 4
     assert rows["completion"][:] == [None] * 4
     path = write(tmp_path / "x.jsonl", question(key=None))
-    with pytest.raises(ValueError, match=r"x\.jsonl row 0: answerKey is missing"):
+    with pytest.raises(ValueError, match=r"x\.jsonl, row 1 \(line 1\): answerKey is missing"):
         get_task("commonsense_qa").load("train", path=path)
 
 
@@ -140,7 +140,7 @@ def test_rows_without_answers(tmp_path):
 )
 def test_malformed_rows_name_their_place(tmp_path, row, message):
     path = write(tmp_path / "x.jsonl", {**question(), "id": "fine"}, row)
-    with pytest.raises(ValueError, match=rf"x\.jsonl row 1: .*{message}"):
+    with pytest.raises(ValueError, match=rf"x\.jsonl, row 2 \(line 2\): .*{message}"):
         get_task("commonsense_qa").load("train", path=path)
 
 
@@ -161,7 +161,7 @@ def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(ValueError, match="convert it"):
         task.load("train", path=str(tmp_path / "rows.txt"))
     (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(ValueError, match="no usable rows"):
+    with pytest.raises(ValueError, match="is empty: it has no rows"):
         task.load("train", path=str(tmp_path / "empty.jsonl"))
     with pytest.raises(ValueError, match=r"`revision`.*is local"):
         task.load("train", path=str(FIXTURES / "commonsense_qa"), revision="main")
@@ -177,7 +177,7 @@ def test_folders_are_not_guessed_at(tmp_path):
 
 
 def test_duplicate_ids_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"row 1: id 'row-1' was already used by .*row 0"):
+    with pytest.raises(ValueError, match=r"row 2 \(line 2\): id 'row-1' was already used by .*row 1"):
         get_task("commonsense_qa").load("train", path=write(tmp_path / "x.jsonl", question(), question(key="C")))
 
 
@@ -277,7 +277,10 @@ def test_mmlu_subjects_and_bad_cells(tmp_path):
         (tmp_path / "a_test.csv").write_text(line + "\n")
         with pytest.raises(ValueError, match=message):
             get_task("mmlu").load("test", path=str(tmp_path))
-    for answer in (4, -1, True, "A"):
+    # The Hub's class labels are read by name
+    path = write(tmp_path / "x.jsonl", {"question": "q", "choices": list("wxyz"), "answer": "B"})
+    assert get_task("mmlu").load("test", path=path).dataset["gold"][:] == [1]
+    for answer in (4, -1, True, "E"):
         path = write(tmp_path / "x.jsonl", {"question": "q", "choices": list("wxyz"), "answer": answer})
         with pytest.raises(ValueError, match="is not the number of one of 4 choices"):
             get_task("mmlu").load("test", path=path)

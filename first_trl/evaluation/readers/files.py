@@ -1,13 +1,13 @@
 """One door for every file that holds confidences."""
 
 import os
-from pathlib import Path
 from typing import Any
 
+from ...utils.tables import file_kind, load_table
 from ..confidence import Confidences
 from ..predictions import MultipleChoiceResult
-from .harness import read_harness_log
-from .table import read_table, table_rows
+from .harness import table_harness_samples
+from .table import table_confidences
 
 
 def read_confidences(
@@ -23,9 +23,9 @@ def read_confidences(
 
     | file | what comes out |
     | --- | --- |
-    | `samples_*.jsonl` of lm-evaluation-harness | one result per filter and metric (`acc`, `acc_norm`, ...) |
+    | `samples_*.jsonl` of lm-evaluation-harness, a line or one list | one result per filter and metric (`acc`, `acc_norm`, ...) |
     | predictions of [`evaluate_multiple_choice`] (its rows as `.jsonl` or `.parquet`) | over the full vocabulary, and renormalised over the choices |
-    | a table (`.csv`, `.jsonl`, `.parquet`) | one result, see [`read_table`] |
+    | a table (any file of [`first_trl.utils.tables`]) | one result, see [`read_table`] |
 
     Args:
         path (`str` or `os.PathLike`):
@@ -46,22 +46,19 @@ def read_confidences(
     Raises:
         `ValueError`: naming file and row for what cannot be read.
     """
-    path = Path(path)
-    kind = path.name.removesuffix(".gz").rsplit(".", 1)[-1].lower()
-    first = next(iter(table_rows(path)), None)
-    if first is None:
-        raise ValueError(f"{path} has no rows.")
-    if kind == "jsonl" and "filtered_resps" in first:
+    table = load_table(path)
+    first = table.rows[0]
+    if "filtered_resps" in first:
         found = []
-        for samples in read_harness_log(path, filter=filter):
+        for samples in table_harness_samples(table, filter=filter):
             readings = samples.readings if reading is None else [reading]
             found += [samples.confidences(name, target_delimiter=target_delimiter) for name in readings]
         return found
-    if kind in ("jsonl", "parquet") and {"choice_logprobs", "gold", "top_prob"} <= set(first):
-        result = MultipleChoiceResult.from_rows(list(table_rows(path)))
-        name = path.name.removesuffix(".gz").rsplit(".", 1)[0]
+    if {"choice_logprobs", "gold", "top_prob"} <= set(first):
+        result = MultipleChoiceResult.from_rows(table.rows)
+        name = file_kind(table.path)[0]
         definitions = ["full_vocab", "renormalized"] if reading is None else [reading]
         return [result.confidences(definition, name=f"{name} {definition}") for definition in definitions]
     if reading is not None or filter is not None:
-        raise ValueError(f"{path} is a table: it has neither readings nor filters to choose from.")
-    return [read_table(path, **table_options)]
+        raise ValueError(f"{table.path} is a table: it has neither readings nor filters to choose from.")
+    return [table_confidences(table, **table_options)]

@@ -9,13 +9,12 @@ import ast
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ...utils.tables import Table, file_kind, load_table
 from ..confidence import Confidences, answers_to_confidences, choice_scores
-from .table import table_rows
 
 
 # Metric of the harness -> the definition of confidence whose most likely answer it scores.
@@ -120,7 +119,7 @@ def _lengths(continuations: Sequence[str], reading: str, delimiter: str) -> list
 
 def read_harness_log(path: str | os.PathLike[str], *, filter: str | None = None) -> list[HarnessSamples]:
     """
-    Read a `samples_*.jsonl` file written with `--log_samples`.
+    Read a `samples_*.jsonl` file written with `--log_samples`, a sample a line or one list of them.
 
     Args:
         path (`str` or `os.PathLike`):
@@ -134,13 +133,16 @@ def read_harness_log(path: str | os.PathLike[str], *, filter: str | None = None)
     Raises:
         `ValueError`: naming file and line for what cannot be read.
     """
-    path = Path(path)
-    samples = list(table_rows(path))
-    places = [f"{path}, sample {number}" for number in range(1, len(samples) + 1)]
+    return table_harness_samples(load_table(path), filter=filter)
+
+
+def table_harness_samples(table: Table, *, filter: str | None = None) -> list[HarnessSamples]:
+    """[`read_harness_log`] for rows that were read already."""
+    places = [f"{table.path}, sample {number}" for number in range(1, len(table.rows) + 1)]
     # samples_<task>_<2026-01-31T12-00-00.000000>.jsonl
-    stem = path.name.removesuffix(".gz").removesuffix(".jsonl").removeprefix("samples_")
+    stem = file_kind(table.path)[0].removeprefix("samples_")
     task = stem.rsplit("_", 1)[0] if "_" in stem and "T" in stem.rsplit("_", 1)[1] else stem
-    return _by_filter(task, samples, places, filter)
+    return _by_filter(task, table.rows, places, filter)
 
 
 def read_harness_results(results: Mapping[str, Any], *, filter: str | None = None) -> dict[str, list[HarnessSamples]]:
@@ -188,7 +190,7 @@ def _read_group(task: str, filter_name: str, rows: Iterable[tuple[Mapping[str, A
                 "keep one."
             )
         seen[doc_id] = place
-        logprobs = _logprobs(sample["filtered_resps"], place)
+        logprobs = _logprobs(_single(sample["filtered_resps"]), place)
         arguments = _arguments(sample.get("arguments"), len(logprobs), place)
         n_choices = len(logprobs)
         unconditional = None
@@ -197,6 +199,12 @@ def _read_group(task: str, filter_name: str, rows: Iterable[tuple[Mapping[str, A
             half = n_choices // 2
             if [text for _, text in arguments[:half]] == [text for _, text in arguments[half:]]:
                 n_choices, unconditional, logprobs = half, logprobs[half:], logprobs[:half]
+        if n_choices == 1:
+            raise ValueError(
+                f"{place}: one request a document, as LAMBADA and perplexity tasks make. The log has the probability of "
+                "the expected text alone: where the model would have answered something else, how confident it was in "
+                "that is not logged, so there is no calibration error to compute. Log a multiple-choice task."
+            )
         continuations = [text for _, text in arguments[:n_choices]]
         logged = {name: sample[name] for name in sample.get("metrics", READINGS) if name in sample}
         for name in READINGS:
@@ -214,6 +222,13 @@ def _read_group(task: str, filter_name: str, rows: Iterable[tuple[Mapping[str, A
         places.append(place)
     read.gold.extend(_gold(read, targets, places))
     return read
+
+
+def _single(responses: Any) -> Any:
+    """Responses of a document, of which a filter may have taken the only one out of its list."""
+    if isinstance(responses, list | tuple) and len(responses) == 2 and str(responses[1]) in ("True", "False"):
+        return [responses]
+    return responses
 
 
 def _logprobs(responses: Any, place: str) -> np.ndarray:

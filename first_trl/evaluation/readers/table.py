@@ -1,15 +1,11 @@
-"""Confidences in a table: CSV (also gzipped), JSON lines or Parquet."""
+"""Confidences in a table, see [`first_trl.utils.tables`]."""
 
-import csv
-import gzip
-import json
 import os
-from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ...utils.tables import Table, as_number, file_kind, is_nan, listed, load_table
 from ..confidence import Confidences
 
 
@@ -28,9 +24,9 @@ def read_table(
 
     Args:
         path (`str` or `os.PathLike`):
-            `.csv`, `.jsonl` (both also with `.gz`) or `.parquet`.
+            Any file of [`first_trl.utils.tables`].
         confidence_column (`str`, *optional*, defaults to `"confidence"`):
-            Numbers in [0, 1].
+            Numbers in [0, 1], with a decimal point or comma.
         correct_column (`str`, *optional*, defaults to `"correct"`):
             0 / 1 or true / false.
         correct_value (`str`, *optional*):
@@ -42,33 +38,62 @@ def read_table(
     Raises:
         `ValueError`: naming file and row for a missing column or a value that is neither.
     """
-    path = Path(path)
-    confidence, correct = [], []
-    for number, row in enumerate(table_rows(path), start=1):
-        for column in (confidence_column, correct_column):
-            if column not in row:
-                raise ValueError(f"{path}, row {number} has no column {column!r}; it has {list(row)}.")
+    return table_confidences(
+        load_table(path),
+        confidence_column=confidence_column,
+        correct_column=correct_column,
+        correct_value=correct_value,
+    )
+
+
+def table_confidences(
+    table: Table,
+    *,
+    confidence_column: str = "confidence",
+    correct_column: str = "correct",
+    correct_value: str | None = None,
+) -> Confidences:
+    """[`read_table`] for rows that were read already."""
+    path = table.path
+    confidence, correct, errors = [], [], []
+    for number, row in enumerate(table.rows):
+        place = table.place(number)
         try:
-            value = float(row[confidence_column])
-        except (TypeError, ValueError):
-            value = float("nan")
-        if not 0.0 <= value <= 1.0:
-            raise ValueError(
-                f"{path}, row {number}: the confidence is {row[confidence_column]!r}, it must be a number from 0 to 1."
-            )
+            for column, option in ((confidence_column, "--confidence-column"), (correct_column, "--correct-column")):
+                if column not in row:
+                    raise ValueError(
+                        f"{place} has no column {column!r}; it has {list(row)}. Name the right one with {option}."
+                    )
+            value = as_number(row[confidence_column])
+            if value is None or not 0.0 <= value <= 1.0:
+                raise ValueError(
+                    f"{place}: the confidence is {row[confidence_column]!r}, it must be a number from 0 to 1."
+                )
+            right = _outcome(row[correct_column], correct_value, place, correct_column)
+        except ValueError as error:
+            errors.append(str(error))
+            if number == 0 and not {confidence_column, correct_column} <= set(row):
+                break  # The same for every row
+            continue
         confidence.append(value)
-        correct.append(_outcome(row[correct_column], correct_value, f"{path}, row {number}", correct_column))
-    if not confidence:
-        raise ValueError(f"{path} has no rows.")
+        correct.append(right)
+    if errors:
+        raise ValueError(listed(errors, len(table.rows)))
     if correct_value is not None and not any(correct):
         raise ValueError(f"{path}: no row has {correct_column} = {correct_value!r}.")
-    name = path.name.removesuffix(".gz").rsplit(".", 1)[0]
-    return Confidences(name, np.array(confidence), np.array(correct, dtype=bool), f"column {confidence_column!r}")
+    dropped = {"empty row": len(table.empty)} if table.empty else {}
+    return Confidences(
+        file_kind(path)[0],
+        np.array(confidence),
+        np.array(correct, dtype=bool),
+        f"column {confidence_column!r}",
+        dropped=dropped,
+    )
 
 
 def _outcome(value: Any, correct_value: str | None, place: str, column: str) -> bool:
     text = str(value).strip()
-    if value is None or text == "" or text.lower() == "nan":
+    if value is None or text == "" or is_nan(value):
         raise ValueError(f"{place}: {column!r} is empty.")
     if correct_value is not None:
         return text == correct_value
@@ -76,38 +101,6 @@ def _outcome(value: Any, correct_value: str | None, place: str, column: str) -> 
         return True
     if text.lower() in _WRONG:
         return False
-    raise ValueError(f"{place}: {column!r} is {value!r}, neither 0/1 nor true/false. Say which value is right.")
-
-
-def table_rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    """Rows of a table as dictionaries, by the ending of its name."""
-    if not path.is_file():
-        raise ValueError(f"There is no file {path}.")
-    kind = path.name.removesuffix(".gz").rsplit(".", 1)[-1].lower()
-    if kind == "parquet":
-        import pyarrow.parquet as pq
-
-        for batch in pq.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
-        return
-    if kind not in ("csv", "jsonl"):
-        raise ValueError(f"Cannot tell what {path} is: it must end in .csv, .jsonl (or either with .gz) or .parquet.")
-    opener: Any = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8-sig") as file:
-        if kind == "csv":
-            reader = csv.DictReader(file)
-            for number, row in enumerate(reader, start=1):
-                if None in row or None in row.values():
-                    raise ValueError(f"{path}, row {number} has another number of fields than the header.")
-                yield row
-            return
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                values = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON: {error}.") from None
-            if not isinstance(values, dict):
-                raise ValueError(f"{path}, line {number} is {line.strip()[:40]!r}, not a JSON object.")
-            yield values
+    raise ValueError(
+        f"{place}: {column!r} is {value!r}, neither 0/1 nor true/false. Say which value is right with --correct-value."
+    )

@@ -1,6 +1,5 @@
-"""Space of the metric: drop a CSV in, read the calibration error and see the reliability diagram."""
+"""Space of the metric: drop a table in, read the calibration error and see the reliability diagram."""
 
-import csv
 import warnings
 from pathlib import Path
 from typing import Any
@@ -8,12 +7,14 @@ from typing import Any
 import evaluate
 import gradio as gr
 
+from first_trl.utils.tables import as_number, listed, load_table
+
 
 MODULE = Path(__file__).with_name("ece.py")
 HELP = """
 # Expected calibration error
 
-Drop in a CSV file with a header, one row per answer:
+Drop in a table (CSV, TSV, Excel, JSON lines, Parquet) with named columns, one row per answer:
 
 - `confidence,correct`: the confidence of the answer given (0 to 1) and 1 or 0 for whether it is right, or
 - one column of probabilities per class and a column `label` with the class id, counted from 0 in column order.
@@ -24,48 +25,61 @@ A further column `model` draws one panel per model. Nothing is stored.
 
 def read_table(path: str) -> dict[str, tuple[list[Any], list[int]]]:
     """
-    Read predictions and references from a CSV file, by model.
+    Read predictions and references from a file, by model.
 
     Raises:
-        `ValueError`: naming the line that cannot be read.
+        `ValueError`: naming the rows that cannot be read.
     """
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, skipinitialspace=True)
-        names = [name.strip() for name in reader.fieldnames or []]
-        reader.fieldnames = names
-        if len(set(names)) != len(names):
-            raise ValueError(f"The header names a column twice: {', '.join(names)}.")
-        binary = {"confidence", "correct"} <= set(names)
-        classes = [name for name in names if name not in ("label", "model")]
-        if not binary and ("label" not in names or len(classes) < 2):
-            raise ValueError(
-                "The header needs the columns confidence and correct, or label and one column per class; it has "
-                f"{', '.join(names) or 'nothing'}."
-            )
-        tables: dict[str, tuple[list[Any], list[int]]] = {}
-        for row in reader:
-            if None in row or None in row.values():
-                raise ValueError(f"Line {reader.line_num} does not have {len(names)} values.")
-            predictions, references = tables.setdefault(row.get("model") or "", ([], []))
-            try:
-                if binary:
-                    predictions.append(float(row["confidence"]))
-                    references.append(_flag(row["correct"]))
-                else:
-                    predictions.append([float(row[name]) for name in classes])
-                    references.append(int(row["label"]))
-            except ValueError as error:
-                raise ValueError(f"Line {reader.line_num}: {error}.") from error
-    if not tables:
-        raise ValueError("The file has a header but no rows.")
+    table = load_table(path)
+    names = list(table.rows[0])
+    binary = {"confidence", "correct"} <= set(names)
+    classes = [name for name in names if name not in ("label", "model")]
+    if not binary and ("label" not in names or len(classes) < 2):
+        raise ValueError(
+            "The header needs the columns confidence and correct, or label and one column per class; it has "
+            f"{', '.join(names)}."
+        )
+    tables: dict[str, tuple[list[Any], list[int]]] = {}
+    errors = []
+    for number, row in enumerate(table.rows):
+        try:
+            if binary:
+                values: Any = _number(row, "confidence")
+                reference = _flag(row.get("correct"))
+            else:
+                values = [_number(row, name) for name in classes]
+                reference = _class_id(row.get("label"))
+        except ValueError as error:
+            errors.append(f"{table.place(number)}: {error}.")
+            continue
+        predictions, references = tables.setdefault("" if row.get("model") is None else str(row["model"]), ([], []))
+        predictions.append(values)
+        references.append(reference)
+    if errors:
+        raise ValueError(listed(errors, len(table.rows)))
     return tables
 
 
-def _flag(text: str) -> int:
-    value = {"1": 1, "true": 1, "1.0": 1, "0": 0, "false": 0, "0.0": 0}.get(text.strip().lower())
+def _number(row: dict[str, Any], name: str) -> float:
+    value = as_number(row.get(name))
     if value is None:
-        raise ValueError(f"correct is {text!r}, expected 1 or 0")
+        raise ValueError(f"{name} is {row.get(name)!r}, not a number")
     return value
+
+
+def _flag(value: Any) -> int:
+    flag = {"1": 1, "true": 1, "1.0": 1, "0": 0, "false": 0, "0.0": 0}.get(str(value).strip().lower())
+    if flag is None:
+        raise ValueError(f"correct is {value!r}, expected 1 or 0")
+    return flag
+
+
+def _class_id(value: Any) -> int:
+    # A class id is no flag: True and False say whether an answer is right
+    number = as_number(value)
+    if number is None or number != int(number):
+        raise ValueError(f"label is {value!r}, not the number of a class, counted from 0")
+    return int(number)
 
 
 def score(
@@ -79,14 +93,24 @@ def score(
         options |= {"confidence_interval": 0.95, "null_test": True}
     try:
         reports = {}
-        for name, (predictions, references) in read_table(path).items():
+        with warnings.catch_warnings(record=True) as cautions:
+            warnings.simplefilter("always")
+            tables = read_table(path)
+        for name, (predictions, references) in tables.items():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # they are shown from the result
                 reports[name] = module.compute(predictions=predictions, references=references, **options)
-    except (ValueError, UnicodeDecodeError) as error:
-        return f"**This file cannot be scored.** {error}", None, None
+    except ValueError as error:
+        # The page keeps uploads under names of its own
+        text = str(error).replace(f"{Path(path)}", Path(path).name)
+        return f"**This file cannot be scored.** {text}", None, None
     return (
-        "\n\n".join(_line(name, report) for name, report in reports.items()),
+        "\n\n".join(
+            [
+                *(_line(name, report) for name, report in reports.items()),
+                *(f"- {str(caution.message).replace(str(Path(path)), Path(path).name)}" for caution in cautions),
+            ]
+        ),
         module.plot(reports, layout=layout),
         reports,
     )
@@ -106,7 +130,7 @@ with gr.Blocks(title="Expected calibration error") as demo:
     gr.Markdown(HELP)
     with gr.Row():
         with gr.Column(scale=1):
-            file = gr.File(label="CSV file", file_types=[".csv"], type="filepath")
+            file = gr.File(label="Table", type="filepath")
             bins = gr.Slider(1, 50, value=10, step=1, label="Bins")
             strategy = gr.Radio(["width", "mass", "quantile"], value="width", label="Bins of equal")
             norm = gr.Radio(["l1", "l2", "max"], value="l1", label="Norm")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 _HERE = Path(__file__).resolve().parent
 _CORE = _HERE.parents[1] / "calibration"
+_TABLES = _HERE.parents[1] / "utils" / "tables"
 _IMPORT = re.compile(r"^from first_trl\.calibration\.(\w+) import ", flags=re.MULTILINE)
 _LOCAL_NAME = "first_trl/metrics/ece"
 
@@ -17,7 +18,7 @@ def build_space_folder(destination: str | Path, *, repo_id: str | None = None) -
     Write the metric as a Space folder that runs without `first_trl`.
 
     The modules of the calibration core that `ece.py` needs are copied beside it, unchanged: they import each other
-    relatively and need numpy only. `evaluate` fetches exactly the modules which the main script itself imports, so
+    relatively and need numpy only; so is the reader of tables, for the page. `evaluate` fetches exactly the modules which the main script itself imports, so
     the copy of `ece.py` names them all.
 
     Args:
@@ -40,12 +41,14 @@ def build_space_folder(destination: str | Path, *, repo_id: str | None = None) -
     name = "ece" if repo_id is None else repo_id.split("/")[-1]
     if repo_id is not None and not re.fullmatch(r"[\w.-]+/[A-Za-z_]\w*", repo_id):
         raise ValueError(f"repo_id={repo_id!r}: use USER/NAME where NAME is a Python identifier, such as user/ece.")
-    if name in {*modules, "app", "tests"}:
+    if name in {*modules, "app", "table_reader", "tests"}:
         raise ValueError(f"repo_id={repo_id!r}: {name}.py is a file of the metric itself, choose another name.")
 
     destination.mkdir(parents=True, exist_ok=True)
     for module in modules:
         shutil.copyfile(_CORE / f"{module}.py", destination / f"{module}.py")
+    # The page reads files as the commands do
+    shutil.copytree(_TABLES, destination / "table_reader", ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("requirements.txt", "tests.py"):
         shutil.copyfile(_HERE / file, destination / file)
     where = repo_id or _LOCAL_NAME
@@ -53,6 +56,7 @@ def build_space_folder(destination: str | Path, *, repo_id: str | None = None) -
     for file in ("README.md", "app.py"):
         text = (_HERE / file).read_text(encoding="utf-8")
         text = text.replace(_LOCAL_NAME, where).replace('with_name("ece.py")', f'with_name("{name}.py")')
+        text = text.replace("from first_trl.utils.tables import", "from table_reader import")
         (destination / file).write_text(text, encoding="utf-8")
     return destination
 
