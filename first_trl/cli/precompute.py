@@ -3,20 +3,15 @@
 import argparse
 import json
 import os
-import sys
-from pathlib import Path
 from typing import Any
 
-import datasets
-import pyarrow as pa
-from datasets import Dataset, ReadInstruction
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
 from ..cache.folder import cache_size, load_manifest
 from ..teacher.backends import TeacherBackend, VLLMBackend
 from ..teacher.capture import add_teacher_topk
+from ..utils.dataset_rows import load_rows
 from ..utils.processes import process_state
-from ..utils.tables import file_kind, load_table
 
 
 QUANTIZATIONS = ("8bit", "4bit")
@@ -79,7 +74,9 @@ def main(args: argparse.Namespace) -> int:
         revision=args.teacher_revision if args.tokenizer is None else None,
         trust_remote_code=args.trust_remote_code,
     )
-    rows = _load_rows(args)
+    rows = load_rows(
+        args.dataset, split=args.split, config=args.config, revision=args.dataset_revision, max_rows=args.max_rows
+    )
     cache = add_teacher_topk(
         rows,
         _teacher(args),
@@ -117,59 +114,6 @@ def main(args: argparse.Namespace) -> int:
             + (f", {json.dumps(dropped)}" if dropped else "")
         )
     return 0
-
-
-def _load_rows(args: argparse.Namespace) -> Dataset:
-    path = Path(args.dataset)
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        loaded: Any = datasets.load_from_disk(path)
-        if isinstance(loaded, dict):
-            if args.split not in loaded:
-                raise ValueError(f"{path} has splits {sorted(loaded)}, not {args.split!r}. Choose one with `--split`.")
-            loaded = loaded[args.split]
-    elif path.is_file():
-        loaded = _slice(_from_file(path), args.split)
-    elif file_kind(path)[1:] != (None, None) or args.dataset.startswith(("/", ".")):
-        raise ValueError(f"{path} does not exist. Check the path.")
-    else:
-        loaded = datasets.load_dataset(args.dataset, args.config, split=args.split, revision=args.dataset_revision)
-    return loaded if args.max_rows is None else loaded.select(range(min(args.max_rows, len(loaded))))
-
-
-def _from_file(path: Path) -> Dataset:
-    """Rows of a file as a dataset."""
-    table = load_table(path)
-    if table.empty:
-        print(f"{path}: {len(table.empty)} empty rows left out", file=sys.stderr)
-    names = list(dict.fromkeys(name for row in table.rows for name in row))
-    try:
-        return Dataset.from_dict({name: [row.get(name) for row in table.rows] for name in names})
-    except (pa.ArrowException, OverflowError) as error:
-        column = next((name for name in names if not _has_one_type([row.get(name) for row in table.rows])), None)
-        where = f"column {column!r}" if column is not None else "a column"
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(
-            f"{path}: {where} holds values of different types ({reason}). Write all of them as texts, or all as numbers."
-        ) from None
-
-
-def _has_one_type(values: list[Any]) -> bool:
-    try:
-        pa.array(values)
-    except (pa.ArrowException, OverflowError):
-        return False
-    return True
-
-
-def _slice(rows: Dataset, split: str) -> Dataset:
-    name = split.split("[")[0]
-    if name == split:
-        return rows
-    try:
-        parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows)})
-    except (ValueError, AssertionError) as error:
-        raise ValueError(f"Cannot read the slice {split!r} of {len(rows)} rows: {error}") from None
-    return rows.select([i for part in parts for i in range(part.from_, part.to)])
 
 
 def _teacher(args: argparse.Namespace) -> str | TeacherBackend:

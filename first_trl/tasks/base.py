@@ -250,7 +250,8 @@ class Task:
             kept.append({**values, "id": row_id, "question": example.question or example.prompt})
         if errors:
             hint = self.hint([row for _, (_, row) in source if isinstance(row, dict)])
-            raise ValueError(listed(errors, len(source)) + (f" {hint}" if hint else ""))
+            text = listed(errors, len(source))
+            raise ValueError(f"{text.rstrip('.')}. {hint}" if hint else text)
         if not kept:
             raise ValueError(
                 f"Split {split!r} of task {self.name!r} has no usable rows ({len(source)} read, dropped: "

@@ -1,6 +1,7 @@
 """Where rows come from: a dataset on the Hub, or a local file or folder in a benchmark's original format."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -128,8 +129,10 @@ def _stem(file: Path) -> str | None:
 
 def _file_rows(file: Path, csv_header: bool) -> Iterator[tuple[str, dict[str, Any] | None]]:
     table = load_table(file, header=csv_header)
-    for number in table.empty:
-        yield f"{file}, an empty row behind row {number}", None
-    for i, row in enumerate(table.rows):
-        # Which file a row stood in is part of the data where the release has one file per subject.
-        yield table.place(i), row if "cells" not in row or csv_header else {"file": _stem(file), **row}
+    empty = Counter(table.empty)
+    for i, row in enumerate([*table.rows, None]):
+        for _ in range(empty[i]):
+            yield f"{file}, an empty row behind row {i}", None
+        if row is not None:
+            # Which file a row stood in is part of the data where the release has one file per subject.
+            yield table.place(i), {"file": _stem(file), **row} if "cells" in row and not csv_header else row

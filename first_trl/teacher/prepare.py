@@ -9,6 +9,7 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from .._trl_compat import get_training_chat_template, has_generation_markers, prepare_as_sft_trainer
 from ..cache.schema import HAS_GOLD, INPUT_IDS, LABELS
 from ..tasks.tokenize import IGNORE_INDEX, encode_prompts, filler_token_id
+from .text_cells import text_columns
 
 
 def prepare_rows(
@@ -60,6 +61,9 @@ def prepare_rows(
             f"Cannot tokenise a dataset with columns {columns}: give `input_ids` and `labels`, `prompt` and "
             f"`completion`, `messages`, or a text column `{dataset_text_field}`."
         )
+    if INPUT_IDS not in columns:
+        required = ["prompt"] if "prompt" in columns else [dataset_text_field] if dataset_text_field in columns else []
+        dataset = text_columns(dataset, required, ["completion"])
     if INPUT_IDS not in columns and "prompt" in columns:
         other = sorted({"messages", "conversations", dataset_text_field} & set(columns))
         if "completion" not in columns and other:

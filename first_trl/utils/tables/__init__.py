@@ -17,8 +17,19 @@ What a cell means is the same for every format and every command:
 """
 
 from .cells import as_number, as_text, is_nan
-from .load import Table, label_name, listed, load_table
+from .load import Table, label_name, listed, load_columns, load_table
 from .names import ENDINGS, file_kind
 
 
-__all__ = ["ENDINGS", "Table", "as_number", "as_text", "file_kind", "is_nan", "label_name", "listed", "load_table"]
+__all__ = [
+    "ENDINGS",
+    "Table",
+    "as_number",
+    "as_text",
+    "file_kind",
+    "is_nan",
+    "label_name",
+    "listed",
+    "load_columns",
+    "load_table",
+]

@@ -32,8 +32,8 @@ _MAGIC = (
     (rb"ARROW1\x00", "an Arrow file", "end its name in .arrow"),
 )
 _MULTIBYTE = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
-# Longer runs of letters outside ASCII do not occur in the languages that Windows-1252 is for
-_FOREIGN = re.compile(r"[^\W\d_a-zA-Z]{4,}")
+# Runs of other characters than ASCII which hold letters do not get as long in the languages that Windows-1252 is for
+_FOREIGN = re.compile(r"[^\x00-\x7f]{4,}")
 
 
 def read_bytes(path: Path) -> tuple[bytes, str | None]:
@@ -126,7 +126,8 @@ def decode(data: bytes, path: Path) -> tuple[str, str | None]:
         text = data.decode("cp1252")
     except UnicodeDecodeError as error:
         raise ValueError(_undecodable(path, data, error)) from None
-    foreign = _FOREIGN.search(text)
+    runs = (run for run in _FOREIGN.finditer(text) if sum(map(str.isalpha, run[0])) > 1)
+    foreign = next(runs, None)
     if foreign is not None:
         line = text.count("\n", 0, foreign.start()) + 1
         raise ValueError(

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -47,13 +48,13 @@ def _row(index: int, lines: Sequence[int] | None) -> str:
     return f"row {index + 1}" if lines is None else f"row {index + 1} (line {lines[index]})"
 
 
-def load_table(path: str | Path, *, header: bool = True) -> Table:
+def load_table(path: str | os.PathLike[str], *, header: bool = True) -> Table:
     """
     Read a file of rows, whatever its format, compression, encoding and delimiter. See [`first_trl.utils.tables`] for
     what a cell means.
 
     Args:
-        path (`str` or `Path`): an existing file.
+        path (`str` or `os.PathLike`): an existing file.
         header (`bool`, *optional*, defaults to `True`): whether the first row of a CSV, TSV or Excel file names its
             columns.
 
@@ -181,17 +182,24 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _columnar(data: bytes, path: Path, kind: str) -> list[dict[str, Any]]:
+def load_columns(data: bytes | Path, path: Path, kind: str) -> Any:
+    """
+    The [`~pyarrow.Table`] of a Parquet or Arrow file; categories of pandas as what they stand for.
+
+    Raises:
+        `ValueError`: naming the file, when it is damaged or names a column twice.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         if kind == "parquet":
-            table = pq.read_table(pa.BufferReader(data))
+            table = pq.ParquetFile(data if isinstance(data, Path) else pa.BufferReader(data)).read()
         else:
             # `datasets` saves streams, Feather is the other form
-            opened = pa.ipc.open_file if data.startswith(b"ARROW1") else pa.ipc.open_stream
-            table = opened(pa.BufferReader(data)).read_all()
+            content = data.read_bytes() if isinstance(data, Path) else data
+            opened = pa.ipc.open_file if content.startswith(b"ARROW1") else pa.ipc.open_stream
+            table = opened(pa.BufferReader(content)).read_all()
     except (pa.ArrowException, OSError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ValueError(f"{path} is damaged or no {kind} file: {reason}. Write or download it again.") from None
@@ -199,6 +207,14 @@ def _columnar(data: bytes, path: Path, kind: str) -> list[dict[str, Any]]:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"{path} has several columns of the name {', '.join(map(repr, twice))}. Rename them.")
+    for i, field_ in enumerate(table.schema):
+        if pa.types.is_dictionary(field_.type):
+            table = table.set_column(i, field_.name, table.column(i).cast(field_.type.value_type))
+    return table
+
+
+def _columnar(data: bytes, path: Path, kind: str) -> list[dict[str, Any]]:
+    table = load_columns(data, path, kind)
     rows: list[dict[str, Any]] = table.to_pylist()
     for column, labels in _class_labels(table.schema.metadata).items():
         for i, row in enumerate(rows):
