@@ -10,7 +10,7 @@ from .bins import BinTable, tabulate
 from .config import CalibrationConfig, EdgeDtype, Edges, Input, IntervalMethod, Mode, Norm, Strategy, Weighting
 from .errors import bin_error, debiased_l2
 from .examples import CalibrationWarning, Examples, prepare
-from .resampling import bootstrap_interval, locate, null_errors
+from .resampling import bootstrap_interval, locate, null_errors, null_p_value, pure_bins
 from .scores import average, brier_decomposition, brier_score, negative_log_likelihood, rank_scores
 from .smooth import smooth_calibration_error
 
@@ -221,6 +221,7 @@ def calibration_report(
     elif return_bins:
         report["bins"] = tables[0].to_dict()
     cautions = _cautions(examples, report)
+    cautions += filter(None, [report.pop("interval_caution", None)])
     report["warnings"] = cautions if debiased is not None else [*cautions, f"ece_debiased is None: {reason}."]
     report["config"] = config.to_dict() | {
         "edge_dtype": examples.edge_dtype,
@@ -294,19 +295,23 @@ def _answer_scores(examples: Examples, top: BinTable, ece: float | None) -> dict
     }
 
 
-def _sampling_error(examples: Examples, ece: float, config: CalibrationConfig) -> dict[str, float]:
+def _sampling_error(examples: Examples, ece: float, config: CalibrationConfig) -> dict[str, Any]:
     cells = locate(examples, config)
     interval_rng, null_rng = np.random.default_rng(config.seed).spawn(2)
-    found: dict[str, float] = {}
+    # The interval asks the test whether 0 is plausible, so that the two agree
+    null = null_errors(cells, examples.probabilities, config, null_rng)
+    found: dict[str, Any] = {}
     if config.confidence_interval is not None:
-        found["ci_low"], found["ci_high"] = bootstrap_interval(cells, ece, config, interval_rng)
+        found["ci_low"], found["ci_high"] = bootstrap_interval(cells, ece, config, interval_rng, null)
+        if config.interval_method != "inversion" and (pure := pure_bins(cells)):
+            found["interval_caution"] = (
+                f"{pure} bins hold only right or only wrong answers, which interval_method={config.interval_method!r} takes "
+                'for certain: the interval is too narrow. Use interval_method="inversion".'
+            )
     if config.null_test:
-        null = null_errors(cells, examples.probabilities, config, null_rng)
         found["null_mean"] = float(null.mean())
         found["null_high"] = float(np.quantile(null, 0.95))
-        # Draws that equal the estimate up to rounding count as reaching it.
-        reached = np.count_nonzero(null >= ece - 1e-12)
-        found["p_value"] = float((1 + reached) / (1 + len(null)))
+        found["p_value"] = null_p_value(null, ece)
     return found
 
 
