@@ -3,6 +3,7 @@ The options of the trainer that are known without torch: [`FirstDistillConfig`] 
 arm of a recipe. What an option is, which values it may have and which others it goes with is said here only.
 """
 
+import operator
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -244,19 +245,17 @@ def _limits(found: list[Any]) -> dict[str, Any]:
     return {name: getattr(mark, name) for mark in found for name in ("ge", "gt", "le", "lt") if hasattr(mark, name)}
 
 
+def inside(value: Any, found: list[Any]) -> bool:
+    """Whether a number is within the limits among these marks; NaN is within none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    compare = {"ge": operator.ge, "gt": operator.gt, "le": operator.le, "lt": operator.lt}
+    return all(compare[name](value, limit) for name, limit in _limits(found).items())
+
+
 def _outside(options: DistillOptions) -> Iterator[tuple[str, str]]:
     cls = TrainerOptions if isinstance(options, TrainerOptions) else DistillOptions
     for key, found in marks(cls).items():
-        value, limits = getattr(options, key), _limits(found)
-        if value is None or not limits:
-            continue
-        # NaN is within no limits
-        inside = (
-            isinstance(value, int | float)
-            and value >= limits.get("ge", float("-inf"))
-            and (value > limits["gt"] if "gt" in limits else True)
-            and (value <= limits["le"] if "le" in limits else True)
-            and (value < limits["lt"] if "lt" in limits else True)
-        )
-        if not inside:
+        value = getattr(options, key)
+        if value is not None and _limits(found) and not inside(value, found):
             yield key, f"must be {limits_text(found)}, got {value!r}."

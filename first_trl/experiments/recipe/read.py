@@ -92,6 +92,15 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ValueError(f"Override {override!r} must read key.sub=value, e.g. training.num_train_epochs=3.")
+    if not text.strip():
+        raise ValueError(
+            f'Override {override!r} has no value. Write {key}=null to leave the key out, {key}="" for no text.'
+        )
+    if key.startswith("grid."):
+        inner = key.removeprefix("grid.")
+        raise ValueError(
+            f"Override {override!r}: a grid maps whole dotted keys to lists. Write 'grid={{{inner}: [...]}}'."
+        )
     try:
         value = read_yaml(text)
     except yaml.YAMLError as error:
@@ -104,7 +113,10 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     for parent in parents:
         target = target.setdefault(parent, {})
         if not isinstance(target, dict):
-            raise ValueError(f"Override {override!r}: {parent!r} holds a value, not a mapping.")
+            raise ValueError(
+                f"Override {override!r}: {parent!r} holds a value, not a mapping. Give the whole of it a mapping with "
+                f"{last!r} in it."
+            )
     target[last] = value
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from ...training.options import DistillOptions, For, marks
 from ...utils.names import nearest
 from ...vocabulary import BAYES
+from .arguments import init_problems, lora_problems, training_problems
 from .models import ArmSpec, Recipe
 from .parse import refuse
 
@@ -29,7 +30,7 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     for name, arm in recipe.arms.items():
         yield from _arm(recipe, name, arm)
     yield from _named_arms(recipe)
-    yield from _training(recipe)
+    yield from _arguments(recipe)
 
 
 def _roles(recipe: Recipe) -> Iterator[str]:
@@ -149,20 +150,21 @@ def _named_arms(recipe: Recipe) -> Iterator[str]:
                 yield f"report.{key}: no arm {name!r}.{nearest(name, recipe.arms)}"
 
 
-def _training(recipe: Recipe) -> Iterator[str]:
-    from ...training.config import FirstDistillConfig
-
-    known = {f.name for f in dataclasses.fields(FirstDistillConfig)} | {"global_batch_size"}
+def _arguments(recipe: Recipe) -> Iterator[str]:
+    """Names and values that only a library judges, hours later."""
     trainings = {"training": recipe.training}
     trainings |= {f"arms.{name}.training": arm.training for name, arm in recipe.arms.items()}
     trainings |= {f"teachers.{name}.sft": variant.sft for name, variant in recipe.teachers.items()}
-    for name, model in (("teacher", recipe.teacher), ("student", recipe.student)):
-        trainings |= {f"{name}.{part}": getattr(model, part) or {} for part in ("pretrain", "sft")}
+    adapters = {f"arms.{name}.lora": arm.lora for name, arm in recipe.arms.items()} | {
+        "teacher.lora": recipe.teacher.lora
+    }
+    for role, model in (("teacher", recipe.teacher), ("student", recipe.student)):
+        trainings |= {f"{role}.{part}": getattr(model, part) or {} for part in ("pretrain", "sft")}
+        yield from init_problems(model.init_kwargs, f"{role}.init_kwargs")
     for place, training in trainings.items():
-        for key in training:
-            if key not in known:
-                yield f"{place}: unknown training argument {key!r}.{nearest(key, known, list_known=False)}"
-            elif key in _ARM_KEYS:
-                yield f"{place}.{key} is a key of the arm itself: arms.NAME.{key}."
-            elif key in _REFUSED:
-                yield (f"{place}.{key}: log in with `hf auth login`; what is shared is named in the recipe's `hub`.")
+        yield from training_problems(training, place)
+        for key in _REFUSED:
+            if key in training:
+                yield f"{place}.{key}: log in with `hf auth login`; what is shared is named in the recipe's `hub`."
+    for place, adapter in adapters.items():
+        yield from lora_problems(adapter or {}, place)

@@ -109,15 +109,7 @@ def train_distill(
     Distillation from a cache with `value` as the rescale's; the result goes to `folder/model`. `validation` as in
     [`train_sft`].
     """
-    own = {
-        "recalibration": arm.recalibration,
-        "recalibration_value": value,
-        "estimator": arm.estimator,
-        "ce_weight": arm.ce_weight,
-        "top_k": arm.top_k,
-        "student_temperature": arm.student_temperature,
-        "token_dropout": arm.token_dropout,
-    }
+    own = {**arm.options(), "recalibration_value": value}
     args = training_arguments(FirstDistillConfig, recipe, {**training, **own}, folder, select=validation is not None)
     trainer = FirstDistillTrainer(
         model,
