@@ -3,6 +3,8 @@
 from typing import Any, NamedTuple
 
 
+# Of a run, in order; `experiments.stages.table` says what each does
+STAGES = ("data", "pretrain", "teacher", "capture", "recalibrate", "students", "evaluate", "report", "share")
 # Row of a report for tasks whose true answer distribution is known
 BAYES = "bayes"
 

@@ -16,7 +16,6 @@ from ...training.options import DistillOptions, For, recalibrations
 from ...utils.names import nearest
 
 
-STAGES = ("data", "pretrain", "teacher", "capture", "recalibrate", "students", "evaluate", "report", "share")
 # A key nobody knows is refused. "3" is no number, and 1 is not `true`.
 _CONFIG = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 Text = Annotated[str, Strict()]

@@ -1,13 +1,12 @@
 """Finding the runs to merge, and refusing those that do not belong together."""
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ..run_folder import REPORT, ReportFolder, RunFolder, read_json
 
 
 MERGED_FORMAT = "first_trl.merged_report"
@@ -128,9 +127,9 @@ def find_runs(folders: Iterable[Path | str]) -> list[Path]:
         if not folder.is_dir():
             raise ValueError(f"There is no folder {folder}: give folders of runs, or folders that hold some.")
         # Not `rglob`, which fails when a run that is still going removes its checkpoints meanwhile
-        places = [Path(place) for place, _, names in os.walk(folder.resolve()) if "report.json" in names]
-        files = [place / "report.json" for place in places if place.name == "report"]
-        here = {path.parent.parent for path in files if _read_json(path).get("format") != MERGED_FORMAT}
+        places = (ReportFolder(Path(place)) for place, *_ in os.walk(folder.resolve()) if Path(place).name == REPORT)
+        reports = [report for report in places if report.json.is_file()]
+        here = {report.path.parent for report in reports if _read_report(report).get("format") != MERGED_FORMAT}
         if not here:
             raise ValueError(
                 f"No finished run below {folder}: a run is finished when it has a report/report.json. "
@@ -154,24 +153,19 @@ def load_runs(folders: Sequence[Path], relative_to: Path) -> list[FinishedRun]:
 
 
 def _load(folder: Path, relative_to: Path) -> FinishedRun:
-    file = folder / "report" / "report.json"
-    data = _read_json(file)
+    run = RunFolder(folder)
+    data = _read_report(run.report)
     missing = [key for key in ("recipe", "seed", "n_bins", "results") if key not in data]
     if missing:
-        raise ValueError(f"{file} is no report of a run: it has no {', '.join(missing)}.")
-    recipe_file = folder / "recipe.yaml"
-    recipe = yaml.safe_load(recipe_file.read_text(encoding="utf-8")) if recipe_file.is_file() else None
+        raise ValueError(f"{run.report.json} is no report of a run: it has no {', '.join(missing)}.")
     name = Path(os.path.relpath(folder.resolve(), relative_to.resolve())).as_posix()
-    return FinishedRun(folder, name, data, recipe if isinstance(recipe, dict) else {})
+    return FinishedRun(folder, name, data, run.load_recipe())
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}): run its recipe again with `--stage report`.") from error
+def _read_report(report: ReportFolder) -> dict[str, Any]:
+    data = read_json(report.json)
     if not isinstance(data, dict):
-        raise ValueError(f"{path} is no report of a run: it holds a {type(data).__name__}.")
+        raise ValueError(f"{report.json} is no report of a run: it holds a {type(data).__name__}.")
     return data
 
 

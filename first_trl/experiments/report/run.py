@@ -8,6 +8,7 @@ import numpy as np
 from ...calibration import reliability_diagram
 from ...utils.files import write_json
 from ...vocabulary import BAYES, BAYES_LABEL, FEW_ROWS, METHOD_SYMBOLS
+from ..run_folder import ReportFolder
 from .arms import find_sweeps
 from .figures import curve_figure, mass_figure, save_figure
 from .markdown import to_markdown
@@ -54,9 +55,10 @@ def write_report(
     """
     labels = {name: _label(recipe, name) for name in arms}
     figures: dict[str, str] = {}
+    report = ReportFolder(folder)
 
     def save(name: str, caption: str, figure: "Figure") -> None:
-        save_figure(figure, folder / f"{name}.png")
+        save_figure(figure, report.figure(name))
         figures[f"{name}.png"] = caption
 
     swept = _swept(recipe)
@@ -79,7 +81,7 @@ def write_report(
         save(f"recalibration_{name}", caption, curve_figure(name, fit))
 
     write_json(
-        folder / "report.json",
+        report.json,
         {
             "recipe": recipe.name,
             "title": recipe.report.title,
@@ -100,7 +102,7 @@ def write_report(
         },
     )
     content = RunContent(recipe, labels, results, temperatures, fits, manifest, counts, timings, figures)
-    (folder / "report.md").write_text(to_markdown(write_run_parts(content)), encoding="utf-8")
+    report.markdown.write_text(to_markdown(write_run_parts(content)), encoding="utf-8")
 
 
 def _label(recipe: "Recipe", name: str) -> str:

@@ -1,7 +1,6 @@
-"""The stages of a recipe, in order, for each of its runs."""
+"""Running a recipe: all stages, for each of its runs."""
 
 import gc
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,28 +12,12 @@ from transformers.utils import logging as hf_logging
 from ...utils.files import write_atomically
 from ...utils.names import nearest
 from ...utils.processes import process_state
-from ..recipe import STAGES, Recipe, cells, merged_folder
+from ...vocabulary import STAGES
+from ..recipe import Recipe, cells, merged_folder
 from ..report import write_merged_report
+from ..run_folder import RunFolder
 from .context import RunContext
-from .data import run_data
-from .evaluate import run_evaluate
-from .recalibrate import run_recalibrate
-from .reporting import run_report, run_share
-from .students import run_students
-from .teachers import run_capture, run_pretrain, run_teacher
-
-
-_WORK: dict[str, Callable[[RunContext], None]] = {
-    "data": run_data,
-    "pretrain": run_pretrain,
-    "teacher": run_teacher,
-    "capture": run_capture,
-    "recalibrate": run_recalibrate,
-    "students": run_students,
-    "evaluate": run_evaluate,
-    "report": run_report,
-    "share": run_share,
-}
+from .table import STAGE_TABLE
 
 
 def run_recipe(recipe: Recipe, stage: str | None = None) -> Path:
@@ -64,8 +47,9 @@ def run_recipe(recipe: Recipe, stage: str | None = None) -> Path:
     if recipe.merge and len(runs) > 1 and stage in (None, "report", "share"):
         state = process_state()
         if state.is_main_process:
-            write_merged_report([run.folder for run in runs], merged / "report")
-            print(f"\nMerged report: {merged / 'report' / 'report.md'}", flush=True)
+            report = RunFolder(merged).report
+            write_merged_report([run.folder for run in runs], report.path)
+            print(f"\nMerged report: {report.markdown}", flush=True)
         state.wait_for_everyone()
     return merged
 
@@ -74,8 +58,7 @@ def _run_one(recipe: Recipe, stage: str | None) -> None:
     run = RunContext(recipe, stage)
     run.workspace.say(f"{recipe.name}, seed {recipe.seed} -> {recipe.folder}")
     if run.is_main:
-        recipe.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(recipe.folder / "recipe.yaml", yaml.safe_dump(asdict(recipe), sort_keys=False))
+        write_atomically(run.folder.recipe, yaml.safe_dump(asdict(recipe), sort_keys=False))
     if recipe.num_threads is not None:
         torch.set_num_threads(recipe.num_threads)
     bars = datasets.is_progress_bar_enabled()
@@ -83,10 +66,10 @@ def _run_one(recipe: Recipe, stage: str | None) -> None:
     datasets.disable_progress_bars()
     hf_logging.disable_progress_bar()
     try:
-        for name, work in _WORK.items():
-            run.workspace.say(f"[{name}]")
-            work(run)
-            if name == stage:
+        for one in STAGE_TABLE:
+            run.workspace.say(f"[{one.name}]")
+            one.run(run)
+            if one.name == stage:
                 break
     finally:
         if bars:

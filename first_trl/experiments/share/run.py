@@ -1,23 +1,21 @@
-"""The folder of a finished run, as far as cards need it."""
+"""A finished run in the words of its cards."""
 
-import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-import yaml
 
-from ...cache.folder import load_manifest
+from ...cache.folder import load_manifest, manifest_path
 from ...cache.manifest import Manifest
 from ...calibration import CalibrationWarning
 from ...cards.render import hub_id, public_name
 from ...cards.scores import Scored, null_of_report, score_result, score_tokens, scores_of_report
 from ...cards.wording import shown_arguments
 from ...evaluation.predictions import MultipleChoiceResult
-from ...utils.versions import VERSIONS
 from ...vocabulary import BAYES, BAYES_LABEL, role_domain
+from ..run_folder import RunFolder, TrainingFolder, cache_unit, read_json, student_unit
 
 
 _TRAINED = ("sft", "distill")
@@ -35,16 +33,15 @@ class Run:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        recipe, report = self.folder / "recipe.yaml", self.folder / "report" / "report.json"
-        for path in (recipe, report):
+        self.folder = RunFolder(Path(folder))
+        for path in (self.folder.recipe, self.folder.report.json):
             if not path.is_file():
                 raise ValueError(
-                    f"{self.folder} is no finished run: {path.relative_to(self.folder)} is missing. Give the folder "
+                    f"{folder} is no finished run: {path.relative_to(folder)} is missing. Give the folder "
                     "of one seed, such as outputs/quickstart/seed-0, and finish it with `first-trl run` first."
                 )
-        self.recipe: dict[str, Any] = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-        self.report: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+        self.recipe = self.folder.load_recipe()
+        self.report: dict[str, Any] = read_json(self.folder.report.json)
         self.arms: dict[str, dict[str, Any]] = self.recipe["arms"]
         self._scored: dict[tuple[str, str], Scored | None] = {}
 
@@ -53,17 +50,17 @@ class Run:
         """Arms with weights of their own."""
         return [name for name, arm in self.arms.items() if arm["kind"] in _TRAINED]
 
-    def model(self, arm: str) -> Path:
-        """Folder of a student's weights."""
-        folder = self.folder / "students" / arm / "model"
+    def student(self, arm: str) -> TrainingFolder:
+        """
+        Raises:
+            `ValueError`: The arm has no weights of its own, or they are not there yet.
+        """
+        folder = self.folder.student(arm)
         if arm not in self.students:
             raise ValueError(f"Arm {arm!r} has no weights of its own. Choose among {', '.join(self.students)}.")
-        if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
-            raise ValueError(f"{folder} holds no model. Finish the run with `first-trl run` first.")
+        if not folder.has_model:
+            raise ValueError(f"{folder.model} holds no model. Finish the run with `first-trl run` first.")
         return folder
-
-    def is_adapter(self, arm: str) -> bool:
-        return (self.model(arm) / "adapter_config.json").is_file()
 
     def label(self, arm: str) -> str:
         """An arm in tables, with its name where another one has the same label."""
@@ -102,7 +99,7 @@ class Run:
         report = self.report["results"].get(arm, {}).get(role)
         if report is None:
             return None
-        path = self.folder / "evaluate" / arm / f"{role}.parquet"
+        path = self.folder.predictions(arm, role)
         if not path.is_file():
             return scores_of_report(report)
         table, seed = pq.read_table(path), int(self.recipe.get("seed") or 0)
@@ -122,7 +119,7 @@ class Run:
     @property
     def base_folder(self) -> Path | None:
         """The students' base where only this run (or this machine) has it; `None` for a model on the Hub."""
-        made = self.folder / "base" / "student" / "model"
+        made = self.folder.base("student").model
         if made.is_dir():
             return made
         name = self.recipe["student"]["name_or_path"]
@@ -132,24 +129,24 @@ class Run:
     def base_hub_id(self) -> str | None:
         return None if self.base_folder is not None else hub_id(self.recipe["student"]["name_or_path"])
 
-    def teacher_folder(self, arm: str) -> Path:
+    def teacher(self, arm: str) -> TrainingFolder:
         """
-        Weights of a teacher that this run has fine-tuned or made.
+        A teacher that this run has fine-tuned or made.
 
         Raises:
             `ValueError`: There are none, they are several, or they are an adapter on a base that nobody else has.
         """
-        name, spec = self.arms[arm].get("teacher"), self.recipe["teacher"]
-        folder = self.folder / (f"teacher-{name}" if name else "teacher") / "model"
-        if not name and not folder.is_dir():
-            folder = self.folder / "base" / "teacher" / "model"
-        if not folder.is_dir():
+        name, spec, base = self._teacher(arm), self.recipe["teacher"], self.folder.base("teacher")
+        folder = self.folder.teacher(name)
+        if not name and not folder.model.is_dir():
+            folder = base
+        if not folder.model.is_dir():
             raise ValueError(
                 f"Arm {arm!r} has no weights in this run: its teacher is {spec['name_or_path']!r} as it is, or one "
                 "teacher a fold. Leave it out of `arms`."
             )
-        own_base = (self.folder / "base" / "teacher").is_dir() or hub_id(spec["name_or_path"]) is None
-        if own_base and (folder / "adapter_config.json").is_file():
+        own_base = base.path.is_dir() or hub_id(spec["name_or_path"]) is None
+        if own_base and folder.is_adapter:
             raise ValueError(
                 f"The teacher of arm {arm!r} is an adapter on a model that is on this machine alone. Push that model "
                 "first and name it in the recipe, or leave the teacher out of `arms`."
@@ -203,15 +200,14 @@ class Run:
 
     def versions(self, arm: str) -> dict[str, str]:
         """Libraries that the arm was trained with."""
-        file = self.model(arm).parent / VERSIONS
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        file = self.student(arm).versions
+        return dict(read_json(file)) if file.is_file() else {}
 
     # cache
 
     def cache_folder(self, arm: str | None = None) -> Path:
         """Cache of an arm's teacher, or of the plain one; with folds, the folder above them."""
-        teacher = self._teacher(arm)
-        return self.folder / (f"cache-{teacher}" if teacher else "cache")
+        return self.folder.cache(self._teacher(arm))
 
     def caches(self, arms: list[str]) -> dict[str, str | None]:
         """
@@ -221,58 +217,32 @@ class Run:
         Returns:
             `dict`: Name of the folder -> an arm that learned from it, `None` for the plain one.
         """
-        found: dict[str, str | None] = {"cache": None}
+        found: dict[str, str | None] = {cache_unit(): None}
         for arm in arms:
             folder = self.cache_folder(arm)
-            if self.arms[arm]["kind"] == "distill" and (folder / "manifest").is_dir():
+            if self.arms[arm]["kind"] == "distill" and manifest_path(folder, "train").parent.is_dir():
                 found.setdefault(folder.name, arm)
         return found
 
     def manifests(self, arm: str) -> list[Manifest]:
         """Manifests of what an arm was trained on, over its roles and folds."""
-        folder = self.cache_folder(arm)
-        parts = sorted(folder.glob("fold-*")) or [folder]
+        name = self._teacher(arm)
+        folds = self.recipe["teachers"][name]["folds"] if name else None
         roles = self.arms[arm].get("data") or ["train"]
-        return [
-            load_manifest(part, role)
-            for role in roles
-            for part in parts
-            if (part / "manifest" / f"{role}.json").is_file()
-        ]
+        return [load_manifest(part, role) for role in roles for part in self.folder.caches(name, folds, role)]
 
     def fit(self, arm: str) -> dict[str, Any] | None:
         """The fitted rescale that an arm was trained with; `None` where there is none, or its value was given."""
         spec = self.arms[arm]
         if spec["recalibration"] == "none" or spec["recalibration_value"] is not None:
             return None
-        described = (self.report.get("arms") or {}).get(arm) or {}
-        if "fit" in described:
-            named: dict[str, Any] | None = self.report["recalibration"].get(described["fit"])
-            return named
-        # A report from before fits had a name in it: by everything that tells one from another
-        suffix = f"-{spec['teacher']}" if spec.get("teacher") else ""
-        wanted = (
-            spec["recalibration"],
-            spec["estimator"],
-            spec.get("top_k") or self.recipe["capture"]["k"],
-            spec.get("objective") or self.recipe["recalibration"]["objective"],
-            spec.get("min_value"),
-        )
-        value = self.unit(arm).get("fitted")
-        for path in sorted(self.folder.glob(f"recalibration{suffix}/*.json")):
-            fit: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            chosen = fit.get("recalibration")
-            if chosen is None:  # the record of the unit
-                continue
-            made = (chosen["method"], *(fit.get(key) for key in ("estimator", "top_k", "objective", "min_value")))
-            if made == wanted and value in (None, chosen["value"]):
-                return fit
-        return None
+        name = (self.report["arms"].get(arm) or {}).get("fit")
+        found: dict[str, Any] | None = self.report["recalibration"].get(name)
+        return found
 
     def unit(self, arm: str) -> dict[str, Any]:
         """Inputs of an arm's training, as the run recorded them."""
-        path = self.folder / "students" / arm / "unit.json"
-        inputs: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["inputs"] if path.is_file() else {}
+        inputs: dict[str, Any] = self.folder.load_marker(student_unit(arm)).get("inputs", {})
         return inputs
 
     # data
