@@ -136,9 +136,7 @@ class _Sizer:
             if pretrain is not None:
                 plans.append(self._training(f"{role}, pretraining", role, pretrain, ["pretrain"]))
         for name, sft in self._fine_tunings():
-            plans.append(
-                self._training(f"teacher{name}, fine-tuning", "teacher", sft, ["train"], recipe.teacher.lora, "")
-            )
+            plans.append(self._training(f"{name}, fine-tuning", "teacher", sft, ["train"], recipe.teacher.lora, ""))
         plans.append(self._capture_memory())
         kinds: dict[str, tuple[list[str], ArmSpec, dict[str, Any]]] = {}
         for name, arm in self._students():
@@ -157,10 +155,12 @@ class _Sizer:
         return [training.get(key) for key in (*keys, "gradient_checkpointing", "optim", "bf16", "fp16")]
 
     def _fine_tunings(self) -> list[tuple[str, dict[str, Any]]]:
-        found = {teacher.suffix: teacher.sft for teacher in teachers(self.recipe) if teacher.sft is not None}
+        found = {
+            teacher_unit(teacher.name): teacher.sft for teacher in teachers(self.recipe) if teacher.sft is not None
+        }
         distinct: dict[str, tuple[str, dict[str, Any]]] = {}
-        for suffix, sft in found.items():
-            distinct.setdefault(json.dumps(self._shape_of_training(sft)), (suffix, sft))
+        for unit, sft in found.items():
+            distinct.setdefault(json.dumps(self._shape_of_training(sft)), (unit, sft))
         return list(distinct.values())
 
     def _training(
