@@ -4,6 +4,8 @@ from .calibration import calibration_report as calibration_report
 from .calibration import expected_calibration_error as expected_calibration_error
 from .calibration import reliability_diagram as reliability_diagram
 from .evaluation.multiple_choice import evaluate_multiple_choice as evaluate_multiple_choice
+from .experiments.recipe import load_recipe as load_recipe
+from .experiments.stages.stages import run_recipe as run_recipe
 from .inference import answer_pipeline as answer_pipeline
 from .recalibration import Recalibration as Recalibration
 from .recalibration import fit_recalibration as fit_recalibration

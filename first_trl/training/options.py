@@ -7,6 +7,7 @@ import operator
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -210,6 +211,7 @@ def check_options(options: DistillOptions) -> None:
         raise ValueError(" ".join(found))
 
 
+@cache
 def marks(cls: type) -> dict[str, list[Any]]:
     """Field name -> what its type is annotated with, of a dataclass."""
     return {name: marks_of(hint) for name, hint in typing.get_type_hints(cls, include_extras=True).items()}

@@ -13,7 +13,7 @@ from .parse import parse
 from .rules import check_recipe
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """YAML 1.1 reads `1e-3` as text; learning rates are written that way."""
 
 
