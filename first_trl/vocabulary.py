@@ -5,6 +5,11 @@ from typing import Any, NamedTuple
 
 # Of a run, in order; `experiments.stages.table` says what each does
 STAGES = ("data", "pretrain", "teacher", "capture", "recalibrate", "students", "evaluate", "report", "share")
+# Label of a position that is not supervised, as in transformers
+IGNORE_INDEX = -100
+# Column of tokenised rows, and of a teacher cache: whether the label is an answer, or a filler where there is none
+HAS_GOLD = "has_gold"
+TEACHER_HAS_GOLD = "teacher_has_gold"
 # Row of a report for tasks whose true answer distribution is known
 BAYES = "bayes"
 

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import Strict
 
-from ..recalibration import ESTIMATORS, METHODS, Recalibration
+from ..plugins import ESTIMATORS, RECALIBRATIONS, estimator_target
+from ..recalibration import Recalibration
 from ..utils.names import nearest
 
 
@@ -26,12 +27,12 @@ class For:
 
 def estimators() -> tuple[str, ...]:
     """Names for `estimator`."""
-    return (*ESTIMATORS, "sampled")
+    return tuple(ESTIMATORS)
 
 
 def recalibrations() -> tuple[str, ...]:
     """Names for `recalibration`, with `"none"` first."""
-    return METHODS
+    return tuple(RECALIBRATIONS)
 
 
 @dataclass
@@ -149,22 +150,24 @@ class DistillOptions:
                     Recalibration(self.recalibration, self.recalibration_value)
                 except ValueError as error:
                     yield "recalibration_value", f"is out of range: {error}"
-        if self.student_temperature is not None and self.estimator != "probability_softmax":
+        # The estimator of a plugin says itself, when it is built, whether it has this option
+        without = set(ESTIMATORS.builtin) - {"probability_softmax"}
+        if self.student_temperature is not None and self.estimator in without:
             yield (
                 "student_temperature",
                 f"has no effect with estimator={self.estimator!r}: it belongs to the estimator probability_softmax. "
                 "Leave it unset, or choose that estimator.",
             )
-        if self.estimator == "sampled" and self.recalibration != "none":
+        if estimator_target(self.estimator) == "draws" and self.recalibration != "none":
             yield (
                 "recalibration",
-                "has no meaning with `estimator='sampled'`, which trains on draws from the raw teacher, which cannot be "
+                f"has no meaning with `estimator={self.estimator!r}`, which trains on draws from the raw teacher, which cannot be "
                 "rescaled afterwards. Set `recalibration='none'`, or use `estimator='bucket'`.",
             )
-        if self.estimator == "sampled" and self.top_k is not None:
+        if estimator_target(self.estimator) == "draws" and self.top_k is not None:
             yield (
                 "top_k",
-                "has no meaning with `estimator='sampled'`: leaving draws out would bias it. Leave it unset.",
+                f"has no meaning with `estimator={self.estimator!r}`: leaving draws out would bias it. Leave it unset.",
             )
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
+from ...plugins import estimator_target
 from ...training.options import DistillOptions, For, marks
 from ...utils.names import nearest
 from ...vocabulary import BAYES
@@ -129,8 +130,8 @@ def _target(recipe: Recipe, arm: ArmSpec, place: str) -> Iterator[str]:
     """What a distilled arm needs of the rest of the recipe, and of the fit of its value."""
     if arm.top_k is not None and arm.top_k > recipe.capture.k:
         yield f"{place}.top_k must be from 1 to capture.k = {recipe.capture.k}, got {arm.top_k}."
-    if arm.estimator == "sampled" and not recipe.capture.num_draws:
-        yield f"{place}: the estimator 'sampled' needs draws: set capture.num_draws, e.g. 50."
+    if estimator_target(arm.estimator) == "draws" and not recipe.capture.num_draws:
+        yield f"{place}: the estimator {arm.estimator!r} needs draws: set capture.num_draws, e.g. 50."
     for key in ("objective", "min_value"):
         if getattr(arm, key) is None:
             continue

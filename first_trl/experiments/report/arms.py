@@ -38,7 +38,7 @@ def describe_arms(runs: Sequence[FinishedRun]) -> dict[str, dict[str, Any]]:
             "base": spec.get("base", name),
             "values": spec.get("values", {}),
             "swept": False,
-            "reference": kind == "bayes" or source.get("kind") == "teacher",
+            "reference": kind == BAYES or source.get("kind") == "teacher",
             "baseline": False,
             "missing": [run.name for run in runs if run not in has],
         }

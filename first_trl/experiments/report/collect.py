@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...vocabulary import BAYES
 from ..run_folder import REPORT, ReportFolder, RunFolder, read_json
 
 
@@ -225,7 +226,7 @@ def _check_pair(reference: FinishedRun, run: FinishedRun) -> None:
             f"{reference.name} was run with {key} = {one!r}, {run.name} with {two!r}: these are different "
             "experiments. Put the key into the recipe's `grid`, or merge them apart."
         )
-    shared = (reference.data["results"].keys() & run.data["results"].keys()) - {"bayes"}
+    shared = (reference.data["results"].keys() & run.data["results"].keys()) - {BAYES}
     if not shared:
         raise ValueError(f"{reference.name} and {run.name} have no arm in common: there is nothing to average.")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...calibration.intervals import holds_zero, paired_difference, summarize
-from ...vocabulary import HIGHER_IS_BETTER, METHOD_SYMBOLS, METRICS, READINGS, role_domain
+from ...vocabulary import BAYES, HIGHER_IS_BETTER, METHOD_SYMBOLS, METRICS, READINGS, role_domain
 from .arms import check_baselines, default_baselines, describe_arms, find_sweeps, fit_beside
 from .collect import FinishedRun, cell_title, default_parent, find_runs, load_runs
 from .merged import MergedCell, MergedReport
@@ -140,7 +140,7 @@ def _differences(
         for role, others in results[baseline].items():
             for arm in arms:
                 # The true posterior is no method that could be better or worse than a baseline
-                if arm == baseline or arms[arm]["kind"] == "bayes" or role not in results[arm]:
+                if arm == baseline or arms[arm]["kind"] == BAYES or role not in results[arm]:
                     continue
                 for reading in READINGS:
                     for metric in METRICS:
