@@ -230,11 +230,13 @@ class EvaluationSpec:
             the answer position, free text at every token of the reference answer.
         batch_size (`int`): Prompts a forward.
         n_bins (`int`): Equal-width bins of the ECE.
+        null_draws (`int`): Draws of a perfectly calibrated model, for the ECE that it would show by chance.
     """
 
     splits: list[Text] = field(default_factory=lambda: ["test"])
     batch_size: Count = 64
     n_bins: Count = 10
+    null_draws: Count = 200
 
 
 @dataclass(config=_CONFIG)

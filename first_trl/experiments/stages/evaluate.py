@@ -24,10 +24,6 @@ from .training import load_trained
 from .units import Unit
 
 
-# Draws of a perfectly calibrated model, for the ECE that it would show by chance
-_NULL_DRAWS = 200
-
-
 def evaluation_units(run: RunContext) -> Iterator[Unit]:
     """One an arm, and one for the true answer distribution where the rows bring it."""
     for name, arm in run.recipe.arms.items():
@@ -131,7 +127,7 @@ def _store(run: RunContext, result: Any, name: str, role: str) -> None:
             given.correct,
             n_bins=run.recipe.evaluation.n_bins,
             null_test=True,
-            n_resamples=_NULL_DRAWS,
+            n_resamples=run.recipe.evaluation.null_draws,
             return_bins=False,
         )
     report["null_ece"] = {"mean": null["null_mean"], "q95": null["null_high"]}
