@@ -8,7 +8,7 @@ from .evaluation.multiple_choice import evaluate_multiple_choice as evaluate_mul
 from .evaluation.posthoc import fit_posthoc_temperature as fit_posthoc_temperature
 from .evaluation.token_level import evaluate_token_level as evaluate_token_level
 from .experiments.recipe import load_recipe as load_recipe
-from .experiments.stages.stages import run_recipe as run_recipe
+from .experiments.stages.run import run_recipe as run_recipe
 from .inference import answer_pipeline as answer_pipeline
 from .plugins import load_plugins as load_plugins
 from .plugins import register_backend as register_backend
