@@ -28,9 +28,11 @@ _STUDENTS = For(("sft", "distill"))
 _DISTILL = For(("distill",))
 
 
-def _short(key: str) -> BeforeValidator:
+def _short(key: str, cls: type) -> BeforeValidator:
     """A text in place of a mapping is the value of this key."""
-    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
+    return BeforeValidator(
+        lambda value: {key: value} if isinstance(value, str) else value, json_schema_input_type=str | cls
+    )
 
 
 def _method(value: str) -> str:
@@ -79,7 +81,7 @@ class TaskSpec:
     """
 
     name: Text
-    splits: dict[Text, Annotated[SplitSpec, _short("split")]]
+    splits: dict[Text, Annotated[SplitSpec, _short("split", SplitSpec)]]
     path: Text | None = None
     revision: Text | None = None
     options: Mapping = field(default_factory=dict)
@@ -311,8 +313,8 @@ class Recipe:
 
     name: Text
     task: TaskSpec
-    teacher: Annotated[ModelSpec, _short("name_or_path")]
-    student: Annotated[ModelSpec, _short("name_or_path")]
+    teacher: Annotated[ModelSpec, _short("name_or_path", ModelSpec)]
+    student: Annotated[ModelSpec, _short("name_or_path", ModelSpec)]
     arms: dict[Text, ArmSpec]
     teachers: dict[Text, TeacherSpec] = field(default_factory=dict)
     training: Mapping = field(default_factory=dict)
