@@ -73,10 +73,6 @@ class FinishedRun:
     recipe: dict[str, Any]
 
     @property
-    def recipe_name(self) -> str:
-        return str(self.data.get("name") or self.data["recipe"])
-
-    @property
     def seed(self) -> int:
         return int(self.data["seed"])
 
@@ -87,22 +83,8 @@ class FinishedRun:
     @property
     def arms(self) -> dict[str, dict[str, Any]]:
         """Arm -> its settings, with `base` and `values` for the arms of a sweep."""
-        specs = self.data.get("arms") or self.recipe.get("arms") or {}
-        return {
-            name: {**spec, "base": spec.get("base") or name.split("@")[0], "values": _values(spec)}
-            for name, spec in specs.items()
-        }
-
-    def text(self, key: str) -> Any:
-        """A text of the report section of the recipe, from the report or else from the recipe."""
-        found = self.data.get(key)
-        if found is None:
-            found = self.recipe.get(key) or (self.recipe.get("report") or {}).get(key)
-        return found
-
-
-def _values(spec: Mapping[str, Any]) -> dict[str, Any]:
-    return spec.get("values") or spec.get("swept") or {}
+        arms: dict[str, dict[str, Any]] = self.data["arms"]
+        return arms
 
 
 def cell_title(cell: Mapping[str, Any]) -> str:
@@ -156,7 +138,7 @@ def load_runs(folders: Sequence[Path], relative_to: Path) -> list[FinishedRun]:
 def _load(folder: Path, relative_to: Path) -> FinishedRun:
     run = RunFolder(folder)
     data = _read_report(run.report)
-    missing = [key for key in ("recipe", "seed", "n_bins", "results") if key not in data]
+    missing = [key for key in ("recipe", "seed", "n_bins", "arms", "results") if key not in data]
     if missing:
         raise ValueError(f"{run.report.json} is no report of a run: it has no {', '.join(missing)}.")
     name = Path(os.path.relpath(folder.resolve(), relative_to.resolve())).as_posix()
@@ -192,9 +174,9 @@ def check_runs(runs: Sequence[FinishedRun]) -> None:
     cells: dict[str, FinishedRun] = {}
     seen: dict[tuple[str, int], FinishedRun] = {}
     for run in runs:
-        if run.recipe_name != first.recipe_name:
+        if run.data["recipe"] != first.data["recipe"]:
             raise ValueError(
-                f"{first.name} is a run of the recipe {first.recipe_name!r}, {run.name} one of {run.recipe_name!r}: "
+                f"{first.name} is a run of the recipe {first.data['recipe']!r}, {run.name} one of {run.data['recipe']!r}: "
                 "merge the runs of one recipe at a time."
             )
         if run.data["n_bins"] != first.data["n_bins"]:

@@ -44,17 +44,17 @@ def merge_runs(
     """
     found = find_runs(folders)
     runs = load_runs(found, Path(relative_to) if relative_to is not None else default_parent(found))
-    asked = list(dict.fromkeys(baselines)) or list(runs[0].text("baselines") or [])
+    asked = list(dict.fromkeys(baselines)) or list(runs[0].data.get("baselines") or [])
     check_baselines(asked, runs)
     groups: dict[str, list[FinishedRun]] = {}
     for run in runs:
         groups.setdefault(cell_title(run.cell), []).append(run)
     first = runs[0]
     return MergedReport(
-        recipe=first.recipe_name,
-        title=str(first.text("title") or first.recipe_name),
-        description=str(first.text("description") or "").strip(),
-        notes=[" ".join(str(note).split()) for note in first.text("notes") or []],
+        recipe=first.data["recipe"],
+        title=str(first.data.get("title") or first.data["recipe"]),
+        description=str(first.data.get("description") or "").strip(),
+        notes=[" ".join(str(note).split()) for note in first.data.get("notes") or []],
         n_bins=int(first.data["n_bins"]),
         seeds=sorted({run.seed for run in runs}),
         runs=[
@@ -65,7 +65,7 @@ def merge_runs(
         models=_shared_models(runs),
         cells=[_merge_cell(group, asked) for group in groups.values()],
         figures={},
-        highlight=list(first.text("highlight") or []),
+        highlight=list(first.data.get("highlight") or []),
     )
 
 

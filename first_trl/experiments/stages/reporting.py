@@ -1,4 +1,4 @@
-"""Stages `report` and `share`: the report of one run, the cards of its students, and what is pushed."""
+"""Stages `report` and `share`: the report of one run, the cards of its students, and what is shared."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
