@@ -156,8 +156,10 @@ def register_metric(
     Add a column to the report's tables and to its JSON: a function of the stored predictions of one arm on one role.
 
     It is called with the keyword arguments `confidence` (`np.ndarray` of shape `(rows,)`, float64: probability of the
-    predicted answer), `correct` (`(rows,)`, bool), `probabilities` (`(rows, options)`, float64; each row sums to at
-    most 1) and `gold` (`(rows,)`, int64: the right option), and returns a finite number.
+    predicted answer), `correct` (`(rows,)`, bool), `probabilities` (`(rows, options)`, float64: of every option, 0 where
+    a row has fewer) and `gold` (`(rows,)`, int64: the right option), and returns a finite number. It is called twice:
+    over the whole vocabulary, where a row of `probabilities` sums to at most 1, and over the options, where it sums to
+    1. For free text the rows are tokens, and `probabilities` and `gold` are `None`.
 
     Args:
         name (`str`):
@@ -260,6 +262,11 @@ _TARGETS = {"bucket": "tail", "sampled": "draws"}
 def estimator_target(name: str) -> str:
     """`"kept"`, `"tail"` or `"draws"`: what an estimator is trained on. Imports no estimator."""
     return _TARGETS.get(name, "kept")
+
+
+def method_symbol(method: str) -> str:
+    """What reports call the value of a recalibration: `c` for the probability temperature."""
+    return str(one(RECALIBRATIONS[method]).symbol) if method in RECALIBRATIONS else method
 
 
 def load_plugins(modules: Iterable[str], folders: Iterable[Path | str] = ()) -> None:

@@ -151,6 +151,9 @@ class CaptureSpec:
         vllm_url (`str`, *optional*): Score with the vLLM server at this address instead of in this process. It must
             serve the teacher of this run.
         vllm_model (`str`, *optional*): Name it is served under, when there are several.
+        backend (`str`, *optional*): Engine that scores: `transformers`, `vllm` (with `vllm_url`), or one that a plugin
+            registers. By default `vllm` where `vllm_url` is given, else `transformers`.
+        backend_options (`dict`): Keyword arguments of a plugin's engine.
     """
 
     k: Count = 5
@@ -160,6 +163,8 @@ class CaptureSpec:
     num_draws: Annotated[int, Strict(), Ge(0)] = 0
     vllm_url: Text | None = None
     vllm_model: Text | None = None
+    backend: Text | None = None
+    backend_options: Mapping = field(default_factory=dict)
 
 
 @dataclass(config=_CONFIG)
@@ -308,6 +313,9 @@ class Recipe:
         description (`str`): What the experiment is about.
         reproduces (`list[str]`): Experiments of the paper that this recipe stands for, e.g. `E3`, or an ablation.
         merge (`bool`): Merge the reports of all runs at the end. A run of one seed leaves that to the run of all.
+        plugins (`list[str]`): Modules that register a task, an estimator, a recalibration, a teacher backend or a report
+            metric that the recipe names. They are looked for among the installed ones, beside the recipe and in the
+            working folder.
         cell (`dict`): Filled in for the runs that `cases` and `grid` make: key -> value.
     """
 
@@ -334,6 +342,7 @@ class Recipe:
     description: Text = ""
     reproduces: list[Text] = field(default_factory=list)
     merge: Flag = True
+    plugins: list[Text] = field(default_factory=list)
     cell: Mapping = field(default_factory=dict)
 
     @property

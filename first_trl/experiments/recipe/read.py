@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from ...plugins import load_plugins
 from ...utils.names import nearest
 from ...utils.resources import recipe_path
 from .models import Recipe
@@ -63,10 +64,22 @@ def load_recipe(
             data["merge"] = False
     if output_dir is not None:
         data["output_dir"] = output_dir
+    _load_plugins(data.get("plugins"), path)
     recipe = parse(data, str(path))
     check_recipe(recipe, str(path))
     _resolve_paths(recipe)
     return recipe
+
+
+def _load_plugins(modules: Any, path: Path) -> None:
+    """The modules that a recipe names, before it is checked: the names they register are then known."""
+    # What is no list of names is refused with the rest of the recipe
+    if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
+        return
+    try:
+        load_plugins(modules, [path.parent])
+    except ValueError as error:
+        raise ValueError(f"{path}: plugins: {error}") from error
 
 
 def _resolve_paths(recipe: Recipe) -> None:

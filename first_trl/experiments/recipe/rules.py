@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
-from ...plugins import estimator_target
+from ...plugins import BACKENDS, TASKS, estimator_target
 from ...training.options import DistillOptions, For, marks
 from ...utils.names import nearest
 from ...vocabulary import BAYES
@@ -25,7 +25,9 @@ def check_recipe(recipe: Recipe, where: str) -> None:
 
 
 def _problems(recipe: Recipe) -> Iterator[str]:
+    yield from _task(recipe)
     yield from _roles(recipe)
+    yield from _backend(recipe)
     yield from _capture(recipe)
     yield from _models(recipe)
     for name, arm in recipe.arms.items():
@@ -47,6 +49,27 @@ def _roles(recipe: Recipe) -> Iterator[str]:
     for role, split in splits.items():
         if split.unseen is not None and role not in recipe.evaluation.splits:
             yield f"task.splits.{role}.unseen only belongs to roles of evaluation.splits."
+
+
+def _task(recipe: Recipe) -> Iterator[str]:
+    names = {"task.name": recipe.task.name}
+    names |= {f"task.splits.{role}.task": split.task for role, split in recipe.task.splits.items() if split.task}
+    for place, name in names.items():
+        if name not in TASKS:
+            yield f"{place}: there is no task {name!r}.{nearest(name, TASKS)}"
+
+
+def _backend(recipe: Recipe) -> Iterator[str]:
+    capture = recipe.capture
+    own = "transformers" if capture.vllm_url is None else "vllm"
+    if capture.backend is not None and capture.backend not in BACKENDS:
+        yield f"capture.backend: there is no teacher backend {capture.backend!r}.{nearest(capture.backend, BACKENDS)}"
+    elif capture.backend == "vllm" and capture.vllm_url is None:
+        yield "capture.backend 'vllm' needs the address of the server: give capture.vllm_url."
+    elif capture.vllm_url is not None and capture.backend not in (None, "vllm"):
+        yield f"capture.vllm_url has no meaning for the backend {capture.backend!r}; leave one of the two out."
+    elif capture.backend in (None, own) and capture.backend_options:
+        yield f"capture.backend_options belong to a plugin's engine; {own!r} takes none."
 
 
 def _capture(recipe: Recipe) -> Iterator[str]:

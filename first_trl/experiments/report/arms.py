@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...vocabulary import BAYES, BAYES_LABEL, key_title
+from ...plugins import method_symbol
+from ...vocabulary import BAYES, BAYES_LABEL
 from .collect import FinishedRun, is_number
 
 
@@ -11,6 +12,17 @@ from .collect import FinishedRun, is_number
 _OF_METHOD = ("recalibration_value", "min_value")
 # Keys of an arm that change nothing about the target whose fit a sweep of values is compared with
 _NOT_OF_TARGET = frozenset({"recalibration_value", "label", "swept", "base", "values", "fit"})
+
+
+_KEY_SYMBOLS = {"top_k": "k"}
+
+
+def key_title(key: str, method: str | None = None) -> str:
+    """What a key that is swept stands for: `c` for the value of the probability temperature."""
+    if method is not None:
+        symbol = method_symbol(method)
+        return f"lower bound of {symbol}" if key == "min_value" else symbol
+    return _KEY_SYMBOLS.get(key, key.replace("_", " "))
 
 
 def describe_arms(runs: Sequence[FinishedRun]) -> dict[str, dict[str, Any]]:

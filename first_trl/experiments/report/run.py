@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...calibration import reliability_diagram
+from ...plugins import method_symbol
 from ...utils.files import write_json
-from ...vocabulary import BAYES, BAYES_LABEL, FEW_ROWS, METHOD_SYMBOLS
+from ...vocabulary import BAYES, BAYES_LABEL, FEW_ROWS
 from ..run_folder import ReportFolder
 from .arms import find_sweeps
 from .figures import curve_figure, mass_figure, save_figure
@@ -76,7 +77,7 @@ def write_report(
         mass_figure(np.array(manifest.kept_mass)),
     )
     for name, fit in fits.items():
-        symbol = METHOD_SYMBOLS[fit["recalibration"]["method"]]
+        symbol = method_symbol(fit["recalibration"]["method"])
         caption = f"Choice of {symbol} on validation (`{name}`): the teacher's ECE and NLL over {symbol}."
         save(f"recalibration_{name}", caption, curve_figure(name, fit))
 

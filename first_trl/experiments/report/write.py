@@ -11,8 +11,9 @@ import numpy as np
 
 from ...calibration import calibration_report, reliability_diagram
 from ...utils.files import write_atomically, write_json
-from ...vocabulary import FEW_ROWS, key_title
+from ...vocabulary import FEW_ROWS
 from ..run_folder import ReportFolder, RunFolder
+from .arms import key_title
 from .collect import MERGED_FORMAT, default_parent, find_runs
 from .content import prefix, slug, sweep_figure, table_parts, write_parts
 from .figures import mass_figure, save_figure

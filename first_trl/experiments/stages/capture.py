@@ -10,13 +10,18 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from ...cache.folder import load_teacher_cache
-from ...teacher.backends import TransformersBackend, VLLMBackend
+from ...plugins import BACKENDS
+from ...teacher.backends import VLLMBackend
 from ...teacher.capture import add_teacher_topk
 from ..recipe import Recipe
 from ..run_folder import cache_unit, read_json, teacher_unit
 from .context import RunContext
 from .teachers import Teacher, fold_numbers, teacher_model, teachers
 from .units import Unit
+
+
+# What they are is told by the address of a server
+_OWN_BACKENDS = (None, "transformers", "vllm")
 
 
 def captured_roles(recipe: Recipe, teacher: Teacher) -> list[str]:
@@ -40,6 +45,8 @@ def capture_units(run: RunContext) -> Iterator[Unit]:
             inputs = {
                 # What enters the entries; how the work is cut or where it is served may change on the way
                 "capture": [spec.k, spec.logprob_dtype, spec.num_draws, spec.vllm_url is not None, spec.vllm_model],
+                # Left out where it is the default, so that runs from before it could be named go on
+                **({"backend": [spec.backend, spec.backend_options]} if spec.backend not in _OWN_BACKENDS else {}),
                 "teacher": run.keys[teacher_unit(teacher.name, fold)],
                 "data": {role: run.role_keys[role] for role in roles},
             }
@@ -49,12 +56,13 @@ def capture_units(run: RunContext) -> Iterator[Unit]:
 def _capture(run: RunContext, teacher: Teacher, fold: int | None, folder: Path) -> None:
     options = asdict(run.recipe.capture)
     url, served = options.pop("vllm_url"), options.pop("vllm_model")
+    name, settings = options.pop("backend"), options.pop("backend_options")
     tokenizer = run.tokenizer()
     backend: Any
     if url is not None:
         backend = _served_teacher(run, teacher, url, served)
     else:
-        backend = TransformersBackend(teacher_model(run, teacher, fold))
+        backend = BACKENDS.find(name or "transformers")(teacher_model(run, teacher, fold), **settings)
     selection = run.folder.teacher(teacher.name, fold).selection
     if selection.is_file():
         backend.notes = [*backend.notes, _selection_note(read_json(selection))]

@@ -13,6 +13,7 @@ from ...calibration import calibration_report
 from ...evaluation.multiple_choice import MultipleChoiceResult, evaluate_multiple_choice, multiple_choice_report
 from ...evaluation.posthoc import fit_posthoc_temperature
 from ...evaluation.token_level import evaluate_token_level
+from ...plugins import METRICS
 from ...tasks import answer_token_ids_of_rows
 from ...utils.files import write_json
 from ...vocabulary import BAYES
@@ -31,6 +32,7 @@ def evaluation_units(run: RunContext) -> Iterator[Unit]:
         inputs = {
             "evaluation": run.recipe.evaluation,
             "data": run.keys[DATA],
+            **_plugin_metrics(),
             "arm": [arm.kind, arm.of],
             "model": run.keys[
                 teacher_unit(teacher_of(run.recipe, source).name)
@@ -40,8 +42,13 @@ def evaluation_units(run: RunContext) -> Iterator[Unit]:
         }
         yield Unit(evaluation_unit(name), inputs, partial(_evaluate, run, name, arm, source))
     if run.has_posterior:
-        inputs = {"evaluation": run.recipe.evaluation, "data": run.keys[DATA], "arm": BAYES}
+        inputs = {"evaluation": run.recipe.evaluation, "data": run.keys[DATA], "arm": BAYES, **_plugin_metrics()}
         yield Unit(evaluation_unit(BAYES), inputs, partial(_evaluate_bayes, run))
+
+
+def _plugin_metrics() -> dict[str, Any]:
+    # Left out where there are none: what was evaluated without them holds
+    return {"metrics": sorted(METRICS)} if METRICS else {}
 
 
 def _evaluate(run: RunContext, name: str, arm: ArmSpec, source: ArmSpec, folder: Path) -> None:
