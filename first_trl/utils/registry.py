@@ -50,7 +50,7 @@ class Registry(Mapping[str, Any]):
             if name in self._places or (known is not None and _place(known) != _place(thing)):
                 where = self._places.get(name) or ":".join(_place(known))
                 raise ValueError(
-                    f"There is a {self.kind} {name!r} already ({where}). Register yours under another name."
+                    f"The {self.kind} {name!r} is there already ({where}). Register yours under another name."
                 )
             self._objects[name] = thing
             return thing
