@@ -1,4 +1,4 @@
-"""The trainer's tests on other releases of TRL: `python -m tests.compat oldest 1.16.0 newest`.
+"""The trainer's tests on other releases of TRL: `python -m tests.compat oldest newest`.
 
 Each release is put, alone, into a folder in front of what is installed; nothing that is installed changes.
 """
