@@ -154,6 +154,11 @@ class ReportFolder:
     def html(self) -> Path:
         return self.path / "report.html"
 
+    @property
+    def results(self) -> Path:
+        """Scores of every run; merged reports only."""
+        return self.path / "results.csv.gz"
+
     def figure(self, name: str) -> Path:
         return self.path / f"{name}.png"
 

@@ -23,6 +23,7 @@ from .latex import to_latex
 from .markdown import to_markdown
 from .merge import merge_runs
 from .merged import MergedCell, MergedReport
+from .results import write_results
 from .scatter import scatter_figure
 
 
@@ -30,8 +31,8 @@ def write_merged_report(
     folders: Sequence[Path | str], output_dir: Path | str | None = None, *, baselines: Sequence[str] = ()
 ) -> Path:
     """
-    Merge the reports of the runs of one recipe and write `report.md`, `report.json`, `report.tex`, `report.html` and
-    the figures. The same runs give the same bytes: nothing in them depends on when, where or in which order runs were
+    Merge the reports of the runs of one recipe and write `report.md`, `report.json`, `report.tex`, `report.html`,
+    `results.csv.gz` and the figures. The same runs give the same bytes: nothing in them depends on when, where or in which order runs were
     made.
 
     Args:
@@ -59,6 +60,7 @@ def write_merged_report(
     write_atomically(report.markdown, to_markdown(parts))
     write_atomically(report.latex, to_latex(table_parts(parts), merged.title))
     write_atomically(report.html, to_html(parts, merged.title, output))
+    write_results(merged, report.results)
     # Last, since it is what tells the folder of a merged report from that of a run
     write_json(report.json, merged.to_dict())
     for name in set(old.get("figures", {})) - set(merged.figures):
