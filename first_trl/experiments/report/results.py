@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...calibration.intervals import holds_zero, paired_difference, summarize
 from ...utils.names import nearest
 from ...vocabulary import HIGHER_IS_BETTER, METRICS, READINGS, Metric
 from .merged import MergedReport
-from .statistics import holds_zero, paired_difference, summarize
 
 
 _KEYS = ("cell", "run", "role", "arm")
