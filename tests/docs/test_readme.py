@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from first_trl.cli import main
-from first_trl.experiments.recipe import STAGES, load_recipe
+from first_trl.experiments.recipe import load_recipe
 from first_trl.utils.resources import recipe_names
+from first_trl.vocabulary import STAGES
 from tests.support.readme import README, RECIPES, ROOT, block, commands
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 

@@ -18,7 +18,7 @@ _COLUMNS = (*_KEYS, *(metric.key for metric in METRICS))
 
 
 class Score(NamedTuple):
-    """One row: where a score comes from, and the metrics over the whole vocabulary (fractions; NLL in nats)."""
+    """One row: where a score comes from, and the built-in metrics over the whole vocabulary (fractions; NLL in nats)."""
 
     cell: str
     run: str
@@ -67,7 +67,8 @@ def read_results(path: str | Path) -> list[Score]:
             found = {metric.key: value for metric, value in zip(METRICS, values, strict=True) if value is not None}
         except ValueError:
             raise ValueError(f"{path}, line {number}: {row} is no row of results.") from None
-        scores.append(Score(*row[: len(_KEYS)], values=found))
+        cell, run, role, arm = row[: len(_KEYS)]
+        scores.append(Score(cell, run, role, arm, found))
     return scores
 
 
@@ -113,7 +114,8 @@ def results_table(
     lines.append([*("---" for _ in head), *("---:" for _ in columns)])
     for cell in cells:
         for arm in arms or known["arm"]:
-            for baseline in [name for name in baselines if name != arm] or ([] if baselines else [None]):
+            others: list[str | None] = [name for name in baselines if name != arm] if baselines else [None]
+            for baseline in others:
                 row = []
                 for role, metric in columns:
                     ours = values.get((cell, arm, role, metric.key), {})
