@@ -25,6 +25,20 @@ class For:
     kinds: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Fact:
+    """
+    Marks an option that the card of a student tells, where it is set.
+
+    Args:
+        title (`str`): What the line begins with.
+        text (`str`): A format of `value`, and of `k`, the entries in the cache.
+    """
+
+    title: str
+    text: str
+
+
 def estimators() -> tuple[str, ...]:
     """Names for `estimator`."""
     return tuple(ESTIMATORS)
@@ -81,23 +95,38 @@ class DistillOptions:
             "replication only.",
         },
     )
-    ce_weight: Annotated[float, Strict(), Ge(0.0), Le(1.0)] = field(
+    ce_weight: Annotated[
+        float,
+        Strict(),
+        Ge(0.0),
+        Le(1.0),
+        Fact("Weight of the labels", "{value:g} (cross-entropy), the rest is the teacher's"),
+    ] = field(
         default=0.0,
         metadata={"help": "Weight `w` of the hard-label cross-entropy: the loss is `(1 - w) * KL + w * CE`."},
     )
-    student_temperature: Annotated[float, Strict(), Gt(0.0), Lt(float("inf"))] | None = field(
+    top_k: Annotated[int, Strict(), Ge(1), Fact("Entries used", "{value} of the {k} in the cache")] | None = field(
+        default=None,
+        metadata={
+            "help": "Number of cached entries to use, from the most likely. The others move into the tail. When not "
+            "set, all are used."
+        },
+    )
+    student_temperature: (
+        Annotated[
+            float,
+            Strict(),
+            Gt(0.0),
+            Lt(float("inf")),
+            Fact("Student temperature", "{value:g} divides its probabilities in training"),
+        ]
+        | None
+    ) = field(
         default=None,
         metadata={
             "help": "Divides the student's probabilities at the k ids, for `estimator='probability_softmax'` only, "
             "where 1 is used when not set. Equal to `c` of `recalibration='probability_temperature'`, the optimum is "
             "the raw teacher up to a constant: nothing is recalibrated."
-        },
-    )
-    top_k: Annotated[int, Strict(), Ge(1)] | None = field(
-        default=None,
-        metadata={
-            "help": "Number of cached entries to use, from the most likely. The others move into the tail. When not "
-            "set, all are used."
         },
     )
     recalibration: Annotated[str, Strict()] = field(
@@ -115,7 +144,14 @@ class DistillOptions:
             "help": "c, T or delta. When not set, the value fitted for this method and stored with the cache is used."
         },
     )
-    token_dropout: Annotated[float, Strict(), Ge(0.0), Lt(1.0), For(("sft", "distill"))] = field(
+    token_dropout: Annotated[
+        float,
+        Strict(),
+        Ge(0.0),
+        Lt(1.0),
+        For(("sft", "distill")),
+        Fact("Token dropout", "{value:g} of the input tokens, in training only"),
+    ] = field(
         default=0.0,
         metadata={
             "help": "Probability that a token of the student's input is replaced in training, while the teacher's "

@@ -208,8 +208,7 @@ class ArmSpec(DistillOptions, _Arm):
         kind (`str`): `teacher`, `sft`, `distill` or `temperature_scaling`.
         label (`str`, *optional*): Name in tables and figures. With a grid, `{top_k}` and the like are filled in.
         of (`str`, *optional*): Arm that `temperature_scaling` is applied to.
-        training (`dict`): Training arguments on top of the recipe's `training`. `training.token_dropout_id` names the
-            token put in the place of dropped ones.
+        training (`dict`): Training arguments on top of the recipe's `training`.
         objective (`str`, *optional*): Objective of the fit, when it is another than the recipe's.
         min_value (`float`, *optional*): Lower bound of the fitted value; 1 keeps a temperature from sharpening.
         select (`str`, *optional*): `nll` keeps the student of the epoch with the lowest negative log-likelihood on

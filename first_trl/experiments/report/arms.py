@@ -1,9 +1,11 @@
 """What the arms of a study are to each other: references, baselines, points of a sweep."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from ...plugins import method_symbol
+from ...training.options import DistillOptions
 from ...vocabulary import BAYES, BAYES_LABEL
 from .collect import FinishedRun, is_number
 
@@ -82,10 +84,9 @@ def _is_plain(spec: Mapping[str, Any]) -> bool:
         return not spec.get("lora")
     # Only the two-line form of distillation, without anything else that a study may be about
     return kind == "distill" and (
-        spec.get("recalibration", "none") == "none"
-        and spec.get("estimator", "topk") == "topk"
+        all(spec.get(f.name, f.default) == f.default for f in fields(DistillOptions))
         and spec.get("data") in (None, ["train"])
-        and not any(spec.get(key) for key in ("lora", "ce_weight", "token_dropout", "teacher", "top_k", "select"))
+        and not any(spec.get(key) for key in ("lora", "teacher", "select"))
     )
 
 

@@ -9,6 +9,7 @@ from ...cards.license import License, find_license
 from ...cards.render import hub_id
 from ...cards.student import Evaluation, StudentCard
 from ...cards.wording import cache_text, estimator_text, recalibration_text, shared_cache_text
+from ...training.options import DistillOptions, Fact, marks
 from ...vocabulary import BAYES
 from .run import Run
 
@@ -175,14 +176,12 @@ def _facts(run: Run, arm: str) -> list[tuple[str, str]]:
     spec = run.arms[arm]
     roles = spec.get("data") or ["train"]
     facts = [("Training data", "; ".join(_rows_text(run, role) for role in roles))]
-    if spec.get("ce_weight"):
-        facts.append(("Weight of the labels", f"{spec['ce_weight']:g} (cross-entropy), the rest is the teacher's"))
-    if spec.get("top_k"):
-        facts.append(("Entries used", f"{spec['top_k']} of the {run.recipe['capture']['k']} in the cache"))
-    if spec.get("student_temperature"):
-        facts.append(("Student temperature", f"{spec['student_temperature']:g} divides its probabilities in training"))
-    if spec.get("token_dropout"):
-        facts.append(("Token dropout", f"{spec['token_dropout']:g} of the input tokens, in training only"))
+    for key, found in marks(DistillOptions).items():
+        facts += [
+            (mark.title, mark.text.format(value=spec[key], k=run.recipe["capture"]["k"]))
+            for mark in found
+            if isinstance(mark, Fact) and spec.get(key)
+        ]
     if spec.get("select") == "nll":
         facts.append(("Epoch", "the one with the lowest negative log-likelihood on the validation rows"))
     if spec.get("lora"):

@@ -49,7 +49,7 @@ def _train(run: RunContext, name: str, value: float | None, path: Path) -> None:
     if arm.kind == "sft":
         train_sft(
             run.recipe, student, tokenizer, run.folder.load_tokens("train"), training, folder,
-            lora=arm.lora, validation=validation, token_dropout=arm.token_dropout,
+            lora=arm.lora, validation=validation, options=arm,
         )  # fmt: skip
         return
     teacher = teacher_of(run.recipe, arm)

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from ...training.config import FirstDistillConfig
+from ...training.options import DistillOptions
 from ...training.token_dropout import TokenDropoutSFTTrainer
 from ...training.trainer import FirstDistillTrainer
 from ...utils.files import write_atomically, write_json
@@ -70,14 +71,14 @@ def train_sft(
     *,
     lora: dict[str, Any] | None = None,
     validation: Dataset | None = None,
-    token_dropout: float = 0.0,
+    options: DistillOptions | None = None,
 ) -> None:
     """
     Next-token training on labelled rows with TRL's SFTTrainer; the result goes to `folder.model`. With `validation`
     rows it is the epoch with the lowest negative log-likelihood on them, and `folder.selection` says which.
     """
     args = training_arguments(SFTConfig, recipe, training, folder, select=validation is not None)
-    options: dict[str, Any] = {
+    given: dict[str, Any] = {
         "args": args,
         "train_dataset": rows,
         "eval_dataset": validation,
@@ -85,11 +86,11 @@ def train_sft(
         "peft_config": _lora(lora),
     }
     trainer: SFTTrainer
-    if token_dropout:
-        replacement = training.get("token_dropout_id")
-        trainer = TokenDropoutSFTTrainer(model, token_dropout=token_dropout, token_dropout_id=replacement, **options)
+    if options is not None and options.token_dropout:
+        given |= {"token_dropout": options.token_dropout, "token_dropout_id": training.get("token_dropout_id")}
+        trainer = TokenDropoutSFTTrainer(model, **given)
     else:
-        trainer = SFTTrainer(model, **options)
+        trainer = SFTTrainer(model, **given)
     _train_and_save(trainer, folder)
 
 
