@@ -3,6 +3,13 @@
 from typing import Any, NamedTuple
 
 
+# Of a run, in order; `experiments.stages.table` says what each does
+STAGES = ("data", "pretrain", "teacher", "capture", "recalibrate", "students", "evaluate", "report", "share")
+# Label of a position that is not supervised, as in transformers
+IGNORE_INDEX = -100
+# Column of tokenised rows, and of a teacher cache: whether the label is an answer, or a filler where there is none
+HAS_GOLD = "has_gold"
+TEACHER_HAS_GOLD = "teacher_has_gold"
 # Row of a report for tasks whose true answer distribution is known
 BAYES = "bayes"
 
@@ -27,13 +34,6 @@ HIGHER_IS_BETTER = frozenset({"accuracy", "trust"})
 # Bins of a diagram with fewer rows tell nothing
 FEW_ROWS = 10
 READINGS = ("full_vocab", "options")
-METHOD_SYMBOLS = {
-    "probability_temperature": "c",
-    "logit_temperature": "T",
-    "label_smoothing": "δ",
-    "log_label_smoothing": "δ",
-}
-_KEY_SYMBOLS = {"top_k": "k"}
 # No student can be the true posterior, so it never wins
 BAYES_LABEL = "True posterior (best possible)"
 
@@ -58,14 +58,6 @@ def role_title(role: str, index: int, domain: str | None = None) -> str:
     if found == "validation":
         return f"`{role}` (what temperatures and epochs were chosen on: for choices, not for claims)"
     return f"`{role}` ({found})"
-
-
-def key_title(key: str, method: str | None = None) -> str:
-    """What a key that is swept stands for: `c` for the value of the probability temperature."""
-    if method is not None:
-        symbol = METHOD_SYMBOLS.get(method, method)
-        return f"lower bound of {symbol}" if key == "min_value" else symbol
-    return _KEY_SYMBOLS.get(key, key.replace("_", " "))
 
 
 def number(value: float, metric: Metric, *, sign: bool = False) -> str:

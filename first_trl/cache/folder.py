@@ -26,11 +26,16 @@ def shard_paths(folder: str | os.PathLike[str], split: str) -> list[Path]:
     return sorted((Path(folder) / "data").glob(f"{split}-*-of-*.parquet"))
 
 
+def finished_splits(folder: str | os.PathLike[str]) -> list[str]:
+    """Splits that a cache folder holds whole, by name; an unfinished one has a hidden file."""
+    return sorted(path.stem for path in (Path(folder) / "manifest").glob("[!.]*.json"))
+
+
 def load_manifest(folder: str | os.PathLike[str], split: str = "train") -> Manifest:
     """Raises `ValueError` when the folder holds no finished cache of that split."""
     path = manifest_path(folder, split)
     if not path.is_file():
-        found = sorted(p.stem for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
+        found = finished_splits(folder)
         raise ValueError(
             f"No teacher cache of split {split!r} in {folder}: {path} does not exist"
             + (f" (splits there: {found})" if found else "")

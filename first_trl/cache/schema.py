@@ -16,6 +16,8 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 
+from ..vocabulary import IGNORE_INDEX, TEACHER_HAS_GOLD
+
 
 INPUT_IDS = "input_ids"
 LABELS = "labels"
@@ -26,14 +28,12 @@ CACHE_ID = "teacher_cache"
 ROW_DIGEST = "teacher_row_digest"
 DRAW_IDS = "teacher_draw_ids"
 DRAW_COUNTS = "teacher_draw_counts"
-HAS_GOLD = "teacher_has_gold"
 
 TEACHER_COLUMNS = (TOPK_IDS, TOPK_LOGPROBS, TAIL_LOGPROB, CACHE_ID, ROW_DIGEST)
 REQUIRED_COLUMNS = (INPUT_IDS, LABELS, *TEACHER_COLUMNS)
 DRAW_COLUMNS = (DRAW_IDS, DRAW_COUNTS)
-CACHE_COLUMNS = (*REQUIRED_COLUMNS, *DRAW_COLUMNS, HAS_GOLD)
+CACHE_COLUMNS = (*REQUIRED_COLUMNS, *DRAW_COLUMNS, TEACHER_HAS_GOLD)
 LOGPROB_DTYPES = ("float16", "float32")
-IGNORE_INDEX = -100
 
 
 def cache_features(logprob_dtype: str = "float16", draws: bool = False, has_gold: bool = False) -> Features:
@@ -50,7 +50,7 @@ def cache_features(logprob_dtype: str = "float16", draws: bool = False, has_gold
     if draws:
         features |= {DRAW_IDS: List(List(Value("int32"))), DRAW_COUNTS: List(List(Value("uint16")))}
     if has_gold:
-        features |= {HAS_GOLD: Value("bool")}
+        features |= {TEACHER_HAS_GOLD: Value("bool")}
     return Features(features)
 
 
@@ -249,9 +249,9 @@ def flatten_cache(dataset: Dataset, batch_size: int = 1000) -> TeacherArrays:
     without_gold = count_without_gold(dataset)
     if without_gold:
         raise ValueError(
-            f"{without_gold} of {len(dataset)} rows of the teacher cache have no answer (`{HAS_GOLD}` is false): "
+            f"{without_gold} of {len(dataset)} rows of the teacher cache have no answer (`{TEACHER_HAS_GOLD}` is false): "
             "their labels are fillers, which nothing can be fitted to. Give a cache of labelled rows, or keep those: "
-            f"`cache.filter(lambda has_gold: has_gold is not False, input_columns=[{HAS_GOLD!r}])`."
+            f"`cache.filter(lambda has_gold: has_gold is not False, input_columns=[{TEACHER_HAS_GOLD!r}])`."
         )
     parts: list[tuple[np.ndarray, ...]] = []
     first_row = 0
@@ -285,21 +285,23 @@ def flatten_cache(dataset: Dataset, batch_size: int = 1000) -> TeacherArrays:
 
 def gold_flags(table: pa.Table) -> np.ndarray:
     """Whether the labels of each row are an answer, bool."""
-    if HAS_GOLD not in table.column_names:
+    if TEACHER_HAS_GOLD not in table.column_names:
         return np.ones(table.num_rows, bool)
-    column = _column(table, HAS_GOLD)
+    column = _column(table, TEACHER_HAS_GOLD)
     if pa.types.is_null(column.type):
         return np.ones(table.num_rows, bool)
     if not pa.types.is_boolean(column.type):
-        raise ValueError(f"`{HAS_GOLD}` has type {column.type} instead of bool; capture or pull the cache again.")
+        raise ValueError(
+            f"`{TEACHER_HAS_GOLD}` has type {column.type} instead of bool; capture or pull the cache again."
+        )
     return column.fill_null(True).to_numpy(zero_copy_only=False)
 
 
 def count_without_gold(dataset: Dataset) -> int:
     """Rows whose labels are no answer."""
-    if HAS_GOLD not in dataset.column_names:
+    if TEACHER_HAS_GOLD not in dataset.column_names:
         return 0
-    tables = dataset.select_columns([HAS_GOLD]).with_format("arrow").iter(batch_size=10_000)
+    tables = dataset.select_columns([TEACHER_HAS_GOLD]).with_format("arrow").iter(batch_size=10_000)
     return sum(int((~gold_flags(table)).sum()) for table in tables)
 
 

@@ -11,14 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features
 
+from ..vocabulary import IGNORE_INDEX, TEACHER_HAS_GOLD
 from .manifest import Manifest
 from .schema import (
     CACHE_COLUMNS,
     CACHE_ID,
     DRAW_COUNTS,
     DRAW_IDS,
-    HAS_GOLD,
-    IGNORE_INDEX,
     INPUT_IDS,
     LABELS,
     ROW_DIGEST,
@@ -68,8 +67,8 @@ class ShardRows:
             [np.flatnonzero(values[1:] != IGNORE_INDEX) + 1 for values in labels],
             shard.select_columns(extra).with_format("arrow")[:] if extra else None,
             Features({name: shard.features[name] for name in extra}),
-            gold_flags(shard.select_columns([HAS_GOLD]).with_format("arrow")[:])
-            if HAS_GOLD in shard.column_names
+            gold_flags(shard.select_columns([TEACHER_HAS_GOLD]).with_format("arrow")[:])
+            if TEACHER_HAS_GOLD in shard.column_names
             else None,
         )
 
@@ -118,7 +117,7 @@ def write_shard(rows: ShardRows, scores: list[Scores | None], manifest: Manifest
         columns[DRAW_IDS] = _lists(per_row, _lists(lengths, drawn))
         columns[DRAW_COUNTS] = _lists(per_row, _lists(lengths, counts))
     if rows.has_gold is not None:
-        columns[HAS_GOLD] = pa.array(rows.has_gold)
+        columns[TEACHER_HAS_GOLD] = pa.array(rows.has_gold)
     if rows.carried is not None:
         columns = {name: rows.carried.column(name) for name in rows.carried.column_names} | columns
     schema = Features({**rows.carried_features, **features}).arrow_schema

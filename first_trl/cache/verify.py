@@ -7,17 +7,9 @@ from typing import Any, NoReturn
 import numpy as np
 from datasets import Dataset
 
+from ..vocabulary import TEACHER_HAS_GOLD
 from .manifest import Manifest, read_manifest, split_cache_id, tokenizer_fingerprint
-from .schema import (
-    CACHE_ID,
-    DRAW_IDS,
-    HAS_GOLD,
-    REQUIRED_COLUMNS,
-    CacheBatch,
-    DrawBatch,
-    iterate_batches,
-    supervised_positions,
-)
+from .schema import CACHE_ID, DRAW_IDS, REQUIRED_COLUMNS, CacheBatch, DrawBatch, iterate_batches, supervised_positions
 
 
 # Largest |1 - (kept mass + tail mass)| that rounding explains: float16 keeps 11 bits of a log-probability, so a
@@ -192,7 +184,7 @@ def check_batch(
         fail(
             int(wrong[0]),
             "its contents differ from what was captured (digest mismatch): tokens, labels, ids, log-probabilities or "
-            f"`{HAS_GOLD}` were edited, damaged, or exchanged with another row's. Pull or capture the cache again.",
+            f"`{TEACHER_HAS_GOLD}` were edited, damaged, or exchanged with another row's. Pull or capture the cache again.",
         )
 
 

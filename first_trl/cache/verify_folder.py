@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from .folder import load_manifest, manifest_path, shard_paths
+from .folder import finished_splits, load_manifest, manifest_path, shard_paths
 from .manifest import Manifest
 from .shards import shard_batch
 from .verify import RowStatistics, check_rows
@@ -43,7 +43,7 @@ def verify_cache_folder(path: str | os.PathLike[str], split: str | None = None) 
             f"{folder} holds an unfinished capture ({', '.join(unfinished)}). Run the capture's command again: it "
             "continues where it stopped."
         )
-    splits = [split] if split is not None else sorted(file.stem for file in (folder / "manifest").glob("[!.]*.json"))
+    splits = [split] if split is not None else finished_splits(folder)
     if not splits:
         raise ValueError(f"{folder} holds no manifest, so it is no teacher cache. Pull or capture it again.")
     manifests = {name: _verify_split(folder, name) for name in splits}

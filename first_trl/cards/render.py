@@ -7,11 +7,14 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from ..utils.resources import template_path
+from ..utils.text_tables import escape_cell, markdown_table
 
 
 def render(template: str, **values: Any) -> str:
     """Render a card template; a value that the template uses and nobody gave is an error."""
     environment = Environment(undefined=StrictUndefined, trim_blocks=False, keep_trailing_newline=True)
+    environment.globals["markdown_table"] = markdown_table
+    environment.filters["cell"] = escape_cell
     return environment.from_string(template_path(template).read_text(encoding="utf-8")).render(**values)
 
 
@@ -29,8 +32,3 @@ def hub_id(name: str | None) -> str | None:
 def public_name(name: str) -> str:
     """A name that may be shared: the last part of a path, everything else as it is."""
     return name if hub_id(name) else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
-
-
-def cell(text: Any) -> str:
-    """Text for a cell of a Markdown table."""
-    return str(text).replace("|", "\\|").replace("\n", " ")

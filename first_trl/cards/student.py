@@ -11,7 +11,7 @@ from ..calibration import reliability_diagram
 from ..utils.versions import __version__
 from ..vocabulary import FEW_ROWS, METRICS
 from .license import License
-from .render import cell, render
+from .render import render
 from .scores import Scored
 from .wording import legend, limits, shown_arguments
 
@@ -235,7 +235,7 @@ class StudentCard:
             metadata=self.metadata().to_yaml(),
             card=self,
             repo_id=self.repo_id or "path/or/repo",
-            origins=[(name, cell(text)) for name, text in origins if text],
+            origins=[(name, text) for name, text in origins if text],
             arguments=shown_arguments(self.arguments),
             metrics=METRICS,
             tables=[(evaluation, _table(evaluation), _remarks(evaluation)) for evaluation in self.evaluations],
@@ -261,8 +261,7 @@ def _table(evaluation: Evaluation) -> list[list[str]]:
     rows = []
     for label, scored in evaluation.models.items():
         cells = [scored.scores[m.key].shown(m) if m.key in scored.scores else "" for m in METRICS]
-        name = cell(label)
-        rows.append([f"**{name}** (this model)" if label == evaluation.student else name, *cells])
+        rows.append([f"**{label}** (this model)" if label == evaluation.student else label, *cells])
     return rows
 
 

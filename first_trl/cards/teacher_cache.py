@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
-from ..cache.folder import cache_size, load_manifest, shard_paths
+from ..cache.folder import cache_size, finished_splits, load_manifest, shard_paths
 from ..cache.manifest import Manifest
 from ..cache.schema import TAIL_LOGPROB, TOPK_IDS, TOPK_LOGPROBS
 from .render import public_name, render
@@ -57,7 +57,7 @@ def teacher_cache_card(
     Raises:
         `ValueError`: The folder holds no finished cache.
     """
-    names = sorted(path.stem for path in (Path(folder) / "manifest").glob("[!.]*.json")) or ["train"]
+    names = finished_splits(folder) or ["train"]
     # The split that students are trained on comes first
     names.sort(key=lambda name: name != "train")
     manifests = {name: load_manifest(folder, name) for name in names}

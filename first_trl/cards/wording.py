@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..cache.manifest import Manifest
-from ..vocabulary import METHOD_SYMBOLS
+from ..plugins import method_symbol
 
 
 # What decides the result. Everything else a training is given concerns its machine, and part of that is private.
@@ -37,7 +37,7 @@ def recalibration_text(method: str, value: float | None, how: str) -> str:
     """`method` with its value and where the value comes from."""
     if method == "none" or value is None:
         return "none: the teacher's probabilities as they are"
-    return f"`{method}`, {METHOD_SYMBOLS.get(method, 'value')} = {value:.4g}; {how}"
+    return f"`{method}`, {method_symbol(method)} = {value:.4g}; {how}"
 
 
 def estimator_text(name: str) -> str:

@@ -4,7 +4,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from ..cache.folder import cache_size, load_manifest
+from ..cache.folder import cache_size, finished_splits, load_manifest
 from ..cache.verify_folder import verify_cache_folder
 from ..cards import teacher_cache_card
 from ..hub import pull_folder
@@ -52,7 +52,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
-    splits = [args.split] if args.split else sorted(p.stem for p in Path(args.source, "manifest").glob("[!.]*.json"))
+    splits = [args.split] if args.split else finished_splits(args.source)
     for split in splits or ["train"]:
         manifest = load_manifest(args.source, split)
         size = cache_size(args.source, split)

@@ -10,6 +10,7 @@ from ..calibration import CalibrationWarning, reliability_diagram
 from ..evaluation.confidence import DEFINITIONS, Confidences
 from ..evaluation.readers import read_confidences
 from ..utils.files import write_json
+from ..utils.text_tables import text_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,13 +120,13 @@ def _names(found: list[tuple[Path, Confidences]]) -> list[str]:
 def format_reports(reports: dict[str, dict[str, Any]]) -> str:
     """The reports as a text table, with how the numbers were made and what to beware of."""
     columns = ("", "n", "accuracy", "confidence", "ECE", "95 % interval", "calibrated by chance", "NLL", "Brier")
-    lines: list[tuple[str, ...]] = [columns]
+    rows: list[tuple[str, ...]] = []
     for name, r in reports.items():
         extras = r["extras"]
         interval = f"{r['ci_low']:.4f} - {r['ci_high']:.4f}" if r.get("ci_low") is not None else ""
         null = f"< {r['null_high']:.4f} (p = {r['p_value']:.3f})" if r.get("p_value") is not None else ""
         scores = [f"{extras[key]:.4f}" if key in extras else "" for key in ("nll", "brier")]
-        lines.append(
+        rows.append(
             (
                 name,
                 str(r["n"]),
@@ -137,8 +138,7 @@ def format_reports(reports: dict[str, dict[str, Any]]) -> str:
                 *scores,
             )
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    text = text_table(columns, rows)
     config = next(iter(reports.values()))["config"]
     text.append("")
     text.append(

@@ -8,9 +8,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `first-trl report` to a parser."""
     parser.description = (
         "Merge the reports of finished runs of one recipe: mean and spread over seeds, paired differences with "
-        "intervals, sweeps. Writes report.md, report.json, report.tex, report.html and figures."
+        "intervals, sweeps. Writes report.md, report.json, report.tex, report.html, results.csv.gz and figures."
     )
-    parser.add_argument("folders", nargs="+", metavar="DIR", help="folder of a run, or folder that holds runs")
+    parser.add_argument("folders", nargs="*", metavar="DIR", help="folder of a run, or folder that holds runs")
+    parser.add_argument(
+        "--from",
+        dest="results",
+        metavar="FILE",
+        help="results.csv.gz of a study: print its table, by --role, --metric, --arm and --baseline",
+    )
+    for name in ("role", "metric", "arm"):
+        parser.add_argument(
+            f"--{name}",
+            action="append",
+            default=[],
+            metavar=name.upper(),
+            help="with --from: only these; may be repeated",
+        )
     parser.add_argument("--output-dir", help="where to (default: `report` in the folder that holds all runs)")
     parser.add_argument(
         "--baseline",
@@ -23,7 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Merge the reports."""
+    """Merge the reports, or print a table of merged results."""
+    if bool(args.folders) == bool(args.results):
+        raise ValueError("Give the folders of finished runs, or --from with the results of a study.")
+    if args.results:
+        from ..experiments.report.results import read_results, results_table
+
+        options = {"roles": args.role, "metrics": args.metric, "arms": args.arm, "baselines": args.baseline}
+        print(results_table(read_results(args.results), **options), end="")
+        return 0
     from ..experiments.report.write import write_merged_report
 
     output = Path(args.output_dir) if args.output_dir else None

@@ -5,7 +5,8 @@ import dataclasses
 import json
 from pathlib import Path
 
-from ..experiments.recipe import STAGES, load_recipe
+from ..experiments.recipe import load_recipe
+from ..vocabulary import STAGES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +60,7 @@ def main(args: argparse.Namespace) -> int:
         if process_state().is_main_process:
             print(json.dumps(dataclasses.asdict(plan), indent=2) if args.json else format_plan(plan))
         return 0
-    from ..experiments.stages.stages import run_recipe
+    from ..experiments.stages.run import run_recipe
 
     run_recipe(recipe, args.stage)
     return 0

@@ -8,6 +8,7 @@ import numpy as np
 
 from ..calibration import calibration_report
 from ..calibration.scores import brier_of
+from ..plugins import METRICS
 from .confidence import Confidences
 
 
@@ -133,6 +134,8 @@ def multiple_choice_report(predictions: Mapping[str, np.ndarray], *, n_bins: int
     log_mass = np.logaddexp.reduce(p["choice_logprobs"], axis=1)
     options = np.exp(p["choice_logprobs"] - log_mass[:, None])
     answer = options.argmax(axis=1)
+    correct = answer == gold
+    probabilities = np.exp(p["choice_logprobs"])
     return {
         "n": len(gold),
         "n_rows": len(labelled),
@@ -145,14 +148,16 @@ def multiple_choice_report(predictions: Mapping[str, np.ndarray], *, n_bins: int
             -p["gold_logprob"],
             brier_scores(p),
             n_bins,
-        ),
+        )
+        | plugin_scores(p["top_prob"], p["top_is_gold"], probabilities, gold),
         "options": mean_scores(
             options[every, answer],
-            answer == gold,
+            correct,
             log_mass - p["gold_logprob"],
             brier_of(np.square(options).sum(axis=1), options[every, gold]),
             n_bins,
-        ),
+        )
+        | plugin_scores(options[every, answer], correct, options, gold),
     }
 
 
@@ -176,6 +181,24 @@ def mean_scores(
         "brier": float(brier.mean()),
         "calibration": calibration,
     }
+
+
+def plugin_scores(
+    confidence: np.ndarray, correct: np.ndarray, probabilities: np.ndarray | None, gold: np.ndarray | None
+) -> dict[str, float]:
+    """
+    Scores that plugins add, see [`register_metric`].
+
+    Raises:
+        `ValueError`: One of them is no finite number.
+    """
+    scores = {}
+    for name, metric in METRICS.items():
+        value = metric(confidence=confidence, correct=correct.astype(bool), probabilities=probabilities, gold=gold)
+        if not isinstance(value, int | float | np.number) or not np.isfinite(value):
+            raise ValueError(f"The report metric {name!r} gave {value!r}: it must return a finite number.")
+        scores[name] = float(value)
+    return scores
 
 
 def fill_rows(rows: Sequence[Sequence[Any]], value: float, dtype: Any) -> np.ndarray:

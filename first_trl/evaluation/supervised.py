@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from ..tasks.tokenize import HAS_GOLD, IGNORE_INDEX
+from ..vocabulary import HAS_GOLD, IGNORE_INDEX
 from .next_token import context_length, evaluation_mode
 
 

@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from ..calibration.intervals import clustered_intervals
 from .confidence import Confidences
-from .predictions import brier_scores, mean_scores
+from .predictions import brier_scores, mean_scores, plugin_scores
 from .supervised import read_supervised_rows, supervised_logits
 
 
@@ -172,7 +172,8 @@ def token_level_report(
         "n_unlabelled": n_rows - len(np.unique(p["row"])),
         "n_truncated": n_truncated,
         "n_cut": n_cut,
-        "full_vocab": mean_scores(p["top_prob"], p["top_is_gold"], -p["gold_logprob"], brier_scores(p), n_bins),
+        "full_vocab": mean_scores(p["top_prob"], p["top_is_gold"], -p["gold_logprob"], brier_scores(p), n_bins)
+        | plugin_scores(p["top_prob"], p["top_is_gold"], None, None),
     }
 
 

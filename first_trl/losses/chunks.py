@@ -1,14 +1,15 @@
 """
 Visits to the tokens in chunks: statistics and gradients of the sparse KL estimators, forward and backward in one go.
 
-`project_chunks` goes through the whole vocabulary, `gather_chunks` (for `"renormalized"`) only through the kept rows of
-the head.
+`project_chunks` goes through the whole vocabulary, `gather_chunks` only through the kept rows of the head, for estimators
+that read no others.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import torch
 
+from .estimator import Estimator, Logits, Student, Target
 from .products import HeadProducts
 
 
@@ -41,9 +42,8 @@ def default_chunk_size(vocab_size: int, device: str = "cpu") -> int:
 
 @dataclass(frozen=True)
 class FusedOptions:
-    estimator: str
+    estimator: Estimator
     ce_weight: float
-    student_temperature: float
     logit_scale: float
     softcap: float | None
     chunk_size: int | None
@@ -53,55 +53,6 @@ class FusedOptions:
     compute_dtype: torch.dtype
 
 
-@dataclass(frozen=True)
-class SparseTargets:
-    """The target side of some rows, in the accumulation type, with padding made harmless."""
-
-    ids: torch.Tensor  # (n, k); padded slots repeat the row's heaviest id
-    slots: torch.Tensor  # (n, k); index of the slot that each slot repeats, itself for real entries
-    kept: torch.Tensor  # (n, k); False for padding
-    mass: torch.Tensor  # (n, k); 0 for padding
-    tail: torch.Tensor  # (n,)
-    total: torch.Tensor  # (n,); kept mass + tail
-    entropy: torch.Tensor  # (n,)
-    labels: torch.Tensor | None  # (n,)
-
-    @classmethod
-    def build(
-        cls,
-        ids: torch.Tensor,
-        log_target: torch.Tensor,
-        tail_log_target: torch.Tensor | None,
-        labels: torch.Tensor | None,
-        dtype: torch.dtype,
-    ) -> "SparseTargets":
-        kept = log_target > -torch.inf
-        # Writing at a padded id could overwrite a kept one: point padding at an entry of its own row, with its value.
-        slots = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        slots = torch.where(kept, slots, log_target.argmax(-1, keepdim=True))
-        log_mass = log_target.to(dtype)
-        mass = log_mass.exp()
-        entropy = -(mass * log_mass.masked_fill(~kept, 0.0)).sum(-1)
-        total = mass.sum(-1)
-        tail = torch.zeros_like(total)
-        if tail_log_target is not None:
-            log_tail = tail_log_target.to(dtype)
-            tail = log_tail.exp()
-            entropy = entropy - torch.where(tail > 0, tail * log_tail, 0.0)
-            total = total + tail
-        return cls(ids.gather(1, slots), slots, kept, mass, tail, total, entropy, labels)
-
-    def rows(self, rows: slice) -> "SparseTargets":
-        return replace(
-            self,
-            **{
-                field.name: getattr(self, field.name)[rows]
-                for field in fields(self)
-                if getattr(self, field.name) is not None
-            },
-        )
-
-
 Visited = tuple[dict[str, torch.Tensor], list[torch.Tensor | None], float]
 
 
@@ -109,7 +60,7 @@ def project_chunks(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    targets: SparseTargets,
+    targets: Target,
     options: FusedOptions,
     wanted: list[bool],
     dtype: torch.dtype,
@@ -161,9 +112,7 @@ def project_chunks(
     return columns, [grad_hidden, grad_weight, grad_bias], scale
 
 
-def _store(
-    columns: dict[str, torch.Tensor], rows: slice, values: dict[str, torch.Tensor], targets: SparseTargets
-) -> None:
+def _store(columns: dict[str, torch.Tensor], rows: slice, values: dict[str, torch.Tensor], targets: Target) -> None:
     # One tensor per statistic from the start: many small live tensors between the large temporary ones fragment the
     # heap, chunk after chunk.
     for name, part in values.items():
@@ -175,7 +124,7 @@ def _visit_block(
     work: torch.Tensor,
     gradient: torch.Tensor | None,
     bias: torch.Tensor | None,
-    targets: SparseTargets,
+    targets: Target,
     options: FusedOptions,
     scale: float,
 ) -> dict[str, torch.Tensor]:
@@ -204,22 +153,14 @@ def _visit_block(
     log_tail = tail_max + tail_sum.log()
     log_kept = kept_logits.masked_fill(~targets.kept, -torch.inf).logsumexp(-1)
     log_z = torch.logaddexp(log_tail, log_kept)
-
-    over_kept = options.estimator == "renormalized"
-    log_p = kept_logits - log_z[:, None]
-    p = log_p.exp()
-    log_student = kept_logits - log_kept[:, None] if over_kept else log_p
-    over_probabilities = options.estimator == "probability_softmax"
-    if over_probabilities:
-        log_student = (p / options.student_temperature).masked_fill(~targets.kept, -torch.inf).log_softmax(-1)
-    cross_entropy = -torch.where(targets.kept, targets.mass * log_student, 0.0).sum(-1)
-    cross_entropy -= torch.where(targets.tail > 0, targets.tail * (log_tail - log_z), 0.0)
-    columns = {"kl": cross_entropy - targets.entropy, "mass_outside": (log_tail - log_z).exp()}
+    student = Student(kept_logits - log_z[:, None], kept_logits - log_kept[:, None], log_tail - log_z)
+    over_kept = options.estimator.over_kept
+    columns = {"kl": options.estimator.divergence(student, targets), "mass_outside": student.log_tail.exp()}
     if label_logits is not None:
         columns["cross_entropy"] = log_z - label_logits
         columns["num_correct"] = (label_logits >= torch.maximum(tail_max, kept_logits.amax(-1))).to(logits.dtype)
     if options.metrics:
-        log_own = log_student if over_kept else log_p
+        log_own = student.log_q if over_kept else student.log_p
         entropy = -torch.where(targets.kept, log_own.exp() * log_own, 0.0).sum(-1)
         if not over_kept:
             # Finite values where the exponential is 0, so that the product is 0 and not NaN.
@@ -232,22 +173,11 @@ def _visit_block(
         return columns
 
     w = options.ce_weight
-    # Per row: exponentials * to_p is p on the tail. `bucket` takes b * p / p_tail off again, and exponentials over
-    # their own sum is p / p_tail without the division of two tiny numbers.
+    # Per row: exponentials * to_p is p on the tail
     to_p = (tail_max - log_z).exp()
-    kl_share = 0.0 if over_kept else targets.total * to_p
-    kl_share = kl_share - torch.where(targets.tail > 0, targets.tail / tail_sum, 0.0)
-    student = log_student.exp() if over_kept else p
-    on_kept = (1 - w) * (targets.total[:, None] * student - targets.mass)
-    on_tail = (1 - w) * kl_share
-    if over_probabilities:
-        # `pull` is the derivative by p on the kept ids. Every logit of the row moves every p: dp_i/dz_j is
-        # p_i * ((i == j) - p_j), so p_j takes `pull_j` of its own less the mean of all of them.
-        pull = (targets.total[:, None] * log_student.exp() - targets.mass) / options.student_temperature
-        mean_pull = (pull * p).sum(-1)
-        on_kept, on_tail = (1 - w) * p * (pull - mean_pull[:, None]), (w - 1) * mean_pull * to_p
+    on_kept, on_tail = options.estimator.gradient(Logits(kept_logits, log_tail, tail_sum, to_p), student, targets)
     if w > 0:
-        on_kept, on_tail = on_kept + w * p, on_tail + w * to_p
+        on_kept, on_tail = (1 - w) * on_kept + w * student.log_p.exp(), (1 - w) * on_tail + w * to_p
     exponentials.mul_(on_tail[:, None] * scale)
     exponentials.scatter_(1, ids, on_kept.gather(1, targets.slots) * scale)
     if w > 0 and labels is not None:
@@ -265,12 +195,12 @@ def gather_chunks(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    targets: SparseTargets,
+    targets: Target,
     options: FusedOptions,
     wanted: list[bool],
     dtype: torch.dtype,
 ) -> Visited:
-    """Per-token statistics and gradients of `"renormalized"`, from the kept rows of the head only."""
+    """Per-token statistics and gradients of an estimator over the kept ids, from their rows of the head only."""
     num_tokens, hidden_size = hidden.shape
     k = targets.ids.shape[1]
     chunk_size = options.chunk_size or max(_CHUNK_BYTES["cpu"] // (4 * k * hidden_size * dtype.itemsize), 1)
@@ -293,14 +223,16 @@ def gather_chunks(
         if options.softcap is not None:
             logits = options.softcap * torch.tanh(logits / options.softcap)
         log_q = logits.masked_fill(~visited.kept, -torch.inf).log_softmax(-1)
-        values = {"kl": -torch.where(visited.kept, visited.mass * log_q, 0.0).sum(-1) - visited.entropy}
+        unknown = torch.full_like(visited.total, torch.nan)
+        student = Student(unknown[:, None].expand_as(log_q), log_q, unknown)
+        values = {"kl": options.estimator.divergence(student, visited)}
         if options.metrics:
             values["student_entropy"] = -torch.where(visited.kept, log_q.exp() * log_q, 0.0).sum(-1)
         _store(columns, slice(start, end), values, targets)
         if not any(wanted):
             continue
 
-        gradient = visited.total[:, None] * log_q.exp() - visited.mass
+        gradient, _ = options.estimator.gradient(Logits(logits, unknown, unknown, unknown), student, visited)
         if options.softcap is not None:
             gradient *= 1 - (logits / options.softcap).square()
         gradient *= options.logit_scale

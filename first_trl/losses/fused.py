@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from .chunks import FusedOptions, SparseTargets, gather_chunks, project_chunks
-from .inputs import SparseKLOutput, check_options, check_student_temperature, check_targets
+from .chunks import FusedOptions, gather_chunks, project_chunks
+from .estimator import Target
+from .inputs import SparseKLOutput, check_options, check_targets, get_estimator
 
 
 # The gradients are made by hand and tensors are reused in place: nothing here for a compiler to trace.
@@ -60,7 +61,8 @@ def fused_sparse_kl(
         labels (`torch.Tensor` of shape `(N,)`, int64, *optional*):
             Hard labels, for `ce_weight > 0` and for the statistics.
         estimator (`str`, *optional*, defaults to `"topk"`):
-            `"topk"`, `"bucket"`, `"renormalized"`, `"sampled"` or `"probability_softmax"`.
+            `"topk"`, `"bucket"`, `"renormalized"`, `"sampled"`, `"probability_softmax"`, or one that was added with
+            [`register_estimator`].
         ce_weight (`float`, *optional*, defaults to `0.0`):
             `w` in `(1 - w) * KL + w * CE`.
         student_temperature (`float`, *optional*):
@@ -84,6 +86,7 @@ def fused_sparse_kl(
     Raises:
         `ValueError`: on shapes, types or devices that do not fit, and on what [`check_targets`] refuses.
     """
+    divergence = get_estimator(estimator, student_temperature)
     check_options(estimator, ce_weight, tail_log_target, labels)
     _check_head(hidden, weight, bias, ids, log_target, tail_log_target, labels, final_logit_softcapping, chunk_size)
     if check:
@@ -94,14 +97,13 @@ def fused_sparse_kl(
     device_type = hidden.device.type
     autocast = torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64
     options = FusedOptions(
-        estimator=estimator,
+        estimator=divergence,
         ce_weight=ce_weight,
-        student_temperature=check_student_temperature(estimator, student_temperature),
         logit_scale=logit_scale,
         softcap=final_logit_softcapping,
         chunk_size=chunk_size,
         metrics=metrics,
-        project=estimator != "renormalized" or ce_weight > 0 or (metrics and not need_grad),
+        project=not divergence.over_kept or ce_weight > 0 or (metrics and not need_grad),
         need_grad=need_grad,
         compute_dtype=torch.get_autocast_dtype(device_type) if autocast else hidden.dtype,
     )
@@ -126,7 +128,7 @@ class _FusedSparseKL(torch.autograd.Function):
         dtype = torch.float64 if options.compute_dtype == torch.float64 else torch.float32
         wanted = [options.need_grad and needed for needed in ctx.needs_input_grad[:3]]
         with torch.autocast(hidden.device.type, enabled=False):
-            targets = SparseTargets.build(ids, log_target, tail_log_target, labels, dtype)
+            targets = Target.build(ids, log_target, tail_log_target, labels, dtype)
             visit = project_chunks if options.project else gather_chunks
             columns, gradients, scale = visit(hidden, weight, bias, targets, options, wanted, dtype)
         # A statistic that was not computed is NaN; the sum over no token is 0.

@@ -12,7 +12,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .._trl_compat import maybe_gather_lm_head_ctx
-from . import fused_sparse_kl
+from ..vocabulary import IGNORE_INDEX
+from .fused import fused_sparse_kl
 
 
 # Sums over the supervised tokens of a batch, in the order of `DistillOutput.sums`
@@ -97,7 +98,7 @@ def add_distill_head(
         weight: Any = _whole(head.weight)
         bias: Any = _whole(getattr(head, "bias", None))
         labels = labels[:, 1:].to(weight.device)
-        mask = labels != -100
+        mask = labels != IGNORE_INDEX
         hidden = outputs.last_hidden_state[:, :-1].to(weight.device)[mask]
         with maybe_gather_lm_head_ctx(weight, bias):
             result = fused_sparse_kl(
@@ -173,7 +174,7 @@ def check_distill_head(model: Any, input_ids: torch.Tensor, tolerance: float) ->
     training = model.training
     model.eval()
     labels = input_ids.clone()
-    labels[:, 0] = -100
+    labels[:, 0] = IGNORE_INDEX
     targets = labels[:, 1:].reshape(-1, 1)
     logits = model(input_ids=input_ids, use_cache=False).logits
     sums = model(

@@ -1,13 +1,16 @@
 """What the sparse KL losses take and return, and the checks both implementations share."""
 
 import math
-from typing import Literal, NamedTuple, get_args
+from dataclasses import fields, is_dataclass, replace
+from typing import NamedTuple
 
 import torch
 
+from ..plugins import ESTIMATORS, estimator_target, one
+from ..utils.names import nearest
+from ..vocabulary import IGNORE_INDEX
+from .estimator import Estimator
 
-Estimator = Literal["topk", "bucket", "renormalized", "sampled", "probability_softmax"]
-ESTIMATORS: tuple[str, ...] = get_args(Estimator)
 
 # Recalibrated targets are normalised in float32; storage precision is lost before that, not after.
 _MASS_TOLERANCE = 1e-3
@@ -53,36 +56,57 @@ class SparseKLOutput(NamedTuple):
     num_tokens: torch.Tensor
 
 
-def check_student_temperature(estimator: str, student_temperature: float | None) -> float:
-    """The temperature of `"probability_softmax"`, 1 where none is given. Raises `ValueError`."""
-    if student_temperature is None:
-        return 1.0
-    if estimator != "probability_softmax":
+def get_estimator(name: str, student_temperature: float | None = None) -> Estimator:
+    """
+    Finds an estimator by name, with its options.
+
+    Args:
+        name (`str`):
+            `"topk"`, `"bucket"`, `"renormalized"`, `"sampled"`, `"probability_softmax"`, or one of a plugin.
+        student_temperature (`float`, *optional*):
+            Option of estimators that have a field of that name, such as `"probability_softmax"`.
+
+    Raises:
+        `ValueError`: The name is unknown, or the option is not one of that estimator or not above 0.
+    """
+    if name not in ESTIMATORS:
         raise ValueError(
-            f"`student_temperature={student_temperature}` has no effect with estimator={estimator!r}, which leaves the "
+            f"Unknown estimator {name!r}: choose one of {', '.join(map(repr, ESTIMATORS))}."
+            + nearest(name, ESTIMATORS, list_known=False)
+        )
+    estimator = one(ESTIMATORS[name])
+    if not isinstance(estimator, Estimator):
+        raise ValueError(
+            f"The estimator {name!r} is {type(estimator).__name__}: register a subclass of "
+            "`first_trl.losses.Estimator`, or an instance of one."
+        )
+    if student_temperature is None:
+        return estimator
+    if not (is_dataclass(estimator) and "student_temperature" in {field.name for field in fields(estimator)}):
+        raise ValueError(
+            f"`student_temperature={student_temperature}` has no effect with estimator={name!r}, which leaves the "
             "student's probabilities as they are. Leave it unset, or use estimator='probability_softmax'."
         )
     if not (student_temperature > 0.0 and math.isfinite(student_temperature)):
         raise ValueError(f"`student_temperature` must be finite and above 0, got {student_temperature}.")
-    return float(student_temperature)
+    return replace(estimator, student_temperature=float(student_temperature))
 
 
 def check_options(
     estimator: str, ce_weight: float, tail_log_target: torch.Tensor | None, labels: torch.Tensor | None
 ) -> None:
     """Refuse option combinations without a meaning. Raises `ValueError`."""
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"Unknown estimator {estimator!r}: choose one of {', '.join(map(repr, ESTIMATORS))}.")
     if not 0.0 <= ce_weight <= 1.0:
         raise ValueError(f"`ce_weight` must lie in [0, 1], got {ce_weight}.")
     if ce_weight > 0 and labels is None:
         raise ValueError(f"`ce_weight={ce_weight}` mixes in hard labels: pass `labels`, or set `ce_weight=0`.")
-    if estimator == "bucket" and tail_log_target is None:
+    has_tail = estimator_target(estimator) == "tail"
+    if has_tail and tail_log_target is None:
         raise ValueError(
-            "The 'bucket' estimator needs `tail_log_target`, the target's log-mass outside the kept ids. A cache "
+            f"The {estimator!r} estimator needs `tail_log_target`, the target's log-mass outside the kept ids. A cache "
             "without `teacher_tail_logprob` can only be used with 'topk' or 'renormalized'."
         )
-    if estimator != "bucket" and tail_log_target is not None:
+    if not has_tail and tail_log_target is not None:
         raise ValueError(
             f"`tail_log_target` has no place in the {estimator!r} estimator, whose target sums to 1 over the kept "
             "ids: drop it, or use estimator='bucket'."
@@ -174,5 +198,5 @@ def check_targets(
         raise ValueError(f"Row {row}: all {vocab_size} tokens are kept, so `tail_log_target` must be -inf there.")
     raise ValueError(
         f"Row {row}: label {int(labels[row]) if labels is not None else None} leaves the vocabulary [0, {vocab_size})."
-        " Pass supervised positions only (no -100)."
+        f" Pass supervised positions only (no {IGNORE_INDEX})."
     )

@@ -2,7 +2,8 @@
 
 import torch
 
-from .inputs import SparseKLOutput, check_options, check_student_temperature, check_targets
+from .estimator import Student, Target
+from .inputs import SparseKLOutput, check_options, check_targets, get_estimator
 
 
 def sparse_kl_reference(
@@ -46,7 +47,8 @@ def sparse_kl_reference(
         labels (`torch.Tensor` of shape `(N,)`, int64, *optional*):
             Hard labels, for `ce_weight > 0` and for the statistics.
         estimator (`str`, *optional*, defaults to `"topk"`):
-            `"topk"`, `"bucket"`, `"renormalized"`, `"sampled"` or `"probability_softmax"`.
+            `"topk"`, `"bucket"`, `"renormalized"`, `"sampled"`, `"probability_softmax"`, or one that was added with
+            [`register_estimator`].
         ce_weight (`float`, *optional*, defaults to `0.0`):
             `w` in `(1 - w) * KL + w * CE`.
         student_temperature (`float`, *optional*):
@@ -58,36 +60,21 @@ def sparse_kl_reference(
     Raises:
         `ValueError`: on ids or labels outside the vocabulary, repeated ids, or a target whose mass is not 1.
     """
+    divergence = get_estimator(estimator, student_temperature)
     check_options(estimator, ce_weight, tail_log_target, labels)
-    temperature = check_student_temperature(estimator, student_temperature)
-    vocab_size = logits.shape[1]
-    check_targets(ids, log_target, vocab_size, tail_log_target=tail_log_target, labels=labels)
+    check_targets(ids, log_target, logits.shape[1], tail_log_target=tail_log_target, labels=labels)
     if logits.dtype != torch.float64:
         logits = logits.float()
-    kept = log_target > -torch.inf
-    log_target = log_target.to(logits.dtype).masked_fill(~kept, 0.0)
-    target = log_target.exp() * kept
+    target = Target.build(ids, log_target, tail_log_target, labels, logits.dtype)
 
     log_p = logits.log_softmax(-1)
-    inside = torch.zeros_like(logits, dtype=torch.int64).scatter_add(1, ids, kept.long()) > 0
+    inside = torch.zeros_like(logits, dtype=torch.bool).scatter(1, target.ids, True)
     # The smallest finite number instead of -inf: gradients of a row without any outside token stay finite.
     log_tail = log_p.masked_fill(inside, torch.finfo(logits.dtype).min).logsumexp(-1)
-
-    log_student = log_p.gather(1, ids)
-    if estimator == "renormalized":
-        log_student = log_student.masked_fill(~kept, -torch.inf).log_softmax(-1)
-    elif estimator == "probability_softmax":
-        log_student = (log_student.exp() / temperature).masked_fill(~kept, -torch.inf).log_softmax(-1)
-    log_student = log_student.masked_fill(~kept, 0.0)
-    teacher_entropy = -(target * log_target).sum(-1)
-    student_cross_entropy = -(target * log_student).sum(-1)
-    if estimator == "bucket" and tail_log_target is not None:
-        has_tail = tail_log_target > -torch.inf
-        tail_log_target = tail_log_target.to(logits.dtype).masked_fill(~has_tail, 0.0)
-        tail = tail_log_target.exp() * has_tail
-        teacher_entropy = teacher_entropy - tail * tail_log_target
-        student_cross_entropy = student_cross_entropy - tail * log_tail.masked_fill(~has_tail, 0.0)
-    kl = (student_cross_entropy - teacher_entropy).sum()
+    log_kept = log_p.gather(1, target.ids)
+    log_q = log_kept.masked_fill(~target.kept, -torch.inf).log_softmax(-1).masked_fill(~target.kept, 0.0)
+    student = Student(log_kept, log_q, log_tail)
+    kl = divergence.divergence(student, target).sum()
 
     nan = logits.new_full((), torch.nan)
     loss, cross_entropy, num_correct = kl, nan, nan
@@ -96,15 +83,15 @@ def sparse_kl_reference(
         num_correct = (logits.gather(1, labels[:, None])[:, 0] >= logits.amax(-1)).sum().to(logits.dtype)
         if ce_weight > 0:
             loss = (1 - ce_weight) * kl + ce_weight * cross_entropy
-    if estimator == "renormalized":
-        student_entropy = -(log_student.exp() * kept * log_student).sum()
+    if divergence.over_kept:
+        student_entropy = -(log_q.exp() * target.kept * log_q).sum()
     else:
         student_entropy = torch.special.entr(log_p.exp()).sum()
     return SparseKLOutput(
         loss=loss,
         kl=kl.detach(),
         cross_entropy=cross_entropy.detach(),
-        teacher_entropy=teacher_entropy.sum().detach(),
+        teacher_entropy=target.entropy.sum().detach(),
         student_entropy=student_entropy.detach(),
         mass_outside=log_tail.exp().sum().detach(),
         num_correct=num_correct.detach(),

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from .rescale import ESTIMATORS, METHODS, SMOOTHING, Recalibration, check_top_k
+from ..plugins import RECALIBRATIONS
+from .rescale import Recalibration, check_top_k, get_method, rescaled_estimators
 from .scores import CurvePoint, TargetScores, flat_cache
 
 
@@ -72,17 +73,6 @@ class RecalibrationFit:
         return cls(**values)
 
 
-# Coarse (start, stop, step) and fine step of the search. c: the two stages of the paper. T has the same steps over a
-# wider range, since a memorising teacher needs T well above 1. A delta between log-probabilities takes rank 1 from .99 to
-# a half at about 3.7.
-_GRIDS = {
-    "probability_temperature": (0.1, 1.0, 0.1, 0.02),
-    "logit_temperature": (0.5, 5.0, 0.1, 0.02),
-    "label_smoothing": (0.0, 0.5, 0.05, 0.01),
-    "log_label_smoothing": (0.0, 4.0, 0.1, 0.02),
-}
-
-
 def _check_min_value(method: str, min_value: float | None) -> float | None:
     if min_value is None:
         return None
@@ -90,7 +80,7 @@ def _check_min_value(method: str, min_value: float | None) -> float | None:
         raise ValueError(
             f"`min_value={min_value}` has no effect with method='none', which has no value: leave it out."
         )
-    stop = _GRIDS[method][1]
+    stop = get_method(method).grid[1]
     bound = Recalibration(method, min_value).value  # raises outside the method's range
     if bound is None or bound > stop:
         raise ValueError(f"`min_value={min_value}` leaves no {method} to try: the search ends at {stop}. Lower it.")
@@ -98,18 +88,18 @@ def _check_min_value(method: str, min_value: float | None) -> float | None:
 
 
 def _coarse_values(method: str, min_value: float | None) -> list[float]:
-    start, stop, step, _ = _GRIDS[method]
+    start, stop, step, _ = get_method(method).grid
     values = [round(start + i * step, 10) for i in range(round((stop - start) / step) + 1)]
     return values if min_value is None else [min_value, *(v for v in values if v > min_value)]
 
 
 def _fine_values(method: str, center: float, min_value: float | None) -> list[float]:
-    _, _, coarse_step, step = _GRIDS[method]
+    _, _, coarse_step, step = get_method(method).grid
     reach = round(coarse_step / step)
     values = [round(center + i * step, 10) for i in range(-reach, reach + 1)]
     if min_value is not None and values[0] < min_value:
         values = [min_value, *(v for v in values if v > min_value)]
-    return [v for v in values if v > 0.0 or (v == 0.0 and method in SMOOTHING)]
+    return [v for v in values if get_method(method).allows(v)]
 
 
 def _check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
@@ -180,9 +170,9 @@ def fit_recalibration(
         `ValueError`: for an empty split, arrays that do not fit together, a `min_value` outside the search, and
         everything [`Recalibration.apply`] refuses.
     """
-    _check_choice("method", method, METHODS)
+    _check_choice("method", method, RECALIBRATIONS)
     _check_choice("objective", objective, ("ece", "nll"))
-    _check_choice("estimator", estimator, ESTIMATORS)
+    _check_choice("estimator", estimator, rescaled_estimators())
     _check_choice("positions", positions, ("all", "first"))
     if n_bins < 1 or n_bootstrap < 0:
         raise ValueError(f"`n_bins` must be >= 1 and `n_bootstrap` >= 0, got {n_bins} and {n_bootstrap}.")

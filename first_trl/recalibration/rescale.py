@@ -11,24 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from ..plugins import ESTIMATORS, RECALIBRATIONS, estimator_target, one
+from ..utils.names import nearest
+from .methods import Method, logsumexp
 
-METHODS = ("none", "probability_temperature", "logit_temperature", "label_smoothing", "log_label_smoothing")
-ESTIMATORS = ("topk", "bucket", "renormalized", "probability_softmax")
-SMOOTHING = ("label_smoothing", "log_label_smoothing")
+
 # float16 rounding of k log-probabilities moves their sum by well under one percent; more than this is another quantity.
 _MASS_TOLERANCE = 0.05
 _POSITIVE_TOLERANCE = 1e-6
-
-
-def _logsumexp(x: np.ndarray) -> np.ndarray:
-    """Log of the sum of exponentials over the last axis; -inf for an empty or all -inf row."""
-    if x.shape[-1] == 0:
-        return np.full(x.shape[:-1], -np.inf)
-    largest = x.max(axis=-1)
-    # An all -inf row has no largest entry to subtract.
-    shift = np.where(largest == -np.inf, 0.0, largest)
-    with np.errstate(divide="ignore"):
-        return np.log(np.exp(x - shift[..., None]).sum(axis=-1)) + shift
 
 
 def _log1mexp(x: np.ndarray) -> np.ndarray:
@@ -56,7 +46,7 @@ def check_logprobs(logprobs: Any) -> np.ndarray:
             f"({lp[row, column + 1]}): entries must be sorted by falling log-probability, ids along with them."
         )
     lp = np.minimum(lp, 0.0)
-    mass = np.exp(_logsumexp(lp))
+    mass = np.exp(logsumexp(lp))
     wrong = np.flatnonzero((mass > 1.0 + _MASS_TOLERANCE) | (mass == 0.0))
     if wrong.size:
         row = int(wrong[0])
@@ -77,7 +67,7 @@ def check_tail(tail_logprob: Any, lp: np.ndarray) -> np.ndarray:
     if bad.size:
         raise ValueError(f"`tail_logprob` row {bad[0]} is {tail[bad[0]]}: the log of a mass is a number <= 0.")
     tail = np.minimum(tail, 0.0)
-    total = np.exp(_logsumexp(lp)) + np.exp(tail)
+    total = np.exp(logsumexp(lp)) + np.exp(tail)
     wrong = np.flatnonzero(np.abs(total - 1.0) > _MASS_TOLERANCE)
     if wrong.size:
         row = int(wrong[0])
@@ -113,9 +103,9 @@ class Recalibration:
 
     Args:
         method (`str`, *optional*, defaults to `"none"`):
-            One of the methods above.
+            One of the methods above, or one that was added with [`register_recalibration`].
         value (`float`, *optional*):
-            c > 0, T > 0, 0 <= delta < 1, or delta >= 0 for `"log_label_smoothing"`. Must be `None` for `"none"`.
+            c > 0, T > 0, 0 <= delta < 1, or delta >= 0 for `"log_label_smoothing"`; must be `None` for `"none"`.
 
     Raises:
         `ValueError`: for an unknown method or a value outside its range.
@@ -125,8 +115,7 @@ class Recalibration:
     value: float | None = None
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"Unknown recalibration method {self.method!r}, choose one of {list(METHODS)}.")
+        method = get_method(self.method)
         if self.method == "none":
             if self.value is not None:
                 raise ValueError(f"Recalibration 'none' takes no value, got {self.value!r}: leave it out.")
@@ -139,14 +128,8 @@ class Recalibration:
             raise ValueError(f"The value of recalibration {self.method!r} must be a number, got {self.value!r}.")
         value = float(self.value)
         object.__setattr__(self, "value", value)
-        if self.method == "label_smoothing":
-            if not 0.0 <= value < 1.0:
-                raise ValueError(f"Label smoothing needs 0 <= delta < 1, got {value}.")
-        elif self.method == "log_label_smoothing":
-            if not (value >= 0.0 and math.isfinite(value)):
-                raise ValueError(f"Label smoothing of log-probabilities needs a finite delta >= 0, got {value}.")
-        elif not (value > 0.0 and math.isfinite(value)):
-            raise ValueError(f"Recalibration {self.method!r} needs a finite temperature above 0, got {value}.")
+        if not method.allows(value):
+            raise ValueError(f"Recalibration {self.method!r} needs {method.domain}, got {value}.")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python form, ready for JSON."""
@@ -193,17 +176,17 @@ class Recalibration:
             `ValueError`: naming the row (and column) for NaN, positive or unsorted log-probabilities, for a mass that is
             not one distribution, for a missing tail, and for a `top_k` outside 1..k.
         """
-        if estimator not in ESTIMATORS:
+        if estimator not in rescaled_estimators():
             raise ValueError(
-                f"Unknown estimator {estimator!r} for a recalibrated target, choose one of {list(ESTIMATORS)}."
+                f"Unknown estimator {estimator!r} for a recalibrated target, choose one of {rescaled_estimators()}."
             )
         lp = check_logprobs(logprobs)
         kept_k = lp.shape[1] if top_k is None else check_top_k(top_k, lp.shape[1])
         tail = None
-        if estimator == "bucket":
+        if estimator_target(estimator) == "tail":
             if tail_logprob is None:
                 raise ValueError(
-                    "The estimator 'bucket' needs `tail_logprob`, the log of the teacher's mass outside the k."
+                    f"The estimator {estimator!r} needs `tail_logprob`, the log of the teacher's mass outside the k."
                 )
             tail = check_tail(tail_logprob, lp)
         return self.target(lp, tail, kept_k)
@@ -212,43 +195,36 @@ class Recalibration:
         """[`~Recalibration.apply`] on arrays that were checked before; with a `tail` the target has a bucket."""
         k = lp.shape[1]
         kept = lp[:, :kept_k]
-        if self.method in SMOOTHING and kept_k == 1 and self.value:
-            raise ValueError("Label smoothing needs at least two kept tokens to share delta with, got k = 1.")
-        head = self._rescale(kept)
+        # "none" has no value to pass on
+        head = get_method(self.method).rescale(kept, math.nan if self.value is None else self.value)
         if tail is None:
             return head, None
         # The tail is exact and the k values are rounded, so the k share what the tail leaves: rows sum to 1 exactly.
-        share = _log1mexp(tail) - _logsumexp(lp)
-        new_tail = np.logaddexp(tail, share + _logsumexp(lp[:, kept_k:])) if kept_k < k else tail
-        head_mass = share + _logsumexp(kept) if kept_k < k else _log1mexp(tail)
+        share = _log1mexp(tail) - logsumexp(lp)
+        new_tail = np.logaddexp(tail, share + logsumexp(lp[:, kept_k:])) if kept_k < k else tail
+        head_mass = share + logsumexp(kept) if kept_k < k else _log1mexp(tail)
         return head + head_mass[:, None], new_tail
 
-    def _rescale(self, kept: np.ndarray) -> np.ndarray:
-        """Log of the rescaled distribution over the kept tokens, float64 [positions, k]."""
-        value = self.value
-        if self.method == "probability_temperature":
-            assert value is not None
-            scaled = np.exp(kept) / value
-        elif self.method == "logit_temperature":
-            assert value is not None
-            scaled = kept / value
-        elif self.method == "log_label_smoothing":
-            assert value is not None
-            shift = np.full(kept.shape[1], value / max(kept.shape[1] - 1, 1))
-            shift[0] = -value
-            scaled = kept + shift
-        else:
-            scaled = kept
-        log_target = scaled - _logsumexp(scaled)[:, None]
-        if self.method != "label_smoothing" or not value:
-            return log_target
-        target = np.exp(log_target)
-        # Where rank 1 holds less than delta (large k only) it gives what it has: a probability cannot go below 0.
-        moved = np.minimum(value, target[:, 0])
-        target[:, 0] -= moved
-        target[:, 1:] += (moved / (target.shape[1] - 1))[:, None]
-        with np.errstate(divide="ignore"):
-            return np.log(target)
+
+def get_method(name: str) -> Method:
+    """The rescale of a name. Raises `ValueError`."""
+    if name not in RECALIBRATIONS:
+        raise ValueError(
+            f"Unknown recalibration method {name!r}, choose one of {list(RECALIBRATIONS)}."
+            + nearest(str(name), RECALIBRATIONS, list_known=False)
+        )
+    method = one(RECALIBRATIONS[name])
+    if not isinstance(method, Method):
+        raise ValueError(
+            f"The recalibration {name!r} is {type(method).__name__}: register a subclass of "
+            "`first_trl.recalibration.Method`, or an instance of one."
+        )
+    return method
+
+
+def rescaled_estimators() -> list[str]:
+    """Estimators that train on a rescaled target; draws cannot be rescaled."""
+    return [name for name in ESTIMATORS if estimator_target(name) != "draws"]
 
 
 def check_top_k(top_k: int, k: int) -> int:

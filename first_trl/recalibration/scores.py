@@ -9,7 +9,8 @@ import numpy as np
 
 from ..calibration.errors import equal_width_ece, equal_width_gaps
 from ..calibration.scores import brier_of
-from .rescale import Recalibration
+from ..plugins import estimator_target
+from .rescale import Recalibration, get_method
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class TargetScores:
         Recalibration().apply(arrays.logprobs, arrays.tail_logprob, estimator=estimator, top_k=top_k)
         self.logprobs = np.minimum(np.asarray(arrays.logprobs, dtype=np.float64), 0.0)
         self.tail = None
-        if estimator == "bucket":
+        if estimator_target(estimator) == "tail":
             self.tail = np.minimum(np.asarray(arrays.tail_logprob, dtype=np.float64), 0.0)
         self.points: dict[float | None, CurvePoint] = {}
         self.units: dict[float, tuple[np.ndarray, np.ndarray]] = {}
@@ -152,11 +153,10 @@ class TargetScores:
         if value is None:
             self.raw_confidence = confidence
             return
-        self.distance[value] = {
-            "logit_temperature": abs(value - 1.0),
-            "label_smoothing": value,
-            "log_label_smoothing": value,
-        }.get(self.method, float(np.abs(confidence - self.raw_confidence).mean()))
+        identity = get_method(self.method).identity
+        self.distance[value] = (
+            float(np.abs(confidence - self.raw_confidence).mean()) if identity is None else abs(value - identity)
+        )
         if self.objective == "ece":
             sums = equal_width_gaps(confidence, correct, self.n_bins, group=self.unit, n_groups=self.n_units)
             self.units[value] = (sums, np.bincount(self.unit).astype(float))

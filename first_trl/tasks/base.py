@@ -1,7 +1,6 @@
 """What a task is: rows of a benchmark as prompt, completion, choices and gold, and the registry that finds it by name."""
 
 import dataclasses
-import importlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -12,26 +11,12 @@ import numpy as np
 from datasets import Dataset, Features, List, ReadInstruction, Value
 from transformers import PreTrainedTokenizerBase
 
+from ..plugins import TASKS
 from ..utils.names import nearest
 from ..utils.tables import is_nan, listed
 from .sizes import SplitSize
 from .source import read_rows
 
-
-# Name -> "module:class", imported on first use: reading one benchmark does not load what another one needs.
-_TASKS = {
-    "alpaca": "alpaca:Alpaca",
-    "arc": "arc:Arc",
-    "boolq": "boolq:BoolQ",
-    "commonsense_qa": "commonsense_qa:CommonsenseQA",
-    "custom": "custom:Custom",
-    "diabetes": "diabetes:Diabetes",
-    "digits": "digits:Digits",
-    "mmlu": "mmlu:MMLU",
-    "mmlu_category": "mmlu_category:MMLUCategory",
-    "noisy_world": "noisy_world:NoisyWorld",
-    "openbook_qa": "openbook_qa:OpenBookQA",
-}
 
 FEATURES = Features(
     {
@@ -299,16 +284,13 @@ def get_task(name: str, **options: Any) -> Task:
     [' hammer', ' saw']
     ```
     """
-    if name not in _TASKS:
-        raise ValueError(f"There is no task {name!r}.{nearest(name, _TASKS)}")
-    module, class_name = _TASKS[name].split(":")
-    task_class = getattr(importlib.import_module(f"first_trl.tasks.{module}"), class_name)
-    return task_class.from_options(**options)
+    task: Task = TASKS.find(name).from_options(**options)
+    return task
 
 
 def list_tasks() -> list[str]:
     """Names that [`get_task`] knows, sorted."""
-    return sorted(_TASKS)
+    return sorted(TASKS)
 
 
 def _slice(source: list[Any], name: str, spec: str) -> list[Any]:

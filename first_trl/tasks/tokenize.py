@@ -17,10 +17,8 @@ from typing import Any, Literal
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from ..vocabulary import HAS_GOLD, IGNORE_INDEX
 
-IGNORE_INDEX = -100
-# Column that tells whether the labels of a row are an answer; only where some are not.
-HAS_GOLD = "has_gold"
 
 Supervise = Literal["completion", "all", "answer_position"]
 OnOverflow = Literal["error", "drop", "truncate_prompt_left", "truncate_right"]

@@ -6,13 +6,13 @@ import time
 import warnings
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-from accelerate import PartialState
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -27,6 +27,35 @@ from .journal import ShardJournal
 from .prepare import prepare_rows
 from .progress import close_capture, default_folder, is_finished, open_capture
 from .rows import batches_by_length, content_digest, usable_rows
+
+
+@dataclass(frozen=True)
+class CaptureOptions:
+    """
+    What is kept of every position and how the work is cut, as [`add_teacher_topk`] was told.
+
+    Raises:
+        `ValueError`: A value out of its range.
+    """
+
+    k: int
+    logprob_dtype: str
+    num_draws: int
+    shard_size: int
+    max_tokens_per_batch: int
+    max_rows_per_batch: int
+    disable_tqdm: bool
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"k must be at least 1, got {self.k}. The paper keeps 5.")
+        if self.logprob_dtype not in LOGPROB_DTYPES:
+            raise ValueError(f"logprob_dtype must be one of {LOGPROB_DTYPES}, got {self.logprob_dtype!r}.")
+        if not 0 <= self.num_draws <= np.iinfo(np.uint16).max:
+            raise ValueError(f"num_draws must be between 0 and {np.iinfo(np.uint16).max}, got {self.num_draws}.")
+        for name in ("shard_size", "max_tokens_per_batch", "max_rows_per_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
 
 def add_teacher_topk(
@@ -116,7 +145,17 @@ def add_teacher_topk(
     ```
     """
     state = process_state()
-    _check_options(k, logprob_dtype, num_draws, processing_class, shard_size, max_tokens_per_batch, max_rows_per_batch)
+    if processing_class is None:
+        raise ValueError("Give the teacher's tokenizer as `processing_class`: the cache is bound to it.")
+    options = CaptureOptions(
+        k=k,
+        logprob_dtype=logprob_dtype,
+        num_draws=num_draws,
+        shard_size=shard_size,
+        max_tokens_per_batch=max_tokens_per_batch,
+        max_rows_per_batch=max_rows_per_batch,
+        disable_tqdm=disable_tqdm,
+    )
     tokenized = prepare_rows(
         dataset,
         processing_class,
@@ -163,42 +202,15 @@ def add_teacher_topk(
     if not is_finished(folder, manifest, backend, state):
         with open_capture(folder, manifest, backend, shard_size, state) as capture:
             started = time.perf_counter()
-            tokens = _score_shards(
-                rows, backend, manifest, folder, capture.shard_size, capture.missing, num_tokens,
-                max_tokens_per_batch, max_rows_per_batch, state, disable_tqdm,
-            )  # fmt: skip
+            # A capture that goes on keeps the shards it began with
+            options = replace(options, shard_size=capture.shard_size)
+            tokens = _score_shards(rows, backend, manifest, folder, capture.missing, options)
             state.wait_for_everyone()
             close_capture(folder, manifest, capture, started, tokens, state)
     state.wait_for_everyone()
     cache = load_teacher_cache(folder, split)
     assert isinstance(cache, Dataset)
     return cache
-
-
-def _check_options(
-    k: int,
-    logprob_dtype: str,
-    num_draws: int,
-    processing_class: Any,
-    shard_size: int,
-    max_tokens: int,
-    max_rows: int,
-) -> None:
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}. The paper keeps 5.")
-    if logprob_dtype not in LOGPROB_DTYPES:
-        raise ValueError(f"logprob_dtype must be one of {LOGPROB_DTYPES}, got {logprob_dtype!r}.")
-    if not 0 <= num_draws <= np.iinfo(np.uint16).max:
-        raise ValueError(f"num_draws must be between 0 and {np.iinfo(np.uint16).max}, got {num_draws}.")
-    for name, value in (
-        ("shard_size", shard_size),
-        ("max_tokens_per_batch", max_tokens),
-        ("max_rows_per_batch", max_rows),
-    ):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
-    if processing_class is None:
-        raise ValueError("Give the teacher's tokenizer as `processing_class`: the cache is bound to it.")
 
 
 def _cut(
@@ -243,15 +255,12 @@ def _score_shards(
     teacher: TeacherBackend,
     manifest: Manifest,
     folder: Path,
-    shard_size: int,
     missing: list[int],
-    num_tokens: int,
-    max_tokens: int,
-    max_rows: int,
-    state: PartialState,
-    disable_tqdm: bool,
+    options: CaptureOptions,
 ) -> int:
     """Score this process's share of the missing shards; returns the number of tokens it ran through the teacher."""
+    state, shard_size = process_state(), options.shard_size
+    num_tokens = min(manifest.tokenizer["size"], manifest.head_size)
     count = -(-len(rows) // shard_size)
     replica, rank_in_teacher = divmod(state.process_index, teacher.ranks_per_teacher)
     replicas = max(1, state.num_processes // teacher.ranks_per_teacher)
@@ -267,7 +276,7 @@ def _score_shards(
             total=sum(stop - start for start, stop in spans.values()),
             desc=f"Teacher top-{manifest.k} ({manifest.split})",
             unit=" rows",
-            disable=disable_tqdm or not state.is_main_process,
+            disable=options.disable_tqdm or not state.is_main_process,
         ) as progress,
     ):
         started = time.perf_counter()
@@ -277,7 +286,7 @@ def _score_shards(
             journal = ShardJournal(path, manifest.cache_id)
             recorded = journal.read()
             scores: list[Scores | None] = [None] * len(shard)
-            for batch in batches_by_length(shard.input_ids, max_tokens, max_rows):
+            for batch in batches_by_length(shard.input_ids, options.max_tokens_per_batch, options.max_rows_per_batch):
                 scored = recorded.get(tuple(batch))
                 if scored is None:
                     uniforms = [_uniforms(manifest, start + i, len(shard.positions[i])) for i in batch]

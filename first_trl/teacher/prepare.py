@@ -7,8 +7,9 @@ import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from .._trl_compat import get_training_chat_template, has_generation_markers, prepare_as_sft_trainer
-from ..cache.schema import HAS_GOLD, INPUT_IDS, LABELS
-from ..tasks.tokenize import IGNORE_INDEX, encode_prompts, filler_token_id
+from ..cache.schema import INPUT_IDS, LABELS
+from ..tasks.tokenize import encode_prompts, filler_token_id
+from ..vocabulary import IGNORE_INDEX, TEACHER_HAS_GOLD
 from .text_cells import text_columns
 
 
@@ -125,7 +126,7 @@ def _prepare_prompts(dataset: Dataset, answered: list[int], processing_class: An
         batched=True,
         with_indices=True,
         num_proc=options["num_proc"],
-        features=Features({**prompts.features, INPUT_IDS: ids, LABELS: ids, HAS_GOLD: Value("bool")}),
+        features=Features({**prompts.features, INPUT_IDS: ids, LABELS: ids, TEACHER_HAS_GOLD: Value("bool")}),
         fn_kwargs={"processing_class": processing_class, "numbers": order[len(answered) :]},
         desc="Tokenizing prompts without an answer",
     )
@@ -156,7 +157,7 @@ def _tokenize_prompts(
     return {
         INPUT_IDS: [[*prompt, filler] for prompt in prompts],
         LABELS: [[IGNORE_INDEX] * len(prompt) + [filler] for prompt in prompts],
-        HAS_GOLD: [False] * len(prompts),
+        TEACHER_HAS_GOLD: [False] * len(prompts),
     }
 
 

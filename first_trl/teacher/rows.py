@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from ..cache.schema import CACHE_COLUMNS, HAS_GOLD, IGNORE_INDEX, INPUT_IDS, LABELS, gold_flags
-from ..tasks.tokenize import HAS_GOLD as SOURCE_HAS_GOLD
+from ..cache.schema import CACHE_COLUMNS, INPUT_IDS, LABELS, gold_flags
+from ..vocabulary import HAS_GOLD, IGNORE_INDEX, TEACHER_HAS_GOLD
 
 
 def usable_rows(rows: Dataset, max_length: int | None, num_tokens: int) -> tuple[Dataset, dict[str, Any]]:
@@ -30,8 +30,8 @@ def usable_rows(rows: Dataset, max_length: int | None, num_tokens: int) -> tuple
     Raises:
         `ValueError`: A row is malformed, or none can be scored.
     """
-    if HAS_GOLD not in rows.column_names and SOURCE_HAS_GOLD in rows.column_names:
-        rows = rows.rename_column(SOURCE_HAS_GOLD, HAS_GOLD)
+    if TEACHER_HAS_GOLD not in rows.column_names and HAS_GOLD in rows.column_names:
+        rows = rows.rename_column(HAS_GOLD, TEACHER_HAS_GOLD)
     lengths, supervised = [], []
     first_row = 0
     for table in rows.select_columns([INPUT_IDS, LABELS]).with_format("arrow").iter(batch_size=1000):
@@ -66,15 +66,15 @@ def usable_rows(rows: Dataset, max_length: int | None, num_tokens: int) -> tuple
             f"supervised position, {int(too_long.sum())} longer than the teacher's context of {max_length} tokens."
         )
         rows = rows.select(keep)
-    if HAS_GOLD in rows.column_names and has_gold.all():
-        rows = rows.remove_columns(HAS_GOLD)
+    if TEACHER_HAS_GOLD in rows.column_names and has_gold.all():
+        rows = rows.remove_columns(TEACHER_HAS_GOLD)
     return rows, counts
 
 
 def _gold_of(rows: Dataset) -> np.ndarray:
-    if HAS_GOLD not in rows.column_names:
+    if TEACHER_HAS_GOLD not in rows.column_names:
         return np.ones(len(rows), bool)
-    return gold_flags(rows.select_columns([HAS_GOLD]).with_format("arrow")[:])
+    return gold_flags(rows.select_columns([TEACHER_HAS_GOLD]).with_format("arrow")[:])
 
 
 def _check_tokens(table: pa.Table, first_row: int, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
@@ -122,7 +122,7 @@ def content_digest(rows: Dataset) -> str:
     """
     digest = hashlib.blake2b(digest_size=8)
     extra = sorted(name for name in rows.column_names if name not in CACHE_COLUMNS)
-    gold = [name for name in (HAS_GOLD,) if name in rows.column_names]
+    gold = [name for name in (TEACHER_HAS_GOLD,) if name in rows.column_names]
     for table in rows.select_columns([INPUT_IDS, LABELS, *extra, *gold]).with_format("arrow").iter(batch_size=1000):
         for _ in gold:
             digest.update(gold_flags(table).tobytes())

@@ -18,8 +18,6 @@ from trl import pack_dataset
 from ..cache.schema import (
     DRAW_COLUMNS,
     DRAW_COUNTS,
-    HAS_GOLD,
-    IGNORE_INDEX,
     INPUT_IDS,
     LABELS,
     TAIL_LOGPROB,
@@ -27,6 +25,8 @@ from ..cache.schema import (
     TOPK_LOGPROBS,
     gold_flags,
 )
+from ..plugins import estimator_target
+from ..vocabulary import IGNORE_INDEX, TEACHER_HAS_GOLD
 
 
 # Distinct draws of each supervised position, from which the flattened draws are split again
@@ -36,7 +36,7 @@ SEQ_LENGTHS = "seq_lengths"
 
 def entry_columns(estimator: str) -> tuple[str, ...]:
     """Columns of the cache that an estimator reads."""
-    return DRAW_COLUMNS if estimator == "sampled" else (TOPK_IDS, TOPK_LOGPROBS, TAIL_LOGPROB)
+    return DRAW_COLUMNS if estimator_target(estimator) == "draws" else (TOPK_IDS, TOPK_LOGPROBS, TAIL_LOGPROB)
 
 
 def align(
@@ -141,7 +141,7 @@ def _spread(table: pa.Table, columns: tuple[str, ...], window: tuple[int | None,
     ]
     entries = pa.array(entry_of_token[tokens], mask=~mask[tokens])
     for name in columns:
-        if name == HAS_GOLD:
+        if name == TEACHER_HAS_GOLD:
             row_of_token = np.repeat(np.arange(table.num_rows), np.diff(offsets))
             values = pa.array(gold_flags(table)[row_of_token[tokens]])
         else:

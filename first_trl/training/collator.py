@@ -7,8 +7,10 @@ import numpy as np
 import torch
 
 from .._trl_compat import DataCollatorForLanguageModeling
-from ..cache.schema import DRAW_COUNTS, DRAW_IDS, HAS_GOLD, IGNORE_INDEX, TAIL_LOGPROB, TOPK_IDS, TOPK_LOGPROBS
+from ..cache.schema import DRAW_COUNTS, DRAW_IDS, TAIL_LOGPROB, TOPK_IDS, TOPK_LOGPROBS
+from ..plugins import estimator_target
 from ..recalibration import Recalibration
+from ..vocabulary import IGNORE_INDEX, TEACHER_HAS_GOLD
 from .alignment import DRAW_LENGTHS
 
 
@@ -49,12 +51,12 @@ class DataCollatorForDistillation(DataCollatorForLanguageModeling):
         batch = super().torch_call(examples)
         # Nothing predicts the first token; with it masked, what is counted, scored and cached is the same set
         batch["labels"][:, 0] = IGNORE_INDEX
-        if TOPK_IDS in examples[0] and self.estimator != "sampled":
+        if TOPK_IDS in examples[0] and estimator_target(self.estimator) != "draws":
             self._add_top_k(batch, examples)
-        elif DRAW_IDS in examples[0] and self.estimator == "sampled":
+        elif DRAW_IDS in examples[0] and estimator_target(self.estimator) == "draws":
             self._add_draws(batch, examples)
-        if HAS_GOLD in examples[0]:
-            batch[HAS_GOLD] = torch.from_numpy(_flat(examples, HAS_GOLD, np.bool_))
+        if TEACHER_HAS_GOLD in examples[0]:
+            batch[TEACHER_HAS_GOLD] = torch.from_numpy(_flat(examples, TEACHER_HAS_GOLD, np.bool_))
         return batch
 
     def _add_top_k(self, batch: dict[str, Any], examples: list[dict[str, Any]]) -> None:
@@ -66,7 +68,10 @@ class DataCollatorForDistillation(DataCollatorForLanguageModeling):
         if len(ids) != positions * k or len(logprobs) != positions * k or len(tail) != positions:
             raise _misaligned(positions, {TOPK_IDS: len(ids), TOPK_LOGPROBS: len(logprobs), TAIL_LOGPROB: len(tail)})
         if positions == 0:
-            log_target, tail_log_target = np.empty((0, 1)), np.empty(0) if self.estimator == "bucket" else None
+            log_target, tail_log_target = (
+                np.empty((0, 1)),
+                np.empty(0) if estimator_target(self.estimator) == "tail" else None,
+            )
         else:
             log_target, tail_log_target = self.recalibration.apply(
                 logprobs.reshape(positions, k), tail, estimator=self.estimator, top_k=self.top_k

@@ -3,15 +3,18 @@ The options of the trainer that are known without torch: [`FirstDistillConfig`] 
 arm of a recipe. What an option is, which values it may have and which others it goes with is said here only.
 """
 
+import operator
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import Strict
 
-from ..recalibration import ESTIMATORS, METHODS, Recalibration
+from ..plugins import ESTIMATORS, RECALIBRATIONS, estimator_target
+from ..recalibration import Recalibration
 from ..utils.names import nearest
 
 
@@ -22,14 +25,28 @@ class For:
     kinds: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Fact:
+    """
+    Marks an option that the card of a student tells, where it is set.
+
+    Args:
+        title (`str`): What the line begins with.
+        text (`str`): A format of `value`, and of `k`, the entries in the cache.
+    """
+
+    title: str
+    text: str
+
+
 def estimators() -> tuple[str, ...]:
     """Names for `estimator`."""
-    return (*ESTIMATORS, "sampled")
+    return tuple(ESTIMATORS)
 
 
 def recalibrations() -> tuple[str, ...]:
     """Names for `recalibration`, with `"none"` first."""
-    return METHODS
+    return tuple(RECALIBRATIONS)
 
 
 @dataclass
@@ -78,23 +95,38 @@ class DistillOptions:
             "replication only.",
         },
     )
-    ce_weight: Annotated[float, Strict(), Ge(0.0), Le(1.0)] = field(
+    ce_weight: Annotated[
+        float,
+        Strict(),
+        Ge(0.0),
+        Le(1.0),
+        Fact("Weight of the labels", "{value:g} (cross-entropy), the rest is the teacher's"),
+    ] = field(
         default=0.0,
         metadata={"help": "Weight `w` of the hard-label cross-entropy: the loss is `(1 - w) * KL + w * CE`."},
     )
-    student_temperature: Annotated[float, Strict(), Gt(0.0), Lt(float("inf"))] | None = field(
+    top_k: Annotated[int, Strict(), Ge(1), Fact("Entries used", "{value} of the {k} in the cache")] | None = field(
+        default=None,
+        metadata={
+            "help": "Number of cached entries to use, from the most likely. The others move into the tail. When not "
+            "set, all are used."
+        },
+    )
+    student_temperature: (
+        Annotated[
+            float,
+            Strict(),
+            Gt(0.0),
+            Lt(float("inf")),
+            Fact("Student temperature", "{value:g} divides its probabilities in training"),
+        ]
+        | None
+    ) = field(
         default=None,
         metadata={
             "help": "Divides the student's probabilities at the k ids, for `estimator='probability_softmax'` only, "
             "where 1 is used when not set. Equal to `c` of `recalibration='probability_temperature'`, the optimum is "
             "the raw teacher up to a constant: nothing is recalibrated."
-        },
-    )
-    top_k: Annotated[int, Strict(), Ge(1)] | None = field(
-        default=None,
-        metadata={
-            "help": "Number of cached entries to use, from the most likely. The others move into the tail. When not "
-            "set, all are used."
         },
     )
     recalibration: Annotated[str, Strict()] = field(
@@ -112,7 +144,14 @@ class DistillOptions:
             "help": "c, T or delta. When not set, the value fitted for this method and stored with the cache is used."
         },
     )
-    token_dropout: Annotated[float, Strict(), Ge(0.0), Lt(1.0), For(("sft", "distill"))] = field(
+    token_dropout: Annotated[
+        float,
+        Strict(),
+        Ge(0.0),
+        Lt(1.0),
+        For(("sft", "distill")),
+        Fact("Token dropout", "{value:g} of the input tokens, in training only"),
+    ] = field(
         default=0.0,
         metadata={
             "help": "Probability that a token of the student's input is replaced in training, while the teacher's "
@@ -147,22 +186,24 @@ class DistillOptions:
                     Recalibration(self.recalibration, self.recalibration_value)
                 except ValueError as error:
                     yield "recalibration_value", f"is out of range: {error}"
-        if self.student_temperature is not None and self.estimator != "probability_softmax":
+        # The estimator of a plugin says itself, when it is built, whether it has this option
+        without = set(ESTIMATORS.builtin) - {"probability_softmax"}
+        if self.student_temperature is not None and self.estimator in without:
             yield (
                 "student_temperature",
                 f"has no effect with estimator={self.estimator!r}: it belongs to the estimator probability_softmax. "
                 "Leave it unset, or choose that estimator.",
             )
-        if self.estimator == "sampled" and self.recalibration != "none":
+        if estimator_target(self.estimator) == "draws" and self.recalibration != "none":
             yield (
                 "recalibration",
-                "has no meaning with `estimator='sampled'`, which trains on draws from the raw teacher, which cannot be "
+                f"has no meaning with `estimator={self.estimator!r}`, which trains on draws from the raw teacher, which cannot be "
                 "rescaled afterwards. Set `recalibration='none'`, or use `estimator='bucket'`.",
             )
-        if self.estimator == "sampled" and self.top_k is not None:
+        if estimator_target(self.estimator) == "draws" and self.top_k is not None:
             yield (
                 "top_k",
-                "has no meaning with `estimator='sampled'`: leaving draws out would bias it. Leave it unset.",
+                f"has no meaning with `estimator={self.estimator!r}`: leaving draws out would bias it. Leave it unset.",
             )
 
 
@@ -209,6 +250,7 @@ def check_options(options: DistillOptions) -> None:
         raise ValueError(" ".join(found))
 
 
+@cache
 def marks(cls: type) -> dict[str, list[Any]]:
     """Field name -> what its type is annotated with, of a dataclass."""
     return {name: marks_of(hint) for name, hint in typing.get_type_hints(cls, include_extras=True).items()}
@@ -244,19 +286,17 @@ def _limits(found: list[Any]) -> dict[str, Any]:
     return {name: getattr(mark, name) for mark in found for name in ("ge", "gt", "le", "lt") if hasattr(mark, name)}
 
 
+def inside(value: Any, found: list[Any]) -> bool:
+    """Whether a number is within the limits among these marks; NaN is within none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    compare = {"ge": operator.ge, "gt": operator.gt, "le": operator.le, "lt": operator.lt}
+    return all(compare[name](value, limit) for name, limit in _limits(found).items())
+
+
 def _outside(options: DistillOptions) -> Iterator[tuple[str, str]]:
     cls = TrainerOptions if isinstance(options, TrainerOptions) else DistillOptions
     for key, found in marks(cls).items():
-        value, limits = getattr(options, key), _limits(found)
-        if value is None or not limits:
-            continue
-        # NaN is within no limits
-        inside = (
-            isinstance(value, int | float)
-            and value >= limits.get("ge", float("-inf"))
-            and (value > limits["gt"] if "gt" in limits else True)
-            and (value <= limits["le"] if "le" in limits else True)
-            and (value < limits["lt"] if "lt" in limits else True)
-        )
-        if not inside:
+        value = getattr(options, key)
+        if value is not None and _limits(found) and not inside(value, found):
             yield key, f"must be {limits_text(found)}, got {value!r}."

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from trl import SFTTrainer
 
-from ..cache.schema import IGNORE_INDEX
+from ..vocabulary import IGNORE_INDEX
 from .options import TrainerOptions, check_options
 
 

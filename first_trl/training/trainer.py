@@ -13,10 +13,13 @@ from trl import SFTTrainer
 
 from .._trl_compat import fingerprint, get_dataset_column_names, global_then_local_main_first
 from ..cache.manifest import read_manifests
-from ..cache.schema import DRAW_COLUMNS, HAS_GOLD, IGNORE_INDEX, TEACHER_COLUMNS, count_without_gold
+from ..cache.schema import DRAW_COLUMNS, TEACHER_COLUMNS, count_without_gold
 from ..cache.verify import verify_teacher_cache
 from ..losses.head import SUMS, add_distill_head, check_distill_head
+from ..losses.inputs import get_estimator
+from ..plugins import estimator_target
 from ..recalibration import Recalibration
+from ..vocabulary import IGNORE_INDEX, TEACHER_HAS_GOLD
 from .alignment import DRAW_LENGTHS, align, count_cuts, entry_columns
 from .card import ModelCardMixin
 from .collator import DataCollatorForDistillation
@@ -128,19 +131,10 @@ class FirstDistillTrainer(ModelCardMixin, TokenDropoutMixin, SFTTrainer):  # typ
                 f"Prompt-learning PEFT ({type(prompt_learning).__name__}) puts virtual tokens before the text, which "
                 "moves every position away from its cached teacher entry. Use LoRA or another weight adapter."
             )
-        if args.estimator == "renormalized":
-            warnings.warn(
-                "`estimator='renormalized'` constrains only the ratios among the cached ids: the mass of all other "
-                "tokens is left to the student. Start from a student that was fine-tuned on the task, or use 'topk' "
-                "or 'bucket'."
-            )
-        if args.estimator == "probability_softmax":
-            warnings.warn(
-                "`estimator='probability_softmax'` is for replication of the authors' code: with equal temperatures on "
-                "both sides the student learns the raw teacher up to a constant, with a smaller one on the teacher it "
-                "gets sharper than the teacher, and the mass of all other tokens is free. 'topk' with "
-                "`recalibration='probability_temperature'` is the method of the paper."
-            )
+        estimator = get_estimator(args.estimator, args.student_temperature)
+        if estimator.warning is not None:
+            warnings.warn(estimator.warning)
+        self._over_kept = estimator.over_kept
         self._recalibration = resolve_recalibration(args, train_dataset)
         self._start_card(train_dataset)
         # Filled by `_prepare_dataset`, which the parent's constructor calls before `self.model` exists
@@ -215,14 +209,14 @@ class FirstDistillTrainer(ModelCardMixin, TokenDropoutMixin, SFTTrainer):  # typ
         columns = get_dataset_column_names(dataset)
         if not any(name in columns for name in TEACHER_COLUMNS):  # an evaluation set without a teacher
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        if args.estimator == "sampled" and not all(name in columns for name in DRAW_COLUMNS):
+        if estimator_target(args.estimator) == "draws" and not all(name in columns for name in DRAW_COLUMNS):
             raise ValueError(
-                f"`estimator='sampled'` needs draws from the teacher, and the {dataset_name} dataset has no "
+                f"`estimator={args.estimator!r}` needs draws from the teacher, and the {dataset_name} dataset has no "
                 f"{list(DRAW_COLUMNS)}. Capture the cache with `add_teacher_topk(..., num_draws=50)`, or choose "
                 "another estimator."
             )
         map_style = isinstance(dataset, Dataset)
-        lacks_gold = HAS_GOLD in columns and (not map_style or count_without_gold(dataset) > 0)
+        lacks_gold = TEACHER_HAS_GOLD in columns and (not map_style or count_without_gold(dataset) > 0)
         if lacks_gold and args.ce_weight > 0:
             raise _hard_labels_without_gold(dataset, dataset_name, args.ce_weight)
         with global_then_local_main_first():
@@ -233,7 +227,7 @@ class FirstDistillTrainer(ModelCardMixin, TokenDropoutMixin, SFTTrainer):  # typ
                 dataset = verify_stream(dataset, processing_class, self._student_head_size)
             dataset = align(
                 dataset,
-                entry_columns(args.estimator) + ((HAS_GOLD,) if lacks_gold else ()),
+                entry_columns(args.estimator) + ((TEACHER_HAS_GOLD,) if lacks_gold else ()),
                 max_length=args.max_length,
                 truncation_mode=args.truncation_mode,
                 packing_strategy=args.packing_strategy if packing else None,
@@ -251,7 +245,7 @@ class FirstDistillTrainer(ModelCardMixin, TokenDropoutMixin, SFTTrainer):  # typ
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
-        wanted = (*entry_columns(self.args.estimator), DRAW_LENGTHS, HAS_GOLD)
+        wanted = (*entry_columns(self.args.estimator), DRAW_LENGTHS, TEACHER_HAS_GOLD)
         columns.extend(name for name in wanted if name not in columns)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -275,7 +269,7 @@ class FirstDistillTrainer(ModelCardMixin, TokenDropoutMixin, SFTTrainer):  # typ
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
         mode = self._mode
-        if inputs.pop(HAS_GOLD, None) is not None:
+        if inputs.pop(TEACHER_HAS_GOLD, None) is not None:
             self._lacks_gold[mode] = True
         if mode == "eval":
             self._mask_repeated_rows(inputs)
@@ -361,7 +355,7 @@ class FirstDistillTrainer(ModelCardMixin, TokenDropoutMixin, SFTTrainer):  # typ
             "student_mass_outside": named["mass_outside"] / count,
             "mean_token_accuracy": named["num_correct"] / count,
         }
-        if self.args.estimator == "renormalized" and self.args.ce_weight == 0 and mode == "train":
+        if self._over_kept and self.args.ce_weight == 0 and mode == "train":
             # These need the projection on the vocabulary, which this estimator saves while it trains
             for name in ("cross_entropy", "student_mass_outside", "mean_token_accuracy"):
                 del means[name]
@@ -402,8 +396,8 @@ def resolve_recalibration(args: FirstDistillConfig, train_dataset: Any) -> Recal
             "`first_trl.cache.folder.store_recalibration`, or set `recalibration_value`."
         )
     manifest, fit = fitted[0], fits[0]
-    trained = (args.top_k or manifest.k, args.estimator == "bucket")
-    if trained != (fit.get("top_k") or manifest.k, fit.get("estimator", args.estimator) == "bucket"):
+    trained = (args.top_k or manifest.k, estimator_target(args.estimator))
+    if trained != (fit.get("top_k") or manifest.k, estimator_target(fit.get("estimator", args.estimator))):
         raise ValueError(
             f"The cache's fit of {args.recalibration!r} is for top_k={fit.get('top_k')} and "
             f"estimator={fit.get('estimator')!r}, this student trains on top_k={trained[0]} and "
@@ -416,7 +410,7 @@ def _hard_labels_without_gold(dataset: Dataset | IterableDataset, dataset_name: 
     count = f"{count_without_gold(dataset)} of {len(dataset)}" if isinstance(dataset, Dataset) else "some"
     return ValueError(
         f"`ce_weight={ce_weight}` needs an answer in every row, and {count} rows of the {dataset_name} dataset have "
-        f"none (`{HAS_GOLD}` is false): their label is a filler. Set `ce_weight=0`, or train on the labelled rows alone."
+        f"none (`{TEACHER_HAS_GOLD}` is false): their label is a filler. Set `ce_weight=0`, or train on the labelled rows alone."
     )
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from first_trl.calibration import calibration_report
+from tests.benchmarks.interval_coverage import LAWS, coverage
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::first_trl.calibration.CalibrationWarning")
@@ -110,7 +111,8 @@ def test_class_rows(mode: str, strategy: str) -> None:
 def test_the_null_of_certain_predictions_is_exact() -> None:
     report = calibration_report([1.0, 1.0, 0.0], [1, 1, 0], null_test=True, confidence_interval=0.95)
     assert (report["ece"], report["null_mean"], report["p_value"]) == (0.0, 0.0, 1.0)
-    assert (report["ci_low"], report["ci_high"]) == (0.0, 0.0)
+    # Three right answers prove little
+    assert report["ci_low"] == 0.0 and 0.3 < report["ci_high"] < 0.9
     report = calibration_report([1.0, 1.0, 0.0], [1, 0, 0], null_test=True)
     assert report["p_value"] == pytest.approx(1 / 1001)
 
@@ -120,3 +122,43 @@ def test_an_error_inside_the_null_band_is_called_noise() -> None:
     with pytest.warns(UserWarning, match="perfectly calibrated model would score by chance"):
         report = calibration_report(confidence, correct, null_test=True)
     assert report["p_value"] > 0.05
+
+
+@pytest.mark.parametrize(
+    ("confidence", "wrong", "n"), [(0.99, 0, 100), (0.98, 1, 50), (0.999, 0, 20), (0.9, 0, 30), (0.02, 50, 50)]
+)
+def test_pure_bins_are_not_certain(confidence: float, wrong: int, n: int) -> None:
+    correct = np.arange(n) >= wrong
+    report = calibration_report([confidence] * n, correct, confidence_interval=0.95, null_test=True)
+    assert report["ci_low"] <= report["ece"] <= report["ci_high"]
+    assert report["ci_high"] - report["ci_low"] > 1.5 / n
+    assert (report["ci_low"] > 0) == (report["p_value"] <= 0.025)
+
+
+@pytest.mark.parametrize("method", ["basic", "bca"])
+def test_other_methods_say_where_they_cannot_hold(method: str) -> None:
+    report = calibration_report([0.99] * 100, [1] * 100, confidence_interval=0.95, interval_method=method)
+    assert any("only right or only wrong answers" in caution for caution in report["warnings"])
+    report = calibration_report([0.7] * 100, [1, 0] * 50, confidence_interval=0.95, interval_method=method)
+    assert not any("only right" in caution for caution in report["warnings"])
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_interval_and_null_test_agree(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    n, level = int(rng.integers(20, 400)), float(rng.choice([0.8, 0.95, 0.99]))
+    confidence = rng.beta(rng.uniform(0.5, 20), 1, n)
+    correct = rng.random(n) < np.clip(confidence - rng.choice([0, 0.05, 0.15]), 0, 1)
+    report = calibration_report(
+        confidence, correct, confidence_interval=level, null_test=True, n_resamples=300, seed=seed
+    )
+    assert (report["ci_low"] > 0) == (report["p_value"] <= (1 - level) / 2 + 1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [20, 100, 500])
+@pytest.mark.parametrize("law", LAWS)
+def test_coverage_with_pure_bins_and_confidences_near_one(law: str, n: int) -> None:
+    row = coverage(LAWS[law], n, 300)
+    assert row["coverage"] + 2 * row["se"] >= 0.92, row
+    assert row["contradictions"] == 0

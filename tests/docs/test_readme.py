@@ -1,11 +1,19 @@
-"""The README's code is run as it stands, with folders of the names it uses."""
+"""The README's code is run as it stands, with folders of the names it uses; commands of the pages are real ones."""
 
+import argparse
+import importlib
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
-from tests.support.readme import README, block
+from first_trl.cli import main
+from first_trl.experiments.recipe import load_recipe
+from first_trl.utils.resources import recipe_names
+from first_trl.vocabulary import STAGES
+from tests.support.readme import README, RECIPES, ROOT, block, commands
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 
@@ -34,3 +42,40 @@ def test_exactly_two_setup_commands():
     assert len(commands) == 2
     assert "first-trl run recipes/quickstart.yaml" in commands[0]
     assert "pytest" in commands[1]
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", ["README.md", "recipes/README.md"])
+def test_every_command_is_one(page):
+    found = commands((ROOT / page).read_text(encoding="utf-8"))
+    assert len(found) >= 5
+    for command in found:
+        name, *words = shlex.split(command)[1:]
+        parser = argparse.ArgumentParser(exit_on_error=False)
+        importlib.import_module(f"first_trl.cli.{name}").add_arguments(parser)
+        if "..." in words:
+            continue
+        args = parser.parse_intermixed_args(words)
+        if name == "run" and args.recipe != "my_recipe.yaml":
+            load_recipe(args.recipe, overrides=args.overrides)
+
+
+def test_every_recipe_is_in_the_table():
+    table = RECIPES.split("\n## All recipes\n")[1].split("\n## ")[0]
+    named = {
+        name
+        for line in table.splitlines()
+        if line.startswith("| `")
+        for name in re.findall(r"`([^`]+)`", line.split("|")[1])
+    }
+    assert named == set(recipe_names())
+
+
+def test_the_words_are_those_of_the_code(capsys):
+    for word in ("role", "arm", "cell", "stage", "unit"):
+        assert RECIPES.count(f"- **{word}**: ") == 1
+    assert f"in this order: {', '.join(STAGES)}." in RECIPES
+    assert main(["recipes", "list"]) == 0 and "quickstart" in capsys.readouterr().out

@@ -14,7 +14,7 @@ PACKAGE = Path(first_trl.__file__).parent
 # From the ground up. What stands on one line may import what stands on earlier lines, and its own inside.
 STOREYS = (
     ("utils", "vocabulary"),
-    ("_trl_compat",),
+    ("_trl_compat", "plugins"),
     ("calibration", "losses", "hub"),
     ("tasks", "metrics"),
     ("cache",),

@@ -9,8 +9,7 @@ import pytest
 from first_trl.experiments.plan import format_plan, plan_recipe
 from first_trl.experiments.recipe import load_recipe
 from first_trl.experiments.stages.context import RunContext
-from first_trl.experiments.stages.data import run_data
-from first_trl.experiments.stages.teachers import run_pretrain
+from first_trl.experiments.stages.table import STAGE_TABLE
 from first_trl.utils.resources import recipe_names
 
 
@@ -125,8 +124,8 @@ def test_finished_units_are_known_by_their_settings(tmp_path):
     assert set(statuses()[1].values()) == {"to do"}
     assert not list(tmp_path.iterdir())  # planning leaves nothing behind
     context = RunContext(load_recipe("quickstart", overrides, output_dir=str(tmp_path)))
-    run_data(context)
-    run_pretrain(context)
+    for stage in STAGE_TABLE[:2]:
+        stage.run(context)
     (tmp_path / "teacher").mkdir()
     plan, found = statuses()
     assert [name for name, status in found.items() if status == "done"] == ["data", "base/teacher", "base/student"]

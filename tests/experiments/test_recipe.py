@@ -55,6 +55,7 @@ def test_overrides_seed_and_folder():
         ("arms.sft.of=direct", "of has no meaning for kind sft, only for temperature_scaling"),
         ("evaluation.splits=[tset]", "'tset', which task.splits does not hold"),
         ("capture.k=many", "capture.k must be of type int"),
+        ("evaluation.null_draws=0", "evaluation.null_draws must be at least 1, got 0"),
         ("seed=true", "seed must be of type int"),
         ("teacher.architecture=null", "needs `name_or_path` (a pretrained model) or `architecture`"),
         ("student.sft={}", "students are arms"),

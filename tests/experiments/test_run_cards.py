@@ -14,7 +14,7 @@ from first_trl.experiments.share import push as share
 from first_trl.experiments.share.cards import write_student_cards
 from first_trl.experiments.share.model import run_model_card
 from first_trl.experiments.share.push import push_run
-from first_trl.experiments.share.run_folder import Run
+from first_trl.experiments.share.run import Run
 from tests.support.predictions import predictions
 
 
@@ -96,33 +96,24 @@ def card_of(run: Path, arm: str) -> str:
     return write_student_cards(run, arms=[arm])[arm].read_text()
 
 
-@pytest.mark.parametrize("recorded", [True, False], ids=["named", "older"])
-def test_the_fit_is_that_of_the_arm_when_two_share_a_value(run, recorded):
+def test_the_fit_is_that_of_the_arm_when_two_share_a_value(run):
     fits = {
         "probability_temperature": a_fit("ece", 0.3, 0.01),
         "probability_temperature-k2": a_fit("ece", 0.3, 0.02, top_k=2),
         "probability_temperature-nll-min0.2": a_fit("nll", 0.3, 0.03, min_value=0.2),
         "probability_temperature-bucket": a_fit("ece", 0.3, 0.04, estimator="bucket"),
     }
-    if recorded:
-        arms = {
-            "first": {"fit": "probability_temperature"},
-            "first_nll": {"fit": "probability_temperature-nll-min0.2"},
-        }
-        change(run, "report/report.json", arms=arms, recalibration=fits)
-    else:
-        (run / "recalibration").mkdir()
-        # The order in which files are looked at must not decide
-        for i, fit in enumerate(reversed(fits.values())):
-            (run / "recalibration" / f"{i}.json").write_text(json.dumps(fit))
-        for arm in ("first", "first_nll"):
-            (run / "students" / arm / "unit.json").write_text(json.dumps({"inputs": {"fitted": 0.3}}))
+    arms = {
+        "first": {"fit": "probability_temperature"},
+        "first_nll": {"fit": "probability_temperature-nll-min0.2"},
+    }
+    change(run, "report/report.json", arms=arms, recalibration=fits)
     assert "fitted by ECE" in card_of(run, "first") and "from 30.0 to 1.0 %" in card_of(run, "first")
     other = card_of(run, "first_nll")
     assert "fitted by NLL" in other and "from 30.0 to 3.0 %" in other and "not below 0.2" in other
 
 
-def test_an_older_fit_of_another_value_is_not_taken(run):
+def test_a_fit_that_the_report_does_not_name_is_not_taken(run):
     (run / "recalibration").mkdir()
     (run / "recalibration" / "probability_temperature.json").write_text(json.dumps(a_fit("ece", 0.5, 0.01)))
     (run / "students" / "first" / "unit.json").write_text(json.dumps({"inputs": {"fitted": 0.3}}))

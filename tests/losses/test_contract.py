@@ -108,7 +108,7 @@ def test_a_second_backward_pass_is_refused_rather_than_scaled_twice() -> None:
 
 
 @pytest.mark.parametrize("ce_weight", [0.0, 0.5])
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", ESTIMATORS.builtin)
 def test_an_empty_batch_is_a_differentiable_zero(estimator: str, ce_weight: float) -> None:
     problem = make_problem(0, 0, 4, 11, 3, estimator, bias=True, ce_weight=ce_weight)
     output = problem.fused()
@@ -160,7 +160,7 @@ class Recorder(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", ESTIMATORS.builtin)
 @pytest.mark.parametrize("mode", ["trainable", "frozen", "no_grad"])
 def test_no_dense_logits_and_no_gradient_buffer_that_nobody_needs(
     estimator: str, mode: str, dtype: torch.dtype
@@ -189,7 +189,7 @@ def test_frozen_hidden_states_still_train_the_head() -> None:
         torch.testing.assert_close(parameter.grad.double(), reference, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", ESTIMATORS.builtin)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_computes_with_rounded_inputs_and_returns_full_gradients(dtype: torch.dtype, estimator: str) -> None:
     problem = make_problem(0, 5, 8, 50, 3, estimator, bias=True, ce_weight=0.3)
@@ -226,7 +226,7 @@ def test_default_chunk_size_follows_the_vocabulary() -> None:
     assert default_chunk_size(10**9) == 32
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", ESTIMATORS.builtin)
 def test_nan_hidden_states_give_a_nan_loss(estimator: str) -> None:
     problem = make_problem(0, 3, 4, 11, 3, estimator)
     with torch.no_grad():

@@ -40,7 +40,7 @@ def assert_agrees(problem: Problem, chunk_size: int | None = None, grad_output: 
 def problems(draw: st.DrawFn) -> tuple[Problem, int | None]:
     vocab_size = draw(st.sampled_from([11, 12, 33, 257, 1000, 4099]))
     k = draw(st.integers(1, min(64, vocab_size)))
-    estimator = draw(st.sampled_from(ESTIMATORS))
+    estimator = draw(st.sampled_from(ESTIMATORS.builtin))
     problem = make_problem(
         draw(st.integers(0, 2**31)),
         draw(st.integers(0, 6)),
@@ -67,14 +67,14 @@ def test_value_statistics_and_gradients_equal_the_reference(case: tuple[Problem,
     assert_agrees(*case)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", ESTIMATORS.builtin)
 @pytest.mark.parametrize("vocab_size", [32_000, 151_936, 152_064])
 def test_large_vocabularies(estimator: str, vocab_size: int) -> None:
     assert_agrees(make_problem(0, 3, 8, vocab_size, 64, estimator, ce_weight=0.2, bias=True), chunk_size=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", ESTIMATORS.builtin)
 def test_more_tokens_than_a_chunk_and_than_a_block(
     estimator: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,7 +83,7 @@ def test_more_tokens_than_a_chunk_and_than_a_block(
     assert_agrees(make_problem(1, 70, 16, 500, 5, estimator, softcap=5.0, dtype=dtype), chunk_size=32)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", ESTIMATORS.builtin)
 def test_chunk_size_does_not_change_the_result(estimator: str) -> None:
     problem = make_problem(2, 13, 16, 300, 5, estimator, ce_weight=0.5, dtype=torch.float64)
     whole = problem.fused(chunk_size=13)

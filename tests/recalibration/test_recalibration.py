@@ -9,7 +9,9 @@ import pytest
 from datasets import Dataset
 
 from first_trl import Recalibration, fit_recalibration
-from first_trl.recalibration import ESTIMATORS, METHODS, RecalibrationFit
+from first_trl.plugins import RECALIBRATIONS
+from first_trl.recalibration import RecalibrationFit
+from first_trl.recalibration.rescale import rescaled_estimators
 from tests.benchmarks.recalibration_recovery import recover
 
 
@@ -50,8 +52,8 @@ def rows():
 # --- the rescale -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("method", RECALIBRATIONS.builtin)
+@pytest.mark.parametrize("estimator", rescaled_estimators())
 @pytest.mark.parametrize("top_k", [None, 3])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_target_is_a_distribution(rows, method, estimator, top_k, dtype):
@@ -129,7 +131,7 @@ IDENTITIES = [("none", None), ("logit_temperature", 1.0), ("label_smoothing", 0.
 
 
 @pytest.mark.parametrize(("method", "value"), IDENTITIES)
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", rescaled_estimators())
 def test_identities(rows, method, value, estimator):
     logprobs, _, tail = rows
     head, bucket = Recalibration(method, value).apply(logprobs, tail, estimator=estimator)
@@ -139,7 +141,7 @@ def test_identities(rows, method, value, estimator):
         np.testing.assert_allclose(bucket, tail, atol=1e-12)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RECALIBRATIONS.builtin)
 def test_fewer_ranks_move_into_the_tail(method):
     logits = np.random.default_rng(2).normal(size=(40, 15)) * 2
     logprobs8, _, tail8 = topk(logits, 8)
@@ -215,7 +217,7 @@ def test_label_smoothing_needs_two_tokens(method):
     assert Recalibration(method, 0.0).apply([[-0.1, -3.0]], top_k=1)[0].tolist() == [[0.0]]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RECALIBRATIONS.builtin)
 def test_recalibration_round_trips_through_json(method):
     recalibration = Recalibration(method, VALUES[method])
     assert Recalibration.from_dict(json.loads(json.dumps(recalibration.to_dict()))) == recalibration
@@ -226,7 +228,7 @@ def test_recalibration_round_trips_through_json(method):
 # --- the fit ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", rescaled_estimators())
 @pytest.mark.parametrize("objective", ["ece", "nll"])
 def test_fit_recovers_a_known_temperature_when_everything_is_kept(estimator, objective):
     cache = simulate(4000, temperature=2.0, k=12)
@@ -261,8 +263,8 @@ def test_fine_stage_never_reaches_zero():
     assert fit.recalibration.value == 0.02 and fit.at_boundary
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("method", METHODS[1:])
+@pytest.mark.parametrize("estimator", rescaled_estimators())
+@pytest.mark.parametrize("method", RECALIBRATIONS.builtin[1:])
 def test_curve_agrees_with_a_direct_computation(method, estimator):
     cache = simulate(1200, temperature=1.6, seed=5)
     fit = fit_recalibration(cache, method=method, estimator=estimator, n_bootstrap=0)
@@ -405,7 +407,7 @@ def test_a_good_fit_does_not_warn():
         fit_recalibration(simulate(3000, temperature=2.0), n_bootstrap=20)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RECALIBRATIONS.builtin)
 @pytest.mark.filterwarnings("ignore")
 def test_fit_round_trips_through_json(method):
     fit = fit_recalibration(simulate(300, temperature=2.0), method=method, n_bootstrap=20)

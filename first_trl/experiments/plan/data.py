@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from ...tasks import Task, get_task, tokenize_rows
 from ...tasks.sizes import SplitSize
+from ...vocabulary import IGNORE_INDEX
 from ..recipe import Recipe, SplitSpec
 from .schema import SplitPlan
 
@@ -106,7 +107,7 @@ def _count(plan: SplitPlan, recipe: Recipe, source: Task, spec: SplitSpec, path:
         lengths = [len(row) for row in tokens["input_ids"]]
         widest = _tokenize(_widest(rows), tokenizer, supervise, task.append_eos and not text and not unlabelled)
         # The first token of a row is never scored
-        scored = [sum(label != -100 for label in row[1:]) for row in tokens["labels"]]
+        scored = [sum(label != IGNORE_INDEX for label in row[1:]) for row in tokens["labels"]]
         plan.tokens, plan.positions = sum(lengths) / len(lengths), sum(scored) / len(scored)
         plan.longest = max(*lengths, *(len(row) for row in widest["input_ids"]))
         plan.basis += f", {len(sample)} rows tokenised"

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ..recipe import ArmSpec, ModelSpec, Recipe, cells, merged_folder
+from ..run_folder import RunFolder, base_unit, cache_unit, student_unit, teacher_unit
 from ..share.push import repo_name, repo_prefix
-from ..stages.context import RunContext
-from ..stages.teachers import captured_roles, teachers
+from ..stages.capture import captured_roles
+from ..stages.teachers import teachers
 from .cache_size import cache_bytes
 from .data import find_tokenizer, plan_splits
 from .memory import SHARDINGS, capture_memory, training_memory
@@ -69,7 +70,7 @@ def plan_recipe(
         sharding,
         list(settings.values()),
         runs,
-        None if merged is None else str(merged / "report"),
+        None if merged is None else str(RunFolder(merged).report.path),
     )
 
 
@@ -97,7 +98,6 @@ class _Sizer:
     def __init__(self, recipe: Recipe, splits: dict[str, SplitPlan], processes: int, sharding: str) -> None:
         self.recipe, self.splits = recipe, splits
         self.processes, self.sharding = processes, sharding
-        self.context = RunContext(recipe)
         self.shapes: dict[str, Shape] = {}
         self.trainable: dict[str, int] = {}
 
@@ -136,9 +136,7 @@ class _Sizer:
             if pretrain is not None:
                 plans.append(self._training(f"{role}, pretraining", role, pretrain, ["pretrain"]))
         for name, sft in self._fine_tunings():
-            plans.append(
-                self._training(f"teacher{name}, fine-tuning", "teacher", sft, ["train"], recipe.teacher.lora, "")
-            )
+            plans.append(self._training(f"{name}, fine-tuning", "teacher", sft, ["train"], recipe.teacher.lora, ""))
         plans.append(self._capture_memory())
         kinds: dict[str, tuple[list[str], ArmSpec, dict[str, Any]]] = {}
         for name, arm in self._students():
@@ -157,10 +155,12 @@ class _Sizer:
         return [training.get(key) for key in (*keys, "gradient_checkpointing", "optim", "bf16", "fp16")]
 
     def _fine_tunings(self) -> list[tuple[str, dict[str, Any]]]:
-        found = {teacher.suffix: teacher.sft for teacher in teachers(self.context) if teacher.sft is not None}
+        found = {
+            teacher_unit(teacher.name): teacher.sft for teacher in teachers(self.recipe) if teacher.sft is not None
+        }
         distinct: dict[str, tuple[str, dict[str, Any]]] = {}
-        for suffix, sft in found.items():
-            distinct.setdefault(json.dumps(self._shape_of_training(sft)), (suffix, sft))
+        for unit, sft in found.items():
+            distinct.setdefault(json.dumps(self._shape_of_training(sft)), (unit, sft))
         return list(distinct.values())
 
     def _training(
@@ -215,8 +215,8 @@ class _Sizer:
 
     def caches(self) -> list[CachePlan]:
         spec, plans = self.recipe.capture, []
-        for teacher in teachers(self.context):
-            roles = captured_roles(self.context, teacher)
+        for teacher in teachers(self.recipe):
+            roles = captured_roles(self.recipe, teacher)
             if not roles:
                 continue  # evaluated only
             splits = [self.splits[role] for role in roles]
@@ -238,7 +238,7 @@ class _Sizer:
             ]
             plans.append(
                 CachePlan(
-                    f"cache{teacher.suffix}",
+                    cache_unit(teacher.name),
                     roles,
                     _total([split.rows for split in splits]),
                     _total([split.all_tokens for split in splits]),
@@ -256,22 +256,19 @@ class _Sizer:
         for role in ("teacher", "student"):
             pretrain = getattr(recipe, role).pretrain
             if pretrain is not None:
-                plans.append(self._steps(f"base/{role}", pretrain, ["pretrain"]))
-        for teacher in teachers(self.context):
+                plans.append(self._steps(base_unit(role), pretrain, ["pretrain"]))
+        for teacher in teachers(self.recipe):
             if teacher.sft is None:
                 continue
             how = _how(recipe.teacher.lora, teacher.select)
-            if teacher.folds is None:
-                plans.append(self._steps(f"teacher{teacher.suffix}", teacher.sft, ["train"], how))
-                continue
-            for part in teacher.parts:
-                share = 1 - 1 / teacher.folds
-                plans.append(self._steps(f"teacher{teacher.suffix}{part}", teacher.sft, ["train"], how, share))
+            seen = 1.0 if teacher.folds is None else 1 - 1 / teacher.folds
+            for fold in teacher.parts:
+                plans.append(self._steps(teacher_unit(teacher.name, fold), teacher.sft, ["train"], how, seen))
         for name, arm in self._students():
             how = _how(arm.lora, arm.select)
             if arm.data != ["train"]:
                 how = ", ".join(filter(None, [how, f"on {' + '.join(arm.data)}"]))
-            plans.append(self._steps(f"students/{name}", {**recipe.training, **arm.training}, arm.data, how))
+            plans.append(self._steps(student_unit(name), {**recipe.training, **arm.training}, arm.data, how))
         return plans
 
     def _steps(

@@ -23,7 +23,7 @@ class UnitPlan:
 
 @dataclass
 class RunPlan:
-    """One run: its seed, the grid values it stands for, its folder, its units, and what it pushes."""
+    """One run: its seed, the grid values it stands for, its folder, its units, and what it shares."""
 
     seed: int
     cell: dict[str, Any]

@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Sequence
 
+from ...utils.text_tables import text_table
 from .schema import MemoryPlan, ModelPlan, Plan, RunPlan, SettingPlan, TrainingPlan
 
 
@@ -175,16 +176,7 @@ def _pushes(runs: list[RunPlan]) -> list[str]:
 
 
 def _table(header: Sequence[str], rows: list[list[str]], right: Sequence[int] = ()) -> list[str]:
-    widths = [max(len(row[i]) for row in [list(header), *rows]) for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = (
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        )
-        return ("  " + "  ".join(padded)).rstrip()
-
-    return [line(header), *(line(row) for row in rows)]
+    return text_table(header, rows, right, indent="  ")
 
 
 def _cell(cell: dict[str, object]) -> str:

@@ -2,7 +2,6 @@
 
 from .grid import cells, merged_folder
 from .models import (
-    STAGES,
     ArmSpec,
     CaptureSpec,
     EvaluationSpec,
@@ -19,7 +18,6 @@ from .read import load_recipe
 
 
 __all__ = [
-    "STAGES",
     "ArmSpec",
     "CaptureSpec",
     "EvaluationSpec",

@@ -16,7 +16,6 @@ from ...training.options import DistillOptions, For, recalibrations
 from ...utils.names import nearest
 
 
-STAGES = ("data", "pretrain", "teacher", "capture", "recalibrate", "students", "evaluate", "report", "share")
 # A key nobody knows is refused. "3" is no number, and 1 is not `true`.
 _CONFIG = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 Text = Annotated[str, Strict()]
@@ -29,9 +28,11 @@ _STUDENTS = For(("sft", "distill"))
 _DISTILL = For(("distill",))
 
 
-def _short(key: str) -> BeforeValidator:
+def _short(key: str, cls: type) -> BeforeValidator:
     """A text in place of a mapping is the value of this key."""
-    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
+    return BeforeValidator(
+        lambda value: {key: value} if isinstance(value, str) else value, json_schema_input_type=str | cls
+    )
 
 
 def _method(value: str) -> str:
@@ -80,7 +81,7 @@ class TaskSpec:
     """
 
     name: Text
-    splits: dict[Text, Annotated[SplitSpec, _short("split")]]
+    splits: dict[Text, Annotated[SplitSpec, _short("split", SplitSpec)]]
     path: Text | None = None
     revision: Text | None = None
     options: Mapping = field(default_factory=dict)
@@ -150,6 +151,9 @@ class CaptureSpec:
         vllm_url (`str`, *optional*): Score with the vLLM server at this address instead of in this process. It must
             serve the teacher of this run.
         vllm_model (`str`, *optional*): Name it is served under, when there are several.
+        backend (`str`, *optional*): Engine that scores: `transformers`, `vllm` (with `vllm_url`), or one that a plugin
+            registers. By default `vllm` where `vllm_url` is given, else `transformers`.
+        backend_options (`dict`): Keyword arguments of a plugin's engine.
     """
 
     k: Count = 5
@@ -159,6 +163,8 @@ class CaptureSpec:
     num_draws: Annotated[int, Strict(), Ge(0)] = 0
     vllm_url: Text | None = None
     vllm_model: Text | None = None
+    backend: Text | None = None
+    backend_options: Mapping = field(default_factory=dict)
 
 
 @dataclass(config=_CONFIG)
@@ -202,8 +208,7 @@ class ArmSpec(DistillOptions, _Arm):
         kind (`str`): `teacher`, `sft`, `distill` or `temperature_scaling`.
         label (`str`, *optional*): Name in tables and figures. With a grid, `{top_k}` and the like are filled in.
         of (`str`, *optional*): Arm that `temperature_scaling` is applied to.
-        training (`dict`): Training arguments on top of the recipe's `training`. `training.token_dropout_id` names the
-            token put in the place of dropped ones.
+        training (`dict`): Training arguments on top of the recipe's `training`.
         objective (`str`, *optional*): Objective of the fit, when it is another than the recipe's.
         min_value (`float`, *optional*): Lower bound of the fitted value; 1 keeps a temperature from sharpening.
         select (`str`, *optional*): `nll` keeps the student of the epoch with the lowest negative log-likelihood on
@@ -231,11 +236,13 @@ class EvaluationSpec:
             the answer position, free text at every token of the reference answer.
         batch_size (`int`): Prompts a forward.
         n_bins (`int`): Equal-width bins of the ECE.
+        null_draws (`int`): Draws of a perfectly calibrated model, for the ECE that it would show by chance.
     """
 
     splits: list[Text] = field(default_factory=lambda: ["test"])
     batch_size: Count = 64
     n_bins: Count = 10
+    null_draws: Count = 200
 
 
 @dataclass(config=_CONFIG)
@@ -305,13 +312,16 @@ class Recipe:
         description (`str`): What the experiment is about.
         reproduces (`list[str]`): Experiments of the paper that this recipe stands for, e.g. `E3`, or an ablation.
         merge (`bool`): Merge the reports of all runs at the end. A run of one seed leaves that to the run of all.
+        plugins (`list[str]`): Modules that register a task, an estimator, a recalibration, a teacher backend or a report
+            metric that the recipe names. They are looked for among the installed ones, beside the recipe and in the
+            working folder.
         cell (`dict`): Filled in for the runs that `cases` and `grid` make: key -> value.
     """
 
     name: Text
     task: TaskSpec
-    teacher: Annotated[ModelSpec, _short("name_or_path")]
-    student: Annotated[ModelSpec, _short("name_or_path")]
+    teacher: Annotated[ModelSpec, _short("name_or_path", ModelSpec)]
+    student: Annotated[ModelSpec, _short("name_or_path", ModelSpec)]
     arms: dict[Text, ArmSpec]
     teachers: dict[Text, TeacherSpec] = field(default_factory=dict)
     training: Mapping = field(default_factory=dict)
@@ -331,6 +341,7 @@ class Recipe:
     description: Text = ""
     reproduces: list[Text] = field(default_factory=list)
     merge: Flag = True
+    plugins: list[Text] = field(default_factory=list)
     cell: Mapping = field(default_factory=dict)
 
     @property

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from ...plugins import load_plugins
 from ...utils.names import nearest
 from ...utils.resources import recipe_path
 from .models import Recipe
@@ -13,7 +14,7 @@ from .parse import parse
 from .rules import check_recipe
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """YAML 1.1 reads `1e-3` as text; learning rates are written that way."""
 
 
@@ -63,10 +64,22 @@ def load_recipe(
             data["merge"] = False
     if output_dir is not None:
         data["output_dir"] = output_dir
+    _load_plugins(data.get("plugins"), path)
     recipe = parse(data, str(path))
     check_recipe(recipe, str(path))
     _resolve_paths(recipe)
     return recipe
+
+
+def _load_plugins(modules: Any, path: Path) -> None:
+    """The modules that a recipe names, before it is checked: the names they register are then known."""
+    # What is no list of names is refused with the rest of the recipe
+    if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
+        return
+    try:
+        load_plugins(modules, [path.parent])
+    except ValueError as error:
+        raise ValueError(f"{path}: plugins: {error}") from error
 
 
 def _resolve_paths(recipe: Recipe) -> None:
@@ -92,6 +105,15 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ValueError(f"Override {override!r} must read key.sub=value, e.g. training.num_train_epochs=3.")
+    if not text.strip():
+        raise ValueError(
+            f'Override {override!r} has no value. Write {key}=null to leave the key out, {key}="" for no text.'
+        )
+    if key.startswith("grid."):
+        inner = key.removeprefix("grid.")
+        raise ValueError(
+            f"Override {override!r}: a grid maps whole dotted keys to lists. Write 'grid={{{inner}: [...]}}'."
+        )
     try:
         value = read_yaml(text)
     except yaml.YAMLError as error:
@@ -104,7 +126,10 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     for parent in parents:
         target = target.setdefault(parent, {})
         if not isinstance(target, dict):
-            raise ValueError(f"Override {override!r}: {parent!r} holds a value, not a mapping.")
+            raise ValueError(
+                f"Override {override!r}: {parent!r} holds a value, not a mapping. Give the whole of it a mapping with "
+                f"{last!r} in it."
+            )
     target[last] = value
 
 

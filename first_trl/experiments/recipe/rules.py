@@ -4,9 +4,11 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
+from ...plugins import BACKENDS, TASKS, estimator_target
 from ...training.options import DistillOptions, For, marks
 from ...utils.names import nearest
 from ...vocabulary import BAYES
+from .arguments import init_problems, lora_problems, training_problems
 from .models import ArmSpec, Recipe
 from .parse import refuse
 
@@ -23,13 +25,15 @@ def check_recipe(recipe: Recipe, where: str) -> None:
 
 
 def _problems(recipe: Recipe) -> Iterator[str]:
+    yield from _task(recipe)
     yield from _roles(recipe)
+    yield from _backend(recipe)
     yield from _capture(recipe)
     yield from _models(recipe)
     for name, arm in recipe.arms.items():
         yield from _arm(recipe, name, arm)
     yield from _named_arms(recipe)
-    yield from _training(recipe)
+    yield from _arguments(recipe)
 
 
 def _roles(recipe: Recipe) -> Iterator[str]:
@@ -45,6 +49,27 @@ def _roles(recipe: Recipe) -> Iterator[str]:
     for role, split in splits.items():
         if split.unseen is not None and role not in recipe.evaluation.splits:
             yield f"task.splits.{role}.unseen only belongs to roles of evaluation.splits."
+
+
+def _task(recipe: Recipe) -> Iterator[str]:
+    names = {"task.name": recipe.task.name}
+    names |= {f"task.splits.{role}.task": split.task for role, split in recipe.task.splits.items() if split.task}
+    for place, name in names.items():
+        if name not in TASKS:
+            yield f"{place}: there is no task {name!r}.{nearest(name, TASKS)}"
+
+
+def _backend(recipe: Recipe) -> Iterator[str]:
+    capture = recipe.capture
+    own = "transformers" if capture.vllm_url is None else "vllm"
+    if capture.backend is not None and capture.backend not in BACKENDS:
+        yield f"capture.backend: there is no teacher backend {capture.backend!r}.{nearest(capture.backend, BACKENDS)}"
+    elif capture.backend == "vllm" and capture.vllm_url is None:
+        yield "capture.backend 'vllm' needs the address of the server: give capture.vllm_url."
+    elif capture.vllm_url is not None and capture.backend not in (None, "vllm"):
+        yield f"capture.vllm_url has no meaning for the backend {capture.backend!r}; leave one of the two out."
+    elif capture.backend in (None, own) and capture.backend_options:
+        yield f"capture.backend_options belong to a plugin's engine; {own!r} takes none."
 
 
 def _capture(recipe: Recipe) -> Iterator[str]:
@@ -128,8 +153,8 @@ def _target(recipe: Recipe, arm: ArmSpec, place: str) -> Iterator[str]:
     """What a distilled arm needs of the rest of the recipe, and of the fit of its value."""
     if arm.top_k is not None and arm.top_k > recipe.capture.k:
         yield f"{place}.top_k must be from 1 to capture.k = {recipe.capture.k}, got {arm.top_k}."
-    if arm.estimator == "sampled" and not recipe.capture.num_draws:
-        yield f"{place}: the estimator 'sampled' needs draws: set capture.num_draws, e.g. 50."
+    if estimator_target(arm.estimator) == "draws" and not recipe.capture.num_draws:
+        yield f"{place}: the estimator {arm.estimator!r} needs draws: set capture.num_draws, e.g. 50."
     for key in ("objective", "min_value"):
         if getattr(arm, key) is None:
             continue
@@ -149,20 +174,21 @@ def _named_arms(recipe: Recipe) -> Iterator[str]:
                 yield f"report.{key}: no arm {name!r}.{nearest(name, recipe.arms)}"
 
 
-def _training(recipe: Recipe) -> Iterator[str]:
-    from ...training.config import FirstDistillConfig
-
-    known = {f.name for f in dataclasses.fields(FirstDistillConfig)} | {"global_batch_size"}
+def _arguments(recipe: Recipe) -> Iterator[str]:
+    """Names and values that only a library judges, hours later."""
     trainings = {"training": recipe.training}
     trainings |= {f"arms.{name}.training": arm.training for name, arm in recipe.arms.items()}
     trainings |= {f"teachers.{name}.sft": variant.sft for name, variant in recipe.teachers.items()}
-    for name, model in (("teacher", recipe.teacher), ("student", recipe.student)):
-        trainings |= {f"{name}.{part}": getattr(model, part) or {} for part in ("pretrain", "sft")}
+    adapters = {f"arms.{name}.lora": arm.lora for name, arm in recipe.arms.items()} | {
+        "teacher.lora": recipe.teacher.lora
+    }
+    for role, model in (("teacher", recipe.teacher), ("student", recipe.student)):
+        trainings |= {f"{role}.{part}": getattr(model, part) or {} for part in ("pretrain", "sft")}
+        yield from init_problems(model.init_kwargs, f"{role}.init_kwargs")
     for place, training in trainings.items():
-        for key in training:
-            if key not in known:
-                yield f"{place}: unknown training argument {key!r}.{nearest(key, known, list_known=False)}"
-            elif key in _ARM_KEYS:
-                yield f"{place}.{key} is a key of the arm itself: arms.NAME.{key}."
-            elif key in _REFUSED:
-                yield (f"{place}.{key}: log in with `hf auth login`; what is shared is named in the recipe's `hub`.")
+        yield from training_problems(training, place)
+        for key in _REFUSED:
+            if key in training:
+                yield f"{place}.{key}: log in with `hf auth login`; what is shared is named in the recipe's `hub`."
+    for place, adapter in adapters.items():
+        yield from lora_problems(adapter or {}, place)

@@ -1,9 +1,12 @@
 """What the arms of a study are to each other: references, baselines, points of a sweep."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
-from ...vocabulary import BAYES, BAYES_LABEL, key_title
+from ...plugins import method_symbol
+from ...training.options import DistillOptions
+from ...vocabulary import BAYES, BAYES_LABEL
 from .collect import FinishedRun, is_number
 
 
@@ -11,6 +14,17 @@ from .collect import FinishedRun, is_number
 _OF_METHOD = ("recalibration_value", "min_value")
 # Keys of an arm that change nothing about the target whose fit a sweep of values is compared with
 _NOT_OF_TARGET = frozenset({"recalibration_value", "label", "swept", "base", "values", "fit"})
+
+
+_KEY_SYMBOLS = {"top_k": "k"}
+
+
+def key_title(key: str, method: str | None = None) -> str:
+    """What a key that is swept stands for: `c` for the value of the probability temperature."""
+    if method is not None:
+        symbol = method_symbol(method)
+        return f"lower bound of {symbol}" if key == "min_value" else symbol
+    return _KEY_SYMBOLS.get(key, key.replace("_", " "))
 
 
 def describe_arms(runs: Sequence[FinishedRun]) -> dict[str, dict[str, Any]]:
@@ -38,7 +52,7 @@ def describe_arms(runs: Sequence[FinishedRun]) -> dict[str, dict[str, Any]]:
             "base": spec.get("base", name),
             "values": spec.get("values", {}),
             "swept": False,
-            "reference": kind == "bayes" or source.get("kind") == "teacher",
+            "reference": kind == BAYES or source.get("kind") == "teacher",
             "baseline": False,
             "missing": [run.name for run in runs if run not in has],
         }
@@ -70,10 +84,9 @@ def _is_plain(spec: Mapping[str, Any]) -> bool:
         return not spec.get("lora")
     # Only the two-line form of distillation, without anything else that a study may be about
     return kind == "distill" and (
-        spec.get("recalibration", "none") == "none"
-        and spec.get("estimator", "topk") == "topk"
+        all(spec.get(f.name, f.default) == f.default for f in fields(DistillOptions))
         and spec.get("data") in (None, ["train"])
-        and not any(spec.get(key) for key in ("lora", "ce_weight", "token_dropout", "teacher", "top_k", "select"))
+        and not any(spec.get(key) for key in ("lora", "teacher", "select"))
     )
 
 

@@ -1,13 +1,13 @@
 """Finding the runs to merge, and refusing those that do not belong together."""
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ...vocabulary import BAYES
+from ..run_folder import REPORT, ReportFolder, RunFolder, read_json
 
 
 MERGED_FORMAT = "first_trl.merged_report"
@@ -73,10 +73,6 @@ class FinishedRun:
     recipe: dict[str, Any]
 
     @property
-    def recipe_name(self) -> str:
-        return str(self.data.get("name") or self.data["recipe"])
-
-    @property
     def seed(self) -> int:
         return int(self.data["seed"])
 
@@ -87,22 +83,8 @@ class FinishedRun:
     @property
     def arms(self) -> dict[str, dict[str, Any]]:
         """Arm -> its settings, with `base` and `values` for the arms of a sweep."""
-        specs = self.data.get("arms") or self.recipe.get("arms") or {}
-        return {
-            name: {**spec, "base": spec.get("base") or name.split("@")[0], "values": _values(spec)}
-            for name, spec in specs.items()
-        }
-
-    def text(self, key: str) -> Any:
-        """A text of the report section of the recipe, from the report or else from the recipe."""
-        found = self.data.get(key)
-        if found is None:
-            found = self.recipe.get(key) or (self.recipe.get("report") or {}).get(key)
-        return found
-
-
-def _values(spec: Mapping[str, Any]) -> dict[str, Any]:
-    return spec.get("values") or spec.get("swept") or {}
+        arms: dict[str, dict[str, Any]] = self.data["arms"]
+        return arms
 
 
 def cell_title(cell: Mapping[str, Any]) -> str:
@@ -128,9 +110,9 @@ def find_runs(folders: Iterable[Path | str]) -> list[Path]:
         if not folder.is_dir():
             raise ValueError(f"There is no folder {folder}: give folders of runs, or folders that hold some.")
         # Not `rglob`, which fails when a run that is still going removes its checkpoints meanwhile
-        places = [Path(place) for place, _, names in os.walk(folder.resolve()) if "report.json" in names]
-        files = [place / "report.json" for place in places if place.name == "report"]
-        here = {path.parent.parent for path in files if _read_json(path).get("format") != MERGED_FORMAT}
+        places = (ReportFolder(Path(place)) for place, *_ in os.walk(folder.resolve()) if Path(place).name == REPORT)
+        reports = [report for report in places if report.json.is_file()]
+        here = {report.path.parent for report in reports if _read_report(report).get("format") != MERGED_FORMAT}
         if not here:
             raise ValueError(
                 f"No finished run below {folder}: a run is finished when it has a report/report.json. "
@@ -154,24 +136,19 @@ def load_runs(folders: Sequence[Path], relative_to: Path) -> list[FinishedRun]:
 
 
 def _load(folder: Path, relative_to: Path) -> FinishedRun:
-    file = folder / "report" / "report.json"
-    data = _read_json(file)
-    missing = [key for key in ("recipe", "seed", "n_bins", "results") if key not in data]
+    run = RunFolder(folder)
+    data = _read_report(run.report)
+    missing = [key for key in ("recipe", "seed", "n_bins", "arms", "results") if key not in data]
     if missing:
-        raise ValueError(f"{file} is no report of a run: it has no {', '.join(missing)}.")
-    recipe_file = folder / "recipe.yaml"
-    recipe = yaml.safe_load(recipe_file.read_text(encoding="utf-8")) if recipe_file.is_file() else None
+        raise ValueError(f"{run.report.json} is no report of a run: it has no {', '.join(missing)}.")
     name = Path(os.path.relpath(folder.resolve(), relative_to.resolve())).as_posix()
-    return FinishedRun(folder, name, data, recipe if isinstance(recipe, dict) else {})
+    return FinishedRun(folder, name, data, run.load_recipe())
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}): run its recipe again with `--stage report`.") from error
+def _read_report(report: ReportFolder) -> dict[str, Any]:
+    data = read_json(report.json)
     if not isinstance(data, dict):
-        raise ValueError(f"{path} is no report of a run: it holds a {type(data).__name__}.")
+        raise ValueError(f"{report.json} is no report of a run: it holds a {type(data).__name__}.")
     return data
 
 
@@ -197,9 +174,9 @@ def check_runs(runs: Sequence[FinishedRun]) -> None:
     cells: dict[str, FinishedRun] = {}
     seen: dict[tuple[str, int], FinishedRun] = {}
     for run in runs:
-        if run.recipe_name != first.recipe_name:
+        if run.data["recipe"] != first.data["recipe"]:
             raise ValueError(
-                f"{first.name} is a run of the recipe {first.recipe_name!r}, {run.name} one of {run.recipe_name!r}: "
+                f"{first.name} is a run of the recipe {first.data['recipe']!r}, {run.name} one of {run.data['recipe']!r}: "
                 "merge the runs of one recipe at a time."
             )
         if run.data["n_bins"] != first.data["n_bins"]:
@@ -231,7 +208,7 @@ def _check_pair(reference: FinishedRun, run: FinishedRun) -> None:
             f"{reference.name} was run with {key} = {one!r}, {run.name} with {two!r}: these are different "
             "experiments. Put the key into the recipe's `grid`, or merge them apart."
         )
-    shared = (reference.data["results"].keys() & run.data["results"].keys()) - {"bayes"}
+    shared = (reference.data["results"].keys() & run.data["results"].keys()) - {BAYES}
     if not shared:
         raise ValueError(f"{reference.name} and {run.name} have no arm in common: there is nothing to average.")
 

@@ -4,8 +4,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...vocabulary import key_title, role_title, score_meaning
+from ...vocabulary import role_title, score_meaning
 from . import tables
+from .arms import key_title
 from .document import Fold, Heading, Items, Paragraph, Part, Picture, Table
 from .highlight import highlight_parts
 from .merged import MergedCell, MergedReport

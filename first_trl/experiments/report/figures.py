@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...vocabulary import METHOD_SYMBOLS, key_title
+from ...plugins import method_symbol
+from .arms import key_title
 
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def curve_figure(name: str, fit: Mapping[str, Any]) -> "Figure":
     axes = figure.subplots()
     points = sorted(fit["curve"], key=lambda point: point["value"])
     values = [point["value"] for point in points]
-    symbol = METHOD_SYMBOLS[fit["recalibration"]["method"]]
+    symbol = method_symbol(fit["recalibration"]["method"])
     chosen = fit["recalibration"]["value"]
     axes.plot(values, [100 * point["ece"] for point in points], marker=".", color=COLOURS[0], label="ECE (left)")
     axes.axhline(100 * fit["raw"]["ece"], color=COLOURS[0], linestyle=":", label="ECE without rescale")

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from html import escape
 
+from ...utils.text_tables import markdown_table
 from .document import Fold, Heading, Items, Paragraph, Part, Picture, Table, Value, value
 
 
@@ -21,8 +22,8 @@ def _lines(part: Part) -> list[str]:
         case Items(texts):
             return [*(f"- {text}" for text in texts), ""]
         case Table(caption, header, rows):
-            lines = [f"*{caption}*", "", _row(header), "|" + " --- |" + " ---: |" * (len(header) - 1)]
-            return [*lines, *(_row([_cell(value(cell)) for cell in row]) for row in rows), ""]
+            cells = [[_cell(value(cell)) for cell in row] for row in rows]
+            return [f"*{caption}*", "", markdown_table(header, cells, right=range(1, len(header))), ""]
         case Picture(file, caption):
             return [f"![{caption.replace('`', '')}]({file})", ""]
         case Fold(title, inner):
@@ -31,10 +32,6 @@ def _lines(part: Part) -> list[str]:
             summary = re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(title, quote=False))
             return ["<details>", f"<summary>{summary}</summary>", "", *lines, "</details>", ""]
     raise TypeError(f"{part!r} is no part of a report.")
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _cell(cell: Value) -> str:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ...calibration.intervals import holds_zero, paired_difference, summarize
-from ...vocabulary import HIGHER_IS_BETTER, METHOD_SYMBOLS, METRICS, READINGS, role_domain
+from ...plugins import higher_is_better, method_symbol, report_metrics
+from ...vocabulary import BAYES, READINGS, role_domain
 from .arms import check_baselines, default_baselines, describe_arms, find_sweeps, fit_beside
 from .collect import FinishedRun, cell_title, default_parent, find_runs, load_runs
 from .merged import MergedCell, MergedReport
@@ -44,17 +45,17 @@ def merge_runs(
     """
     found = find_runs(folders)
     runs = load_runs(found, Path(relative_to) if relative_to is not None else default_parent(found))
-    asked = list(dict.fromkeys(baselines)) or list(runs[0].text("baselines") or [])
+    asked = list(dict.fromkeys(baselines)) or list(runs[0].data.get("baselines") or [])
     check_baselines(asked, runs)
     groups: dict[str, list[FinishedRun]] = {}
     for run in runs:
         groups.setdefault(cell_title(run.cell), []).append(run)
     first = runs[0]
     return MergedReport(
-        recipe=first.recipe_name,
-        title=str(first.text("title") or first.recipe_name),
-        description=str(first.text("description") or "").strip(),
-        notes=[" ".join(str(note).split()) for note in first.text("notes") or []],
+        recipe=first.data["recipe"],
+        title=str(first.data.get("title") or first.data["recipe"]),
+        description=str(first.data.get("description") or "").strip(),
+        notes=[" ".join(str(note).split()) for note in first.data.get("notes") or []],
         n_bins=int(first.data["n_bins"]),
         seeds=sorted({run.seed for run in runs}),
         runs=[
@@ -65,7 +66,7 @@ def merge_runs(
         models=_shared_models(runs),
         cells=[_merge_cell(group, asked) for group in groups.values()],
         figures={},
-        highlight=list(first.text("highlight") or []),
+        highlight=list(first.data.get("highlight") or []),
     )
 
 
@@ -111,7 +112,7 @@ def _scores(runs: list[FinishedRun], arm: str, role: str) -> dict[str, Any]:
     scores: dict[str, Any] = {}
     for reading in READINGS:
         summaries = {}
-        for metric in METRICS:
+        for metric in report_metrics():
             values = _numbers({name: (report.get(reading) or {}).get(metric.key) for name, report in reports.items()})
             if values:
                 summaries[metric.key] = summarize(values)
@@ -140,15 +141,15 @@ def _differences(
         for role, others in results[baseline].items():
             for arm in arms:
                 # The true posterior is no method that could be better or worse than a baseline
-                if arm == baseline or arms[arm]["kind"] == "bayes" or role not in results[arm]:
+                if arm == baseline or arms[arm]["kind"] == BAYES or role not in results[arm]:
                     continue
                 for reading in READINGS:
-                    for metric in METRICS:
+                    for metric in report_metrics():
                         values, against = (
                             scores.get(reading, {}).get(metric.key, {}).get("values", {})
                             for scores in (results[arm][role], others)
                         )
-                        found = paired_difference(values, against, higher_is_better=metric.key in HIGHER_IS_BETTER)
+                        found = paired_difference(values, against, higher_is_better=higher_is_better(metric.key))
                         if found is not None:
                             place = {"arm": arm, "baseline": baseline, "role": role}
                             rows.append({**place, "reading": reading, "metric": metric.key, **found})
@@ -158,8 +159,8 @@ def _differences(
 def _best(arms: Mapping[str, Any], results: Mapping[str, Any], role: str) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for reading in READINGS:
-        for metric in METRICS:
-            higher = metric.key in HIGHER_IS_BETTER
+        for metric in report_metrics():
+            higher = higher_is_better(metric.key)
             # Swept arms are left out: the best of a sweep is chosen on the very rows that it is reported on
             columns = {
                 name: results[name][role][reading][metric.key]
@@ -205,7 +206,7 @@ def _fits(runs: list[FinishedRun]) -> dict[str, dict[str, Any]]:
             "nll": _numbers({run: fit["chosen"]["nll"] for run, fit in fits.items()}),
         }
         summaries = {key: summarize(values) for key, values in numbers.items() if values}
-        found[name] = {"method": method, "symbol": METHOD_SYMBOLS.get(method, method), **summaries}
+        found[name] = {"method": method, "symbol": method_symbol(method), **summaries}
     return found
 
 

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...calibration import reliability_diagram
+from ...plugins import method_symbol
 from ...utils.files import write_json
-from ...vocabulary import BAYES, BAYES_LABEL, FEW_ROWS, METHOD_SYMBOLS
+from ...vocabulary import BAYES, BAYES_LABEL, FEW_ROWS
+from ..run_folder import ReportFolder
 from .arms import find_sweeps
 from .figures import curve_figure, mass_figure, save_figure
 from .markdown import to_markdown
@@ -54,9 +56,10 @@ def write_report(
     """
     labels = {name: _label(recipe, name) for name in arms}
     figures: dict[str, str] = {}
+    report = ReportFolder(folder)
 
     def save(name: str, caption: str, figure: "Figure") -> None:
-        save_figure(figure, folder / f"{name}.png")
+        save_figure(figure, report.figure(name))
         figures[f"{name}.png"] = caption
 
     swept = _swept(recipe)
@@ -74,12 +77,12 @@ def write_report(
         mass_figure(np.array(manifest.kept_mass)),
     )
     for name, fit in fits.items():
-        symbol = METHOD_SYMBOLS[fit["recalibration"]["method"]]
+        symbol = method_symbol(fit["recalibration"]["method"])
         caption = f"Choice of {symbol} on validation (`{name}`): the teacher's ECE and NLL over {symbol}."
         save(f"recalibration_{name}", caption, curve_figure(name, fit))
 
     write_json(
-        folder / "report.json",
+        report.json,
         {
             "recipe": recipe.name,
             "title": recipe.report.title,
@@ -100,7 +103,7 @@ def write_report(
         },
     )
     content = RunContent(recipe, labels, results, temperatures, fits, manifest, counts, timings, figures)
-    (folder / "report.md").write_text(to_markdown(write_run_parts(content)), encoding="utf-8")
+    report.markdown.write_text(to_markdown(write_run_parts(content)), encoding="utf-8")
 
 
 def _label(recipe: "Recipe", name: str) -> str:

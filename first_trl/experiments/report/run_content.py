@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...vocabulary import METHOD_SYMBOLS, METRICS, number, role_title, score_meaning
+from ...plugins import method_symbol, report_metrics
+from ...vocabulary import Metric, number, role_title, score_meaning
 from .document import Fold, Heading, Items, Paragraph, Part, Picture, Table, Value
 from .tables import NOTHING
 
@@ -103,8 +104,8 @@ def _score_table(run: RunContent, role: str, reading: str) -> Table:
     for name, label in run.labels.items():
         report = run.results[name][role]
         last = f"{100 * report['option_mass']:.1f}" if over_options else str(report["n"])
-        rows.append([label, *(number(report[reading][metric.key], metric) for metric in METRICS), last])
-    header = ["arm", *(metric.title for metric in METRICS), "Mass on the options %" if over_options else "n"]
+        rows.append([label, *(_cell(report[reading], metric) for metric in report_metrics()), last])
+    header = ["arm", *(metric.title for metric in report_metrics()), "Mass on the options %" if over_options else "n"]
     how = " over the answer options" if over_options else ""
     return Table(f"`{role}`{how}, seed {run.recipe.seed}.", header, rows)
 
@@ -117,7 +118,7 @@ def _fit_table(fits: Mapping[str, Mapping[str, Any]]) -> Table:
         eces = [f"{100 * fit[stage]['ece']:.1f}" for stage in ("raw", "chosen")]
         # No label is among the kept tokens, or one has the probability 0
         nlls = [NOTHING if fit[stage]["nll"] is None else f"{fit[stage]['nll']:.3f}" for stage in ("raw", "chosen")]
-        symbol = METHOD_SYMBOLS[fit["recalibration"]["method"]]
+        symbol = method_symbol(fit["recalibration"]["method"])
         rows.append([f"`{name}`", f"{symbol} = {fit['recalibration']['value']:.3g}{around}", *eces, *nlls])
     caption = (
         "Rescale of the teacher, fitted on `validation` only, on the target that is trained on. In brackets: 95 % of "
@@ -138,3 +139,8 @@ def _row_table(counts: Mapping[str, Any]) -> Table:
 
 def _picture(run: RunContent, name: str) -> list[Part]:
     return [Picture(name, run.figures[name])] if name in run.figures else []
+
+
+def _cell(scores: dict[str, Any], metric: Metric) -> str:
+    """A score as it is printed; a plugin's metric is missing where a run was evaluated without the plugin."""
+    return number(scores[metric.key], metric) if metric.key in scores else ""

@@ -3,7 +3,8 @@
 import math
 from typing import TYPE_CHECKING, Any
 
-from ...vocabulary import BAYES, key_title
+from ...vocabulary import BAYES
+from .arms import key_title
 from .figures import COLOURS, LINE_STYLES
 
 

@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...calibration.intervals import holds_zero
-from ...vocabulary import BAYES, METRICS, Metric, key_title, number
+from ...plugins import report_metrics
+from ...vocabulary import BAYES, Metric, number
+from .arms import key_title
 from .document import Table, Value
 from .merged import MergedCell, MergedReport
 
@@ -43,7 +45,7 @@ def score_table(cell: MergedCell, role: str, reading: str, title: str) -> Table 
     for name in names:
         scores = cell.results[name][role]
         row: list[Value | str] = [cell.arms[name]["label"]]
-        row += [_score(cell, name, role, reading, metric) for metric in METRICS]
+        row += [_score(cell, name, role, reading, metric) for metric in report_metrics()]
         if over_options:
             row.append(_percent(scores.get("option_mass")))
         elif floor:
@@ -51,7 +53,7 @@ def score_table(cell: MergedCell, role: str, reading: str, title: str) -> Table 
         rows.append([*row, _seeds(cell, scores[reading])])
     how = " over the answer options" if over_options else ""
     caption = f"{title}{how}: {_over(cell)}."
-    return Table(caption, ["arm", *(metric.title for metric in METRICS), *last, "seeds"], rows)
+    return Table(caption, ["arm", *(metric.title for metric in report_metrics()), *last, "seeds"], rows)
 
 
 def difference_table(cell: MergedCell, baseline: str, role: str, title: str) -> Table | None:
@@ -67,11 +69,11 @@ def difference_table(cell: MergedCell, baseline: str, role: str, title: str) -> 
         return None
     rows: list[list[Value | str]] = []
     for name in names:
-        found = [cell.difference(name, baseline, role, metric.key) for metric in METRICS]
-        cells = [difference_value(one, metric) for one, metric in zip(found, METRICS, strict=True)]
+        found = [cell.difference(name, baseline, role, metric.key) for metric in report_metrics()]
+        cells = [difference_value(one, metric) for one, metric in zip(found, report_metrics(), strict=True)]
         rows.append([cell.arms[name]["label"], *cells])
     label = cell.arms[baseline]["label"]
-    return Table(f"{title}: arm minus {label}, paired by seed.", ["arm", *(m.title for m in METRICS)], rows)
+    return Table(f"{title}: arm minus {label}, paired by seed.", ["arm", *(m.title for m in report_metrics())], rows)
 
 
 def sweep_table(cell: MergedCell, sweep: Mapping[str, Any], role: str, title: str) -> Table | None:
@@ -82,11 +84,11 @@ def sweep_table(cell: MergedCell, sweep: Mapping[str, Any], role: str, title: st
     rows: list[list[Value | str]] = []
     for point in points:
         scores = cell.results[point["arm"]][role]["full_vocab"]
-        row: list[Value | str] = [f"{point['value']:g}", *(spread(scores.get(m.key), m) for m in METRICS)]
+        row: list[Value | str] = [f"{point['value']:g}", *(spread(scores.get(m.key), m) for m in report_metrics())]
         rows.append([*row, _seeds(cell, scores)])
     symbol = key_title(sweep["key"], sweep["method"])
     caption = f"{sweep['label']}, {title}: {_over(cell)} for each {symbol}."
-    return Table(caption, [symbol, *(metric.title for metric in METRICS), "seeds"], rows)
+    return Table(caption, [symbol, *(metric.title for metric in report_metrics()), "seeds"], rows)
 
 
 def seed_table(cell: MergedCell, role: str, title: str) -> Table:
@@ -95,19 +97,21 @@ def seed_table(cell: MergedCell, role: str, title: str) -> Table:
     for name, arm in cell.arms.items():
         scores = cell.results[name].get(role, {}).get("full_vocab", {})
         texts = []
-        for metric in METRICS:
+        for metric in report_metrics():
             values = scores.get(metric.key, {}).get("values", {})
             texts.append(" / ".join(number(values[run], metric) if run in values else NOTHING for run in cell.runs))
         rows.append([arm["label"], *texts])
     seeds = ", ".join(str(seed) for seed in cell.seeds)
-    return Table(f"{title}, seeds {seeds} in this order.", ["arm", *(metric.title for metric in METRICS)], rows)
+    return Table(
+        f"{title}, seeds {seeds} in this order.", ["arm", *(metric.title for metric in report_metrics())], rows
+    )
 
 
 def fit_table(cell: MergedCell) -> Table | None:
     """What was fitted on validation: rescales of the teacher and temperatures of students."""
     if not cell.fits:
         return None
-    metrics = {metric.key: metric for metric in METRICS}
+    metrics = {metric.key: metric for metric in report_metrics()}
     columns = (("raw_ece", "ece"), ("ece", "ece"), ("raw_nll", "nll"), ("nll", "nll"))
     rows: list[list[Value | str]] = []
     for name, fit in cell.fits.items():
@@ -142,7 +146,7 @@ def cells_tables(merged: MergedReport) -> list[Table]:
         labels |= {name: arm["label"] for name, arm in cell.arms.items() if not arm["swept"] and name not in labels}
     for role in dict.fromkeys(role for cell in merged.cells for role in cell.roles):
         cells = [cell for cell in merged.cells if role in cell.roles]
-        for metric in METRICS:
+        for metric in report_metrics():
             if metric.key not in _ACROSS:
                 continue
             rows: list[list[Value | str]] = []

@@ -11,7 +11,9 @@ import numpy as np
 
 from ...calibration import calibration_report, reliability_diagram
 from ...utils.files import write_atomically, write_json
-from ...vocabulary import FEW_ROWS, key_title
+from ...vocabulary import FEW_ROWS
+from ..run_folder import ReportFolder, RunFolder
+from .arms import key_title
 from .collect import MERGED_FORMAT, default_parent, find_runs
 from .content import prefix, slug, sweep_figure, table_parts, write_parts
 from .figures import mass_figure, save_figure
@@ -21,6 +23,7 @@ from .latex import to_latex
 from .markdown import to_markdown
 from .merge import merge_runs
 from .merged import MergedCell, MergedReport
+from .results import write_results
 from .scatter import scatter_figure
 
 
@@ -28,8 +31,8 @@ def write_merged_report(
     folders: Sequence[Path | str], output_dir: Path | str | None = None, *, baselines: Sequence[str] = ()
 ) -> Path:
     """
-    Merge the reports of the runs of one recipe and write `report.md`, `report.json`, `report.tex`, `report.html` and
-    the figures. The same runs give the same bytes: nothing in them depends on when, where or in which order runs were
+    Merge the reports of the runs of one recipe and write `report.md`, `report.json`, `report.tex`, `report.html`,
+    `results.csv.gz` and the figures. The same runs give the same bytes: nothing in them depends on when, where or in which order runs were
     made.
 
     Args:
@@ -47,24 +50,26 @@ def write_merged_report(
         `ValueError`: As [`merge_runs`] does, and when `output_dir` holds the report of a single run.
     """
     runs = find_runs(folders)
-    output = Path(output_dir) if output_dir is not None else default_parent(runs) / "report"
+    output = Path(output_dir) if output_dir is not None else RunFolder(default_parent(runs)).report.path
     old = _old_report(output)
     merged = merge_runs(runs, baselines=baselines, relative_to=output.resolve().parent)
     output.mkdir(parents=True, exist_ok=True)
     merged = replace(merged, figures=_draw(merged, output))
     parts = write_parts(merged)
-    write_atomically(output / "report.md", to_markdown(parts))
-    write_atomically(output / "report.tex", to_latex(table_parts(parts), merged.title))
-    write_atomically(output / "report.html", to_html(parts, merged.title, output))
+    report = ReportFolder(output)
+    write_atomically(report.markdown, to_markdown(parts))
+    write_atomically(report.latex, to_latex(table_parts(parts), merged.title))
+    write_atomically(report.html, to_html(parts, merged.title, output))
+    write_results(merged, report.results)
     # Last, since it is what tells the folder of a merged report from that of a run
-    write_json(output / "report.json", merged.to_dict())
+    write_json(report.json, merged.to_dict())
     for name in set(old.get("figures", {})) - set(merged.figures):
         (output / Path(name).name).unlink(missing_ok=True)
-    return output / "report.md"
+    return report.markdown
 
 
 def _old_report(output: Path) -> dict[str, Any]:
-    file = output / "report.json"
+    file = ReportFolder(output).json
     if not file.is_file():
         return {}
     try:
@@ -132,9 +137,7 @@ def _pooled(
     for name, arm in cell.arms.items():
         if arm["swept"] or role not in cell.results[name]:
             continue
-        files = [
-            parent / run / "evaluate" / name / f"{role}.parquet" for run in cell.runs if run not in arm["missing"]
-        ]
+        files = [RunFolder(parent / run).predictions(name, role) for run in cell.runs if run not in arm["missing"]]
         found = [pair for file in files if file.is_file() and (pair := _confidences(file)) is not None]
         if len(found) < len(files):
             left_out.append(arm["label"])

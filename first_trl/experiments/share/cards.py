@@ -9,8 +9,9 @@ from ...cards.license import License, find_license
 from ...cards.render import hub_id
 from ...cards.student import Evaluation, StudentCard
 from ...cards.wording import cache_text, estimator_text, recalibration_text, shared_cache_text
+from ...training.options import DistillOptions, Fact, marks
 from ...vocabulary import BAYES
-from .run_folder import Run
+from .run import Run
 
 
 def write_student_cards(
@@ -66,7 +67,7 @@ def write_student_cards(
                 card.cache = shared_cache_text(place["repo_id"], place["commit"], card.cache)
             elif card.cache:
                 card.cache += "; not shared"
-        cards[arm] = card.write(found.model(arm))
+        cards[arm] = card.write(found.student(arm).model)
     return cards
 
 
@@ -74,7 +75,7 @@ def _card(run: Run, arm: str, license: str | None, licence_of: Callable[[str | N
     spec, recipe = run.arms[arm], run.recipe
     distilled = spec["kind"] == "distill"
     name = recipe["student"]["name_or_path"]
-    adapter = run.is_adapter(arm)
+    adapter = run.student(arm).is_adapter
     # Pre-trained further in this run, a model still descends from the one on the Hub, but no adapter fits that one
     base = run.base_hub_id if adapter else hub_id(name)
     found = licence_of(name) or licence_of(str(run.base_folder) if run.base_folder else None)
@@ -175,14 +176,12 @@ def _facts(run: Run, arm: str) -> list[tuple[str, str]]:
     spec = run.arms[arm]
     roles = spec.get("data") or ["train"]
     facts = [("Training data", "; ".join(_rows_text(run, role) for role in roles))]
-    if spec.get("ce_weight"):
-        facts.append(("Weight of the labels", f"{spec['ce_weight']:g} (cross-entropy), the rest is the teacher's"))
-    if spec.get("top_k"):
-        facts.append(("Entries used", f"{spec['top_k']} of the {run.recipe['capture']['k']} in the cache"))
-    if spec.get("student_temperature"):
-        facts.append(("Student temperature", f"{spec['student_temperature']:g} divides its probabilities in training"))
-    if spec.get("token_dropout"):
-        facts.append(("Token dropout", f"{spec['token_dropout']:g} of the input tokens, in training only"))
+    for key, found in marks(DistillOptions).items():
+        facts += [
+            (mark.title, mark.text.format(value=spec[key], k=run.recipe["capture"]["k"]))
+            for mark in found
+            if isinstance(mark, Fact) and spec.get(key)
+        ]
     if spec.get("select") == "nll":
         facts.append(("Epoch", "the one with the lowest negative log-likelihood on the validation rows"))
     if spec.get("lora"):
@@ -236,10 +235,8 @@ def _recalibration_text(run: Run, arm: str) -> str:
 
 def _example(run: Run) -> tuple[str, list[str]]:
     """Prompt and choices of the first evaluated row, where the task brings its text: nobody's data enters a card."""
-    folder = run.folder / "data" / "rows" / run.roles[0]
-    if not run.source(run.roles[0])["bundled"] or not folder.is_dir():
+    role = run.roles[0]
+    if not run.source(role)["bundled"] or not run.folder.rows(role).is_dir():
         return "...", [" A", " B"]
-    from datasets import load_from_disk
-
-    row = load_from_disk(str(folder))[0]
+    row = run.folder.load_rows(role)[0]
     return str(row["prompt"]), [str(choice) for choice in row["choices"]]

@@ -8,7 +8,7 @@ from ...cards.license import License, find_license
 from ...cards.render import hub_id, render
 from ...cards.wording import legend
 from ...vocabulary import METRICS
-from .run_folder import Run
+from .run import Run
 
 
 def run_model_card(
@@ -35,7 +35,7 @@ def run_model_card(
     role = "student" if arm is None else "teacher"
     spec = run.recipe[role]
     origin = hub_id(spec["name_or_path"])
-    adapter = arm is not None and (run.teacher_folder(arm) / "adapter_config.json").is_file()
+    adapter = arm is not None and run.teacher(arm).is_adapter
     stated = find_license(spec["name_or_path"], token) or (License(license) if license else None)
     optional: dict[str, Any] = {} if stated is None else dict(stated.metadata)
     if origin:

@@ -8,22 +8,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ...cache.folder import finished_splits, manifest_path, shard_paths
 from ...cache.verify_folder import verify_cache_folder
 from ...cards import find_license, teacher_cache_card
 from ...cards.render import hub_id
 from ...hub import push_folder
 from ...utils.files import write_json
+from ..run_folder import MARKER, adapter_config, read_json
 from .cards import write_student_cards
 from .model import run_model_card
-from .run_folder import Run
+from .run import Run
 
 
 __all__ = ["push_run", "push_teacher_cache", "write_student_cards"]
 
 # What a training leaves beside the weights: settings with paths of this machine, and what serves resuming
 _PRIVATE = re.compile(
-    r"training_args\.bin|trainer_state\.json|(optimizer|scheduler|scaler)\.pt|rng_state.*|unit\.json"
-    r"|checkpoint-\d+|\..*"
+    r"training_args\.bin|trainer_state\.json|(optimizer|scheduler|scaler)\.pt|rng_state.*|"
+    + re.escape(MARKER)
+    + r"|checkpoint-\d+|\..*"
 )
 _REPO_NAME_LENGTH = 96
 
@@ -85,7 +88,7 @@ def push_run(
     namespace = namespace or hub.get("namespace")
     if not namespace:
         raise ValueError(
-            f"The recipe of {found.folder} has no `hub` that names a user or organisation to push to. Give `namespace` "
+            f"The recipe of {run} has no `hub` that names a user or organisation to push to. Give `namespace` "
             "(--namespace), or --cards-only to send nothing."
         )
     cache = hub.get("cache", True) if cache is None else cache
@@ -94,7 +97,7 @@ def push_run(
     names = _arms(found, arms or hub.get("arms") or None)
     students = [name for name in names if name in found.students]
     for arm in students:
-        found.model(arm)  # complete, before anything is sent
+        found.student(arm)  # complete, before anything is sent
     recipe = found.recipe
     prefix = prefix or repo_prefix(recipe["name"], recipe.get("cell") or {}, recipe.get("seed") or 0)
     caches = found.caches(students) if cache else {}
@@ -110,14 +113,14 @@ def push_run(
 
     def record(name: str, commit: str) -> None:
         shared[name] = {"repo_id": repo_ids[name], "commit": commit}
-        path = found.folder / "share.json"
-        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        path = found.folder.shared
+        before = read_json(path) if path.is_file() else {}
         write_json(path, {**before, **shared})
 
     teacher = find_license(recipe["teacher"]["name_or_path"], token) if caches else None
     for name, of in caches.items():
         folder = found.cache_folder(of)
-        splits = [path.stem for path in (folder / "manifest").glob("[!.]*.json")]
+        splits = finished_splits(folder)
         commit = push_teacher_cache(
             folder,
             repo_ids[name],
@@ -127,13 +130,13 @@ def push_run(
             **options,
         )
         record(name, commit)
-    adapters = [arm for arm in students if found.is_adapter(arm)]
+    adapters = [arm for arm in students if found.student(arm).is_adapter]
     if adapters and found.base_folder is not None:
         card = run_model_card(found, None, repo_ids["base"], license, token)
         with _staged(found.base_folder, {"README.md": card}) as folder:
             record("base", push_folder(folder, repo_ids["base"], commit_message="Base of the adapters", **options))
     write_student_cards(
-        found.folder,
+        run,
         arms=students,
         repo_ids=repo_ids,
         caches={name: shared[name] for name in caches},
@@ -143,10 +146,10 @@ def push_run(
     )
     for arm in names:
         if arm in students:
-            model = found.model(arm)
+            model = found.student(arm).model
             files = _adapter_config(model, found.recipe["student"], shared.get("base"))
         else:
-            model = found.teacher_folder(arm)
+            model = found.teacher(arm).model
             files = _adapter_config(model, found.recipe["teacher"], None)
             files["README.md"] = run_model_card(found, arm, repo_ids[arm], license, token)
         with _staged(model, files) as folder:
@@ -200,8 +203,8 @@ def push_teacher_cache(
         sources=sources,
     )
     # The cache and its card, and nothing else that may lie in the folder
-    files = [f"manifest/{split}.json" for split in manifests]
-    files += [f"data/{name}" for manifest in manifests.values() for name in manifest.counts["shards"]]
+    paths = [path for split in manifests for path in (manifest_path(folder, split), *shard_paths(folder, split))]
+    files = [path.relative_to(folder).as_posix() for path in paths]
     with _staged(folder, {"README.md": card}, files) as staged:
         return push_folder(
             staged,
@@ -231,7 +234,7 @@ def _arms(run: Run, arms: list[str] | None) -> list[str]:
             )
             raise ValueError(f"{name!r} {reason}. Choose among {', '.join(run.students)}.")
         if kind == "teacher":
-            run.teacher_folder(name)  # raises where there is nothing to push
+            run.teacher(name)  # raises where there is nothing to push
     return list(dict.fromkeys(arms))
 
 
@@ -252,10 +255,10 @@ def repo_name(prefix: str, arm: str) -> str:
 
 def _adapter_config(model: Path, spec: Mapping[str, Any], base: Mapping[str, str] | None) -> dict[str, str]:
     """The configuration of an adapter, pointing at a base that others can load; nothing for a whole model."""
-    path = model / "adapter_config.json"
+    path = adapter_config(model)
     if not path.is_file():
         return {}
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     if base is not None:
         config |= {"base_model_name_or_path": base["repo_id"], "revision": base["commit"]}
     elif hub_id(spec["name_or_path"]):

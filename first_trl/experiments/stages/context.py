@@ -1,15 +1,14 @@
-"""What the stages of one run share: the recipe, the folder, the rows, and the keys of what is finished."""
+"""What the stages of one run share: the recipe, the folder, the tokenizer, and the keys of its units."""
 
-import json
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
-from datasets import Dataset, load_from_disk
 from transformers import AutoTokenizer
 
 from ...tasks import get_task
 from ..recipe import Recipe
-from .workspace import Workspace
+from ..run_folder import DATA, RunFolder, read_json
+from .units import Key, Unit, Workspace
 
 
 class RunContext:
@@ -19,17 +18,25 @@ class RunContext:
         stage (`str`, *optional*): Run only this stage; the others must be finished.
 
     Attributes:
-        keys (`dict[str, str]`): Content key of every unit that is finished.
+        folder ([`RunFolder`]): Of the run.
+        keys (`dict[str, Key]`): Content key of every unit so far.
+        role_keys (`dict[str, str]`): Content key of the rows of each role.
+        done (`set[str]`): Units whose files are there and of these settings.
     """
 
     def __init__(self, recipe: Recipe, stage: str | None = None) -> None:
         self.recipe = recipe
-        self.workspace = Workspace(recipe.folder, stage)
-        self.keys: dict[str, str] = {}
+        self.folder = RunFolder(recipe.folder)
+        self.workspace = Workspace(self.folder, stage)
+        self.keys: dict[str, Key] = {}
+        self.role_keys: dict[str, str] = {}
+        self.done: set[str] = set()
 
-    @property
-    def folder(self) -> Path:
-        return self.recipe.folder
+    def add(self, unit: Unit, *, done: bool) -> None:
+        """Note a unit's key for those behind it."""
+        self.keys[unit.name] = unit.key
+        if done:
+            self.done.add(unit.name)
 
     @property
     def is_main(self) -> bool:
@@ -54,19 +61,14 @@ class RunContext:
         """The teacher's, whose tokenizer it is unless the recipe names another."""
         return None if self.recipe.tokenizer is not None else self.recipe.teacher.init_kwargs.get("revision")
 
-    def rows(self, role: str) -> Dataset:
-        """Rows of a role as the task gives them."""
-        return load_from_disk(str(self.folder / "data" / "rows" / role))
-
-    def tokens(self, role: str) -> Dataset:
-        """Rows of a role, tokenised and labelled."""
-        return load_from_disk(str(self.folder / "data" / "tokens" / role))
-
-    def counts(self) -> dict[str, Any]:
-        """What became of the rows of each role."""
-        counts: dict[str, Any] = json.loads((self.folder / "data" / "counts.json").read_text(encoding="utf-8"))
-        return counts
-
     def has_choices(self, role: str) -> bool:
         """Whether the rows of a role are multiple choice; others are free text."""
-        return bool(self.counts()[role]["choices"])
+        return bool(read_json(self.folder.counts)[role]["choices"])
+
+    @cached_property
+    def has_posterior(self) -> bool | None:
+        """Whether every evaluated row comes with its true answer distribution; `None` where the rows are not there."""
+        roles = self.recipe.evaluation.splits
+        if DATA not in self.done or not all(self.folder.rows(role).is_dir() for role in roles):
+            return None
+        return all("posterior" in self.folder.load_rows(role).column_names for role in roles)

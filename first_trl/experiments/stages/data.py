@@ -1,6 +1,7 @@
 """Stage `data`: rows of every role, checked, tokenised and counted."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,14 +12,14 @@ from ...tasks.base import TaskSplit
 from ...tasks.overlap import drop_overlap
 from ...utils.files import write_json
 from ..recipe import SplitSpec
+from ..run_folder import DATA
 from .context import RunContext
-from .workspace import content_key, path_fingerprint
+from .units import Unit, content_key, path_fingerprint
 
 
-def run_data(run: RunContext) -> None:
+def data_units(run: RunContext) -> list[Unit]:
     """
-    Besides the key of the whole unit there is one of each role, `data/<role>`, which what is made from a role depends on:
-    a further evaluation role rewrites the rows and trains nothing again.
+    Besides the key of the whole unit there is one of each role, which what is made from a role depends on: a further evaluation role rewrites the rows and trains nothing again.
     """
     recipe, task = run.recipe, run.recipe.task
     common = {
@@ -33,9 +34,9 @@ def run_data(run: RunContext) -> None:
     unseen = [key for role, key in keys.items() if task.splits[role].unseen is not None]
     for role in _used(run):
         keys[role] = content_key([keys[role], unseen])
-    run.keys |= {f"data/{role}": key for role, key in keys.items()}
+    run.role_keys = keys
     inputs = {"roles": keys, "evaluated": recipe.evaluation.splits}
-    run.keys["data"] = run.workspace.run("data", "data", inputs, lambda folder: _write(run, folder))
+    return [Unit(DATA, inputs, partial(_write, run))]
 
 
 def _used(run: RunContext) -> list[str]:
@@ -90,11 +91,11 @@ def _write(run: RunContext, folder: Path) -> None:
         }
         # Multiple choice is evaluated on the text of the rows, everything else works on tokens
         if role in ("train", "validation") or role not in evaluated or not counts[role]["choices"]:
-            counts[role] |= _tokenize(run, role, rows[role], reasons, tokenizer, folder)
+            counts[role] |= _tokenize(run, role, rows[role], reasons, tokenizer)
         if role not in ("train", "pretrain"):
-            rows[role].save_to_disk(folder / "rows" / role)
+            rows[role].save_to_disk(run.folder.rows(role))
         run.workspace.say(f"    {role}: {_describe(counts[role])}")
-    write_json(folder / "counts.json", counts)
+    write_json(run.folder.counts, counts)
 
 
 def _domain(run: RunContext, role: str) -> str:
@@ -106,9 +107,7 @@ def _domain(run: RunContext, role: str) -> str:
     return "out-of-domain" if shifted else "in-domain"
 
 
-def _tokenize(
-    run: RunContext, role: str, rows: Dataset, reasons: dict[str, int], tokenizer: Any, folder: Path
-) -> dict[str, Any]:
+def _tokenize(run: RunContext, role: str, rows: Dataset, reasons: dict[str, int], tokenizer: Any) -> dict[str, Any]:
     task = run.recipe.task
     text = role == "pretrain"
     unlabelled = not text and all(completion is None for completion in rows["completion"])
@@ -125,7 +124,7 @@ def _tokenize(
         supervise="all" if text else "answer_position" if unlabelled else "completion",
         on_overflow="truncate_right" if text else cast(Any, task.on_overflow),
     )
-    tokenized.dataset.save_to_disk(folder / "tokens" / role)
+    tokenized.dataset.save_to_disk(run.folder.tokens(role))
     return {
         "rows": tokenized.n_out,
         "cut": tokenized.n_truncated,

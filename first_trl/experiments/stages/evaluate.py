@@ -1,58 +1,64 @@
 """Stage `evaluate`: predictions and scores of every arm on every role."""
 
 import warnings
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 
 from ...calibration import calibration_report
-from ...evaluation.multiple_choice import evaluate_multiple_choice
+from ...evaluation.multiple_choice import MultipleChoiceResult, evaluate_multiple_choice, multiple_choice_report
 from ...evaluation.posthoc import fit_posthoc_temperature
 from ...evaluation.token_level import evaluate_token_level
+from ...plugins import METRICS
+from ...tasks import answer_token_ids_of_rows
 from ...utils.files import write_json
 from ...vocabulary import BAYES
 from ..recipe import ArmSpec
+from ..run_folder import DATA, evaluation_unit, student_unit, teacher_unit
 from .context import RunContext
-from .reference import true_posterior
 from .teachers import base_model, teacher_model, teacher_of
 from .training import load_trained
+from .units import Unit
 
 
-# Draws of a perfectly calibrated model, for the ECE that it would show by chance
-_NULL_DRAWS = 200
-
-
-def run_evaluate(run: RunContext) -> None:
+def evaluation_units(run: RunContext) -> Iterator[Unit]:
+    """One an arm, and one for the true answer distribution where the rows bring it."""
     for name, arm in run.recipe.arms.items():
         source = run.recipe.arms[str(arm.of)] if arm.of is not None else arm
         inputs = {
             "evaluation": run.recipe.evaluation,
-            "data": run.keys["data"],
+            "data": run.keys[DATA],
+            **_plugin_metrics(),
             "arm": [arm.kind, arm.of],
-            "model": run.keys[f"teacher{teacher_of(run, source).suffix}"]
-            if source.kind == "teacher"
-            else run.keys[arm.of or name],
+            "model": run.keys[
+                teacher_unit(teacher_of(run.recipe, source).name)
+                if source.kind == "teacher"
+                else student_unit(arm.of or name)
+            ],
         }
-        run.keys[f"evaluate/{name}"] = run.workspace.run(
-            "evaluate", f"evaluate/{name}", inputs, partial(_evaluate, run, name, arm, source)
-        )
-    if all("posterior" in run.rows(role).column_names for role in run.recipe.evaluation.splits):
-        inputs = {"evaluation": run.recipe.evaluation, "data": run.keys["data"], "arm": BAYES}
-        run.keys[f"evaluate/{BAYES}"] = run.workspace.run(
-            "evaluate", f"evaluate/{BAYES}", inputs, partial(_evaluate_bayes, run)
-        )
+        yield Unit(evaluation_unit(name), inputs, partial(_evaluate, run, name, arm, source))
+    if run.has_posterior:
+        inputs = {"evaluation": run.recipe.evaluation, "data": run.keys[DATA], "arm": BAYES, **_plugin_metrics()}
+        yield Unit(evaluation_unit(BAYES), inputs, partial(_evaluate_bayes, run))
+
+
+def _plugin_metrics() -> dict[str, Any]:
+    # Left out where there are none: what was evaluated without them holds
+    return {"metrics": sorted(METRICS)} if METRICS else {}
 
 
 def _evaluate(run: RunContext, name: str, arm: ArmSpec, source: ArmSpec, folder: Path) -> None:
     if not run.is_main:
         return
     if source.kind == "teacher":
-        model = teacher_model(run, teacher_of(run, source))
+        model = teacher_model(run, teacher_of(run.recipe, source))
     else:
-        folder_of_model = run.folder / "students" / (arm.of or name)
-        model = load_trained(folder_of_model, run.recipe.student, lambda: base_model(run, "student"))
+        student = run.folder.student(arm.of or name)
+        model = load_trained(student, run.recipe.student, lambda: base_model(run, "student"))
     tokenizer = run.tokenizer()
     options: dict[str, Any] = {"batch_size": run.recipe.evaluation.batch_size, "disable_tqdm": True}
     temperature = 1.0
@@ -61,31 +67,60 @@ def _evaluate(run: RunContext, name: str, arm: ArmSpec, source: ArmSpec, folder:
         temperature = fit_posthoc_temperature(
             model,
             tokenizer,
-            run.rows("validation") if choices else run.tokens("validation"),
+            run.folder.load_rows("validation") if choices else run.folder.load_tokens("validation"),
             max_length=run.recipe.task.max_length if choices else None,
             **options,
         ).temperature
-        write_json(folder / "temperature.json", {"temperature": temperature, "objective": "nll"})
+        write_json(run.folder.temperature(name), {"temperature": temperature, "objective": "nll"})
     options |= {"temperature": temperature, "n_bins": run.recipe.evaluation.n_bins}
     for role in run.recipe.evaluation.splits:
         result: Any
         if run.has_choices(role):
             max_length = run.recipe.task.max_length
-            result = evaluate_multiple_choice(model, tokenizer, run.rows(role), max_length=max_length, **options)
+            result = evaluate_multiple_choice(
+                model, tokenizer, run.folder.load_rows(role), max_length=max_length, **options
+            )
         else:
-            result = evaluate_token_level(model, tokenizer, run.tokens(role), **options)
-        _store(run, result, folder, role)
+            result = evaluate_token_level(model, tokenizer, run.folder.load_tokens(role), **options)
+        _store(run, result, name, role)
 
 
 def _evaluate_bayes(run: RunContext, folder: Path) -> None:
     if not run.is_main:
         return
     for role in run.recipe.evaluation.splits:
-        result = true_posterior(run.rows(role), run.tokenizer(), n_bins=run.recipe.evaluation.n_bins)
-        _store(run, result, folder, role)
+        result = _true_posterior(run.folder.load_rows(role), run.tokenizer(), n_bins=run.recipe.evaluation.n_bins)
+        _store(run, result, BAYES, role)
 
 
-def _store(run: RunContext, result: Any, folder: Path, role: str) -> None:
+def _true_posterior(rows: Dataset, tokenizer: Any, *, n_bins: int) -> MultipleChoiceResult:
+    """Predictions of a model that knows the `posterior` of every row."""
+    probabilities = np.array(rows["posterior"])
+    gold = np.array(rows["gold"])
+    tokens = np.array(answer_token_ids_of_rows(tokenizer, rows))
+    answer = probabilities.argmax(axis=1)
+    every = np.arange(len(gold))
+    with np.errstate(divide="ignore"):
+        logprobs = np.log(probabilities)
+    predictions = {
+        "id": np.array(rows["id"]),
+        "gold": gold,
+        "n_choices": np.full(len(gold), probabilities.shape[1]),
+        "choice_tokens": tokens,
+        "choice_logprobs": logprobs,
+        "option_mass": probabilities.sum(axis=1),
+        "answer": answer,
+        "top_token": tokens[every, answer],
+        "top_prob": probabilities[every, answer],
+        "top_is_gold": answer == gold,
+        "gold_logprob": logprobs[every, gold],
+        "sum_squares": (probabilities**2).sum(axis=1),
+        "truncated": np.zeros(len(gold), bool),
+    }
+    return MultipleChoiceResult(predictions, multiple_choice_report(predictions, n_bins=n_bins))
+
+
+def _store(run: RunContext, result: Any, name: str, role: str) -> None:
     report = dict(result.report)
     if "n_choices" in result.predictions:
         labelled = result.predictions["gold"] >= 0
@@ -99,12 +134,12 @@ def _store(run: RunContext, result: Any, folder: Path, role: str) -> None:
             given.correct,
             n_bins=run.recipe.evaluation.n_bins,
             null_test=True,
-            n_resamples=_NULL_DRAWS,
+            n_resamples=run.recipe.evaluation.null_draws,
             return_bins=False,
         )
     report["null_ece"] = {"mean": null["null_mean"], "q95": null["null_high"]}
-    write_json(folder / f"{role}.json", report)
-    Dataset.from_list(result.to_rows()).to_parquet(folder / f"{role}.parquet")
+    write_json(run.folder.scores(name, role), report)
+    Dataset.from_list(result.to_rows()).to_parquet(run.folder.predictions(name, role))
     scores = report["full_vocab"]
     run.workspace.say(
         f"    {role}: accuracy {100 * scores['accuracy']:.1f}, ECE {100 * scores['ece']:.1f}, n {report['n']}"

@@ -1,17 +1,19 @@
 """Stage `recalibrate`: the rescale of the teacher, fitted on `validation` for every target that an arm trains on."""
 
-import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from ...cache.folder import store_recalibration
 from ...recalibration import fit_recalibration
 from ...utils.files import write_json
-from ..recipe import ArmSpec
+from ..recipe import ArmSpec, Recipe
+from ..run_folder import cache_unit, read_json, recalibration_unit
+from .capture import load_cache
 from .context import RunContext
-from .teachers import Teacher, load_cache, teacher_of, teachers
+from .teachers import Teacher, teacher_of, teachers
+from .units import Unit, Unknown
 
 
 @dataclass(frozen=True)
@@ -34,45 +36,45 @@ class Fit:
         return "-".join(parts)
 
 
-def fit_of(run: RunContext, arm: ArmSpec) -> Fit | None:
+def fit_of(recipe: Recipe, arm: ArmSpec) -> Fit | None:
     """The fit an arm needs, `None` where its value is given or nothing is rescaled."""
     if arm.kind != "distill" or arm.recalibration == "none" or arm.recalibration_value is not None:
         return None
-    top_k = None if arm.top_k == run.recipe.capture.k else arm.top_k
-    objective = arm.objective or run.recipe.recalibration.objective
+    top_k = None if arm.top_k == recipe.capture.k else arm.top_k
+    objective = arm.objective or recipe.recalibration.objective
     return Fit(arm.recalibration, arm.estimator, top_k, objective, arm.min_value)
 
 
-def fits(run: RunContext, teacher: Teacher) -> list[Fit]:
+def fits(recipe: Recipe, teacher: Teacher) -> list[Fit]:
     """Fits of one teacher, without repeats."""
-    spec = run.recipe.recalibration
+    spec = recipe.recalibration
     wanted = [] if teacher.name else [Fit(method, objective=spec.objective) for method in spec.methods]
     wanted += [
         fit
-        for arm in run.recipe.arms.values()
-        if (arm.teacher or "") == teacher.name and (fit := fit_of(run, arm)) is not None
+        for arm in recipe.arms.values()
+        if (arm.teacher or "") == teacher.name and (fit := fit_of(recipe, arm)) is not None
     ]
     return list(dict.fromkeys(wanted))
 
 
 def fit_path(run: RunContext, teacher: Teacher, fit: Fit) -> Path:
-    name = fit.name(run.recipe.recalibration.objective)
-    return run.folder / f"recalibration{teacher.suffix}" / f"{name}.json"
+    return run.folder.fit(fit.name(run.recipe.recalibration.objective), teacher.name)
 
 
-def run_recalibrate(run: RunContext) -> None:
+def recalibration_units(run: RunContext) -> Iterator[Unit]:
+    """One a teacher that something is fitted for."""
     spec = run.recipe.recalibration
-    for teacher in teachers(run):
+    for teacher in teachers(run.recipe):
+        wanted = fits(run.recipe, teacher)
+        if not wanted:
+            continue
         inputs = {
-            "fits": fits(run, teacher),
+            "fits": wanted,
             "recalibration": [spec.positions, spec.n_bins],
-            "cache": [run.keys.get(f"cache{teacher.suffix}{part}") for part in teacher.parts],
+            "cache": [run.keys[cache_unit(teacher.name, fold)] for fold in teacher.parts],
             "seed": run.recipe.seed,
         }
-        if not inputs["fits"]:
-            continue
-        unit = f"recalibration{teacher.suffix}"
-        run.keys[unit] = run.workspace.run("recalibrate", unit, inputs, partial(_fit, run, teacher))
+        yield Unit(recalibration_unit(teacher.name), inputs, partial(_fit, run, teacher))
 
 
 def _fit(run: RunContext, teacher: Teacher, folder: Path) -> None:
@@ -80,7 +82,7 @@ def _fit(run: RunContext, teacher: Teacher, folder: Path) -> None:
         return
     spec = run.recipe.recalibration
     validation = load_cache(run, teacher, "validation")
-    for fit in fits(run, teacher):
+    for fit in fits(run.recipe, teacher):
         found = fit_recalibration(
             validation,
             method=fit.method,
@@ -94,8 +96,9 @@ def _fit(run: RunContext, teacher: Teacher, folder: Path) -> None:
         )
         plain = fit == Fit(fit.method, objective=spec.objective)
         # Where `recalibration_value=None` finds it, for whoever trains from the cache alone
-        if plain and teacher.folds is None and (run.folder / f"cache{teacher.suffix}/manifest/train.json").is_file():
-            store_recalibration(run.folder / f"cache{teacher.suffix}", "train", fit.method, found.to_dict())
+        if plain and teacher.folds is None:
+            for cache in run.folder.caches(teacher.name, None, "train"):
+                store_recalibration(cache, "train", fit.method, found.to_dict())
         path = fit_path(run, teacher, fit)
         write_json(path, found.to_dict())
         run.workspace.say(
@@ -104,10 +107,14 @@ def _fit(run: RunContext, teacher: Teacher, folder: Path) -> None:
         )
 
 
-def fitted(run: RunContext, arm: ArmSpec) -> dict[str, Any] | None:
-    """The fit behind an arm, whole; `None` where it has none."""
-    fit = fit_of(run, arm)
+def fitted_value(run: RunContext, arm: ArmSpec) -> float | Unknown | None:
+    """The value that was fitted for an arm, `Unknown` before it is; `None` where nothing is fitted for it."""
+    fit = fit_of(run.recipe, arm)
     if fit is None:
         return None
-    found: dict[str, Any] = json.loads(fit_path(run, teacher_of(run, arm), fit).read_text(encoding="utf-8"))
-    return found
+    teacher = teacher_of(run.recipe, arm)
+    path, unit = fit_path(run, teacher, fit), recalibration_unit(teacher.name)
+    if unit not in run.done or not path.is_file():
+        return Unknown(unit)
+    value: float = read_json(path)["recalibration"]["value"]
+    return value

@@ -1,7 +1,8 @@
-"""Stages `report` and `share`: the report of one run, the cards of its students, and what is pushed."""
+"""Stages `report` and `share`: the report of one run, the cards of its students, and what is shared."""
 
-import json
+from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,27 +10,34 @@ from ...cache.folder import cache_size, load_manifest
 from ...utils.files import write_json
 from ...vocabulary import BAYES
 from ..report import write_report
+from ..run_folder import DATA, REPORT, SHARE, evaluation_unit, read_json, recalibration_unit
 from ..share.push import push_run, write_student_cards
+from .capture import captured_roles
 from .context import RunContext
 from .recalibrate import fit_of, fit_path, fits
-from .teachers import captured_roles, teacher_of, teachers
-from .workspace import content_key
+from .teachers import teacher_of, teachers
+from .units import Unit, Unknown, content_key
 
 
-def run_report(run: RunContext) -> None:
+def report_units(run: RunContext) -> Iterator[Unit]:
+    """The report."""
     recipe = run.recipe
-    arms = [name for name in (*recipe.arms, BAYES) if f"evaluate/{name}" in run.keys]
-    recalibrated = [run.keys[key] for key in run.keys if key.startswith("recalibration")]
+    arms = [*recipe.arms, *([BAYES] if run.has_posterior else [])]
+    results = {name: run.keys[evaluation_unit(name)] for name in arms}
+    fitted = [teacher for teacher in teachers(recipe) if fits(recipe, teacher)]
     recipe_key = content_key(asdict(recipe) | {"output_dir": None, "hub": None, "merge": None})
     inputs = {
         "recipe": recipe_key,
-        "results": {name: run.keys[f"evaluate/{name}"] for name in arms},
-        "recalibration": recalibrated,
+        # Whether the true answer distribution has a row is known from the rows alone
+        "results": Unknown(DATA) if run.has_posterior is None else results,
+        "recalibration": [run.keys[recalibration_unit(teacher.name)] for teacher in fitted],
     }
-    run.keys["report"] = run.workspace.run(
-        "report", "report", inputs, lambda folder: _write(run, arms, recipe_key, folder)
-    )
-    report = run.folder / "report" / "report.md"
+    yield Unit(REPORT, inputs, partial(_write, run, arms, recipe_key))
+
+
+def print_report(run: RunContext) -> None:
+    """The report on the screen."""
+    report = run.folder.report.markdown
     run.workspace.say("")
     run.workspace.say(report.read_text(encoding="utf-8") if report.is_file() else "")
     run.workspace.say(f"Report: {report}")
@@ -38,28 +46,26 @@ def run_report(run: RunContext) -> None:
 def _write(run: RunContext, arms: list[str], recipe_key: str, folder: Path) -> None:
     if not run.is_main:
         return
-    root, recipe = run.folder, run.recipe
+    recipe = run.recipe
     write_report(
         folder,
         recipe=recipe,
         arms=arms,
         results={
-            name: {role: _read(root / "evaluate" / name / f"{role}.json") for role in recipe.evaluation.splits}
+            name: {role: read_json(run.folder.scores(name, role)) for role in recipe.evaluation.splits}
             for name in arms
         },
         temperatures={
-            name: _read(path)["temperature"]
-            for name in arms
-            if (path := root / "evaluate" / name / "temperature.json").is_file()
+            name: read_json(path)["temperature"] for name in arms if (path := run.folder.temperature(name)).is_file()
         },
         fits={
-            f"{path.stem}{teacher.suffix}": _read(path)
-            for teacher in teachers(run)
-            for fit in fits(run, teacher)
+            f"{path.stem}{teacher.suffix}": read_json(path)
+            for teacher in teachers(recipe)
+            for fit in fits(recipe, teacher)
             for path in [fit_path(run, teacher, fit)]
         },
-        manifest=load_manifest(root / "cache", "train"),
-        counts=run.counts(),
+        manifest=load_manifest(run.folder.cache(), "train"),
+        counts=read_json(run.folder.counts),
         timings=run.workspace.log,
         extra={
             "cell": recipe.cell,
@@ -70,35 +76,31 @@ def _write(run: RunContext, arms: list[str], recipe_key: str, folder: Path) -> N
             "highlight": recipe.report.highlight,
         },
     )
-    write_student_cards(root)
+    write_student_cards(run.folder.root)
 
 
-def run_share(run: RunContext) -> None:
+def share_units(run: RunContext) -> Iterator[Unit]:
+    """What is shared on the Hub, where the recipe says so."""
     hub = run.recipe.hub
     if hub is None:
         return
-    inputs = {"hub": hub, "report": run.keys["report"], "run": [run.recipe.name, run.recipe.cell, run.recipe.seed]}
+    inputs = {"hub": hub, "report": run.keys[REPORT], "run": [run.recipe.name, run.recipe.cell, run.recipe.seed]}
 
     def work(folder: Path) -> None:
         if run.is_main:
             shared = push_run(
-                run.folder,
+                run.folder.root,
                 hub.namespace,
                 arms=hub.arms or None,
                 cache=hub.cache,
                 private=hub.private,
                 license=hub.license,
             )
-            write_json(folder / "repositories.json", shared)
+            write_json(run.folder.repositories, shared)
             for name, place in shared.items():
                 run.workspace.say(f"    {name}: {place['repo_id']} at {place['commit']}")
 
-    run.keys["share"] = run.workspace.run("share", "share", inputs, work)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return value
+    yield Unit(SHARE, inputs, work)
 
 
 def _model(spec: Any) -> dict[str, Any]:
@@ -107,8 +109,8 @@ def _model(spec: Any) -> dict[str, Any]:
 
 def _describe_arm(run: RunContext, name: str) -> dict[str, Any]:
     arm = asdict(run.recipe.arms[name])
-    fit = fit_of(run, run.recipe.arms[name])
-    teacher = teacher_of(run, run.recipe.arms[name])
+    fit = fit_of(run.recipe, run.recipe.arms[name])
+    teacher = teacher_of(run.recipe, run.recipe.arms[name])
     return {
         **arm,
         "base": name.split("@")[0],
@@ -126,21 +128,14 @@ def _cost(run: RunContext, name: str) -> dict[str, int]:
         "teacher_steps": 0,
         "cache_rows": 0,
         "cache_bytes": 0,
-        "student_steps": _steps(run.folder / "students" / of),
+        "student_steps": run.folder.student(of).steps(),
     }
     if source.kind in ("teacher", "distill"):
-        teacher = teacher_of(run, source)
+        teacher = teacher_of(run.recipe, source)
         roles = source.data if source.kind == "distill" else []
-        for part in teacher.parts:
-            cost["teacher_steps"] += _steps(run.folder / f"teacher{teacher.suffix}{part}")
-            folder = run.folder / f"cache{teacher.suffix}{part}"
-            for role in set(roles) & set(captured_roles(run, teacher)):
-                if (folder / "manifest" / f"{role}.json").is_file():
-                    cost["cache_rows"] += load_manifest(folder, role).counts["rows"]
-                    cost["cache_bytes"] += int(cache_size(folder, role)["bytes"])
+        cost["teacher_steps"] = sum(run.folder.teacher(teacher.name, fold).steps() for fold in teacher.parts)
+        for role in set(roles) & set(captured_roles(run.recipe, teacher)):
+            for cache in run.folder.caches(teacher.name, teacher.folds, role):
+                cost["cache_rows"] += load_manifest(cache, role).counts["rows"]
+                cost["cache_bytes"] += int(cache_size(cache, role)["bytes"])
     return cost
-
-
-def _steps(folder: Path) -> int:
-    log = folder / "training_log.json"
-    return int(json.loads(log.read_text(encoding="utf-8"))[-1]["step"]) if log.is_file() else 0

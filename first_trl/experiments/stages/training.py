@@ -6,7 +6,6 @@ import json
 import shutil
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +15,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from ...training.config import FirstDistillConfig
+from ...training.options import DistillOptions
 from ...training.token_dropout import TokenDropoutSFTTrainer
 from ...training.trainer import FirstDistillTrainer
 from ...utils.files import write_atomically, write_json
 from ...utils.processes import process_state
-from ...utils.versions import VERSIONS, training_versions
+from ...utils.versions import training_versions
 from ..recipe import ArmSpec, ModelSpec, Recipe
+from ..run_folder import TrainingFolder
 
 
 def make_model(spec: ModelSpec, tokenizer: Any, seed: int, role: str) -> Any:
@@ -38,20 +39,20 @@ def make_model(spec: ModelSpec, tokenizer: Any, seed: int, role: str) -> Any:
     return AutoModelForCausalLM.from_config(config)
 
 
-def load_trained(folder: Path, spec: ModelSpec, base: Callable[[], Any]) -> Any:
+def load_trained(folder: TrainingFolder, spec: ModelSpec, base: Callable[[], Any]) -> Any:
     """
     The model that was trained into a unit's folder, on this process's device and ready for inference.
 
     Args:
-        folder (`Path`): Folder of the unit; its model is in `model`.
+        folder ([`TrainingFolder`]): Folder of the unit.
         spec ([`ModelSpec`]): What it was trained from; its `init_kwargs` serve again.
         base (`Callable`): Makes the model an adapter belongs to: the very one it was trained on, whatever revision and
             settings that was loaded with.
     """
-    if (folder / "model" / "adapter_config.json").is_file():
-        return place(PeftModel.from_pretrained(base(), folder / "model"))
+    if folder.is_adapter:
+        return place(PeftModel.from_pretrained(base(), folder.model))
     options = {key: value for key, value in spec.init_kwargs.items() if key != "revision"}
-    return place(AutoModelForCausalLM.from_pretrained(folder / "model", **options))
+    return place(AutoModelForCausalLM.from_pretrained(folder.model, **options))
 
 
 def place(model: Any) -> Any:
@@ -66,18 +67,18 @@ def train_sft(
     tokenizer: Any,
     rows: Dataset,
     training: dict[str, Any],
-    folder: Path,
+    folder: TrainingFolder,
     *,
     lora: dict[str, Any] | None = None,
     validation: Dataset | None = None,
-    token_dropout: float = 0.0,
+    options: DistillOptions | None = None,
 ) -> None:
     """
-    Next-token training on labelled rows with TRL's SFTTrainer; the result goes to `folder/model`. With `validation`
-    rows it is the epoch with the lowest negative log-likelihood on them, and `folder/selection.json` says which.
+    Next-token training on labelled rows with TRL's SFTTrainer; the result goes to `folder.model`. With `validation`
+    rows it is the epoch with the lowest negative log-likelihood on them, and `folder.selection` says which.
     """
     args = training_arguments(SFTConfig, recipe, training, folder, select=validation is not None)
-    options: dict[str, Any] = {
+    given: dict[str, Any] = {
         "args": args,
         "train_dataset": rows,
         "eval_dataset": validation,
@@ -85,11 +86,11 @@ def train_sft(
         "peft_config": _lora(lora),
     }
     trainer: SFTTrainer
-    if token_dropout:
-        replacement = training.get("token_dropout_id")
-        trainer = TokenDropoutSFTTrainer(model, token_dropout=token_dropout, token_dropout_id=replacement, **options)
+    if options is not None and options.token_dropout:
+        given |= {"token_dropout": options.token_dropout, "token_dropout_id": training.get("token_dropout_id")}
+        trainer = TokenDropoutSFTTrainer(model, **given)
     else:
-        trainer = SFTTrainer(model, **options)
+        trainer = SFTTrainer(model, **given)
     _train_and_save(trainer, folder)
 
 
@@ -101,23 +102,15 @@ def train_distill(
     arm: ArmSpec,
     value: float | None,
     training: dict[str, Any],
-    folder: Path,
+    folder: TrainingFolder,
     *,
     validation: Dataset | None = None,
 ) -> None:
     """
-    Distillation from a cache with `value` as the rescale's; the result goes to `folder/model`. `validation` as in
+    Distillation from a cache with `value` as the rescale's; the result goes to `folder.model`. `validation` as in
     [`train_sft`].
     """
-    own = {
-        "recalibration": arm.recalibration,
-        "recalibration_value": value,
-        "estimator": arm.estimator,
-        "ce_weight": arm.ce_weight,
-        "top_k": arm.top_k,
-        "student_temperature": arm.student_temperature,
-        "token_dropout": arm.token_dropout,
-    }
+    own = {**arm.options(), "recalibration_value": value}
     args = training_arguments(FirstDistillConfig, recipe, {**training, **own}, folder, select=validation is not None)
     trainer = FirstDistillTrainer(
         model,
@@ -131,7 +124,7 @@ def train_distill(
 
 
 def training_arguments(
-    cls: type, recipe: Recipe, training: dict[str, Any], folder: Path, *, select: bool = False
+    cls: type, recipe: Recipe, training: dict[str, Any], folder: TrainingFolder, *, select: bool = False
 ) -> Any:
     """`SFTConfig` or `FirstDistillConfig` from a recipe's mapping; keys were checked when the recipe was read."""
     training = dict(training)
@@ -147,8 +140,8 @@ def training_arguments(
             )
         training["per_device_train_batch_size"] = global_batch // parts
     values = {
-        "output_dir": str(folder / "checkpoints"),
-        "run_name": f"{recipe.name}/{folder.name}/seed-{recipe.seed}",
+        "output_dir": str(folder.checkpoints),
+        "run_name": f"{recipe.name}/{folder.path.name}/seed-{recipe.seed}",
         "report_to": recipe.report_to,
         "seed": recipe.seed,
         # Rows were cut when they were tokenised, and counted there
@@ -187,19 +180,19 @@ def _lora(options: dict[str, Any] | None) -> LoraConfig | None:
     return None if options is None else LoraConfig(**{"task_type": "CAUSAL_LM", **options})
 
 
-def _train_and_save(trainer: Any, folder: Path) -> None:
-    checkpoints, log = folder / "checkpoints", folder / "training_log.json"
+def _train_and_save(trainer: Any, folder: TrainingFolder) -> None:
+    checkpoints, log = folder.checkpoints, folder.log
     # The log is written last: with it the model is whole, and what is left of the checkpoints may be anything
     if not log.is_file():
         # The trainer's state is the last file of a checkpoint: one without it was cut off while it was written
         whole = [path.parent for path in checkpoints.glob("checkpoint-*/trainer_state.json")]
         last = max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
-        trainer.save_model(str(folder / "model"))
+        trainer.save_model(str(folder.model))
         if trainer.is_world_process_zero():
             if trainer.args.load_best_model_at_end:
-                write_json(folder / "selection.json", _selection(trainer.state))
-            write_json(folder / VERSIONS, training_versions())
+                write_json(folder.selection, _selection(trainer.state))
+            write_json(folder.versions, training_versions())
             write_atomically(log, json.dumps(trainer.state.log_history, indent=2))
     if trainer.is_world_process_zero():
         # Checkpoints serve resuming; the model is saved

@@ -1,0 +1,77 @@
+"""Running a recipe: all stages, for each of its runs."""
+
+import gc
+from dataclasses import asdict
+from pathlib import Path
+
+import datasets
+import torch
+import yaml
+from transformers.utils import logging as hf_logging
+
+from ...utils.files import write_atomically
+from ...utils.names import nearest
+from ...utils.processes import process_state
+from ...vocabulary import STAGES
+from ..recipe import Recipe, cells, merged_folder
+from ..report import write_merged_report
+from ..run_folder import RunFolder
+from .context import RunContext
+from .table import STAGE_TABLE
+
+
+def run_recipe(recipe: Recipe, stage: str | None = None) -> Path:
+    """
+    Run a recipe from teacher to report, for all its seeds and grid values. Finished units are kept, unfinished ones
+    continued. The reports of several runs are merged.
+
+    Args:
+        recipe ([`Recipe`]): From [`load_recipe`].
+        stage (`str`, *optional*): Run one stage only.
+
+    Returns:
+        `Path`: Folder of the run, or of all runs; `report/report.md` is what to read first.
+    """
+    if stage is not None and stage not in STAGES:
+        raise ValueError(f"Unknown stage {stage!r}.{nearest(stage, STAGES)}")
+    runs = cells(recipe)
+    # Every training ends with collections that walk over all modules loaded so far, which takes longer than the training
+    # of a tiny model
+    gc.collect()
+    gc.freeze()
+    for run in runs:
+        _run_one(run, stage)
+    merged = merged_folder(recipe)
+    if merged is None:
+        return runs[0].folder
+    if recipe.merge and len(runs) > 1 and stage in (None, "report", "share"):
+        state = process_state()
+        if state.is_main_process:
+            report = RunFolder(merged).report
+            write_merged_report([run.folder for run in runs], report.path)
+            print(f"\nMerged report: {report.markdown}", flush=True)
+        state.wait_for_everyone()
+    return merged
+
+
+def _run_one(recipe: Recipe, stage: str | None) -> None:
+    run = RunContext(recipe, stage)
+    run.workspace.say(f"{recipe.name}, seed {recipe.seed} -> {recipe.folder}")
+    if run.is_main:
+        write_atomically(run.folder.recipe, yaml.safe_dump(asdict(recipe), sort_keys=False))
+    if recipe.num_threads is not None:
+        torch.set_num_threads(recipe.num_threads)
+    bars = datasets.is_progress_bar_enabled()
+    # One line a unit and the bars of the long loops; a bar for every small map would bury them
+    datasets.disable_progress_bars()
+    hf_logging.disable_progress_bar()
+    try:
+        for one in STAGE_TABLE:
+            run.workspace.say(f"[{one.name}]")
+            one.run(run)
+            if one.name == stage:
+                break
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
+            hf_logging.enable_progress_bar()

@@ -1,0 +1,73 @@
+"""Every table of a study's README is what the command above it prints."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from first_trl.cli import main
+from first_trl.experiments.report.results import read_results, results_table
+
+
+ROOT = Path(__file__).resolve().parents[2]
+STUDIES = sorted(path for path in (ROOT / "model_cards" / "studies").iterdir() if path.is_dir())
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.name)
+def test_tables_are_recomputed(study, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = (study / "README.md").read_text(encoding="utf-8")
+    found = re.findall(r"```bash\n(first-trl report --from [^`]*)```\n\n((?:\|.*\n)+)", text)
+    assert len(found) == text.count("first-trl report --from") >= 3
+    for command, table in found:
+        assert main(shlex.split(command.replace("\\\n", " "))[1:]) == 0
+        assert capsys.readouterr().out == table
+    # Every further figure with a decimal point would be one that nothing recomputes
+    prose = re.sub(r"```.*?```|`[^`]*`", "", text.replace("0.15", ""), flags=re.DOTALL)
+    prose = "\n".join(line for line in prose.splitlines() if not re.match(r"\|.*\d\.\d.*\|", line))
+    assert set(re.findall(r"\d+\.\d+", prose)) <= {"1.2"}
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.name)
+def test_studies_are_small(study):
+    assert len((study / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+    assert len(list(study.glob("*.png"))) <= 4
+    assert {path.suffix for path in study.iterdir()} <= {".md", ".png", ".gz"}
+
+
+def test_no_file_is_large():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    paths = [ROOT / name for name in listed.stdout.decode().split("\0") if name]
+    assert {path.name: path.stat().st_size for path in paths if path.is_file() and path.stat().st_size > 300_000} == {}
+
+
+def test_links_of_the_front_pages_lead_somewhere():
+    pages = [ROOT / "README.md", *ROOT.glob("recipes/*.md"), *ROOT.glob("model_cards/**/*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_bad_results_are_told(tmp_path):
+    results = read_results(STUDIES[0] / "results.csv.gz")
+    with pytest.raises(ValueError, match=r"There is no arm 'SFTT'\. Did you mean 'SFT'"):
+        results_table(results, arms=["SFTT"])
+    with pytest.raises(ValueError, match=r"no role 'tset'\. Did you mean 'test'"):
+        results_table(results, roles=["tset"])
+    (tmp_path / "results.csv.gz").write_text("cell,run\n")
+    with pytest.raises(ValueError, match="no gzipped CSV"):
+        read_results(tmp_path / "results.csv.gz")
+
+
+def test_statistics_are_those_of_the_rows():
+    scores = read_results(ROOT / "model_cards" / "studies" / "quickstart" / "results.csv.gz")
+    seeds = [score.values["nll"] for score in scores if (score.role, score.arm) == ("test", "SFT")]
+    mean = sum(seeds) / 5
+    sd = (sum((value - mean) ** 2 for value in seeds) / 4) ** 0.5
+    table = results_table(scores, roles=["test"], metrics=["nll"], arms=["SFT"])
+    assert table.splitlines()[2] == f"| SFT | {mean:.3f} ± {sd:.3f} |"
