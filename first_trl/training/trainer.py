@@ -15,23 +15,28 @@ from .._trl_compat import fingerprint, get_dataset_column_names, global_then_loc
 from ..cache.manifest import read_manifests
 from ..cache.schema import DRAW_COLUMNS, TEACHER_COLUMNS, count_without_gold
 from ..cache.verify import verify_teacher_cache
-from ..losses.head import SUMS, add_distill_head, check_distill_head
+from ..losses.head import SUMS
 from ..losses.inputs import get_estimator
 from ..plugins import estimator_target
 from ..recalibration import Recalibration
-from ..vocabulary import IGNORE_INDEX, TEACHER_HAS_GOLD
+from ..vocabulary import TEACHER_HAS_GOLD
 from .alignment import DRAW_LENGTHS, align, count_cuts, entry_columns
 from .card import ModelCardMixin
 from .collator import DataCollatorForDistillation
 from .config import FirstDistillConfig
+from .fused_head import FusedHeadMixin
+from .precision import MasterWeightsMixin
 from .streaming import verify_stream
 from .token_dropout import TokenDropoutMixin
+from .token_means import PLAIN_SUMS, TokenMeansMixin
 
 
 logger = get_logger(__name__)
 
 
-class FirstDistillTrainer(ModelCardMixin, TokenDropoutMixin, SFTTrainer):  # type: ignore[misc]  # TRL's signature
+class FirstDistillTrainer(  # type: ignore[misc]  # TRL's signature
+    ModelCardMixin, TokenDropoutMixin, MasterWeightsMixin, FusedHeadMixin, TokenMeansMixin, SFTTrainer
+):
     """
     Trainer for trustworthy distillation from a teacher cache (FIRST, [arXiv
     2408.12168](https://huggingface.co/papers/2408.12168)): no teacher in memory, any student SFTTrainer takes, LoRA
@@ -160,7 +165,7 @@ class FirstDistillTrainer(ModelCardMixin, TokenDropoutMixin, SFTTrainer):  # typ
                 "Context and sequence parallelism split a row over devices, away from its teacher entries. Use data "
                 "parallelism, FSDP or ZeRO-3."
             )
-        add_distill_head(base, args.estimator, args.ce_weight, args.loss_chunk_size, args.student_temperature)
+        self.add_fused_head(args.estimator, args.ce_weight, args.loss_chunk_size, args.student_temperature)
         plain: Any = self.data_collator
         self.data_collator = DataCollatorForDistillation(
             pad_token_id=plain.pad_token_id,
@@ -171,19 +176,7 @@ class FirstDistillTrainer(ModelCardMixin, TokenDropoutMixin, SFTTrainer):  # typ
             top_k=args.top_k,
         )
         self.set_token_dropout(args.token_dropout, args.token_dropout_id)
-        # The loss is a sum over `num_items_in_batch`, whatever the student's own forward accepts
-        self.model_accepts_loss_kwargs = True
-        self._student_dtype = base.get_output_embeddings().weight.dtype
-        self._head_checked = False
-        self._sums: dict[str, torch.Tensor | None] = {"train": None, "eval": None}
         self._lacks_gold = {"train": False, "eval": False}
-        self._tokens_since_log: Any = 0
-        self._eval_prefix = "eval"
-
-    @property
-    def _mode(self) -> str:
-        model: Any = self.model
-        return "train" if model.training else "eval"
 
     def _check_head(self, base: PreTrainedModel) -> None:
         """With a name instead of a model, the head's size is known only now."""
@@ -262,37 +255,13 @@ class FirstDistillTrainer(ModelCardMixin, TokenDropoutMixin, SFTTrainer):  # typ
     ) -> Any:
         if "teacher_ids" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if not self._head_checked:
-            self._head_checked = True
-            rounds = self.accelerator.mixed_precision != "no" or self._student_dtype != torch.float32
-            check_distill_head(model, inputs["input_ids"][:1, :8], tolerance=3e-2 if rounds else 1e-3)
-        if self.aux_loss_enabled:
-            inputs["output_router_logits"] = True
-        mode = self._mode
+        student: Any = self.model
+        training = student.training
         if inputs.pop(TEACHER_HAS_GOLD, None) is not None:
-            self._lacks_gold[mode] = True
-        if mode == "eval":
-            self._mask_repeated_rows(inputs)
-        outputs = model(**inputs)
-        sums = outputs.sums.detach()
-        num_tokens = sums[SUMS.index("num_tokens")] if num_items_in_batch is None else num_items_in_batch
-        loss = outputs.loss[0] / torch.as_tensor(num_tokens, device=outputs.loss.device).clamp(min=1)
-        # `num_items_in_batch` counts the tokens of every rank, and DDP averages the gradients across ranks
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        if self.aux_loss_enabled:
-            steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
-            self._metrics[mode]["aux_loss"].append(self.accelerator.gather(outputs.aux_loss.detach()).mean().item())
-
-        # Kept on the device and reduced when logs are due: a host read per step would stall the GPU
-        previous = self._sums[mode]
-        self._sums[mode] = sums if previous is None else previous + sums
-        if mode == "train":
-            mask = inputs.get("attention_mask")
-            self._tokens_since_log = self._tokens_since_log + (
-                mask.sum() if mask is not None else inputs["position_ids"].numel()
-            )
+            self._lacks_gold["train" if training else "eval"] = True
+        loss, sums = self.fused_loss(model, inputs, num_items_in_batch)
+        if not training:
+            self.add_held_out(SUMS, sums)
         if not return_outputs:
             return loss
         plain = {name: value for name, value in inputs.items() if not name.startswith("teacher_")}
@@ -300,60 +269,32 @@ class FirstDistillTrainer(ModelCardMixin, TokenDropoutMixin, SFTTrainer):  # typ
         with torch.no_grad():
             return loss, model(**plain, use_cache=False)
 
-    def _mask_repeated_rows(self, inputs: dict[str, Any]) -> None:
-        """The last batch of an evaluation is filled up with rows from its start, to give every rank as many: rows that
-        count once are scored once. Rows of a flattened batch cannot be told apart any more and stay."""
-        state = self.accelerator.gradient_state
-        if not state.end_of_dataloader or state.remainder <= 0 or self.padding_free:
-            return
-        rows = len(inputs["input_ids"])
-        valid = min(max(state.remainder - self.accelerator.process_index * rows, 0), rows)
-        inputs["labels"][valid:] = IGNORE_INDEX
-        kept = int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
-        for name in ("teacher_ids", "teacher_log_target", "teacher_tail_log_target"):
-            if name in inputs:
-                inputs[name] = inputs[name][:kept]
-
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        # What an interrupted evaluation or a `predict`, which logs nothing, left behind
-        self._sums["eval"] = None
         self._lacks_gold["eval"] = False
         return super().evaluation_loop(*args, **kwargs)
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        # One call per data set: with several, each logs under its own prefix
-        self._eval_prefix = metric_key_prefix
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+    def held_out_means(self, sums: dict[str, float]) -> dict[str, float]:
+        if set(sums) == set(PLAIN_SUMS):
+            return super().held_out_means(sums)
+        weight, count = self.args.ce_weight, max(sums["num_tokens"], 1.0)
+        hard = weight * sums["cross_entropy"] if weight > 0 else 0.0
+        return {"loss": ((1 - weight) * sums["kl"] + hard) / count, **self._means(sums, "eval")}
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = self._mode
-        if self._sums[mode] is not None:
-            means = self._reduce_sums(mode)
-            if mode == "train":
-                logs.update(means)
-            else:
-                logs.update({f"{self._eval_prefix}_{name}": value for name, value in means.items()})
-        super().log(logs, start_time)
+    def train_means(self, sums: dict[str, float]) -> dict[str, float]:
+        return self._means(sums, "train")
 
-    def _reduce_sums(self, mode: str) -> dict[str, float]:
-        """Per-token means over all ranks since the last log."""
-        sums = self._sums[mode]
-        assert sums is not None
-        self._sums[mode] = None
-        totals = self.accelerator.reduce(sums, reduction="sum").tolist()
-        named = dict(zip(SUMS, totals, strict=True))
-        count = max(named["num_tokens"], 1.0)
+    def _means(self, sums: dict[str, float], mode: str) -> dict[str, float]:
+        """Means per token, from the sums of all ranks."""
+        count = max(sums["num_tokens"], 1.0)
         means = {
-            "kl": named["kl"] / count,
+            "kl": sums["kl"] / count,
             # Unlike the KL of a sample, which lacks entropy, this is unbiased for the `"sampled"` estimator too
-            "teacher_cross_entropy": (named["kl"] + named["teacher_entropy"]) / count,
-            "teacher_entropy": named["teacher_entropy"] / count,
-            "cross_entropy": named["cross_entropy"] / count,
-            "entropy": named["student_entropy"] / count,
-            "student_mass_outside": named["mass_outside"] / count,
-            "mean_token_accuracy": named["num_correct"] / count,
+            "teacher_cross_entropy": (sums["kl"] + sums["teacher_entropy"]) / count,
+            "teacher_entropy": sums["teacher_entropy"] / count,
+            "cross_entropy": sums["cross_entropy"] / count,
+            "entropy": sums["student_entropy"] / count,
+            "student_mass_outside": sums["mass_outside"] / count,
+            "mean_token_accuracy": sums["num_correct"] / count,
         }
         if self._over_kept and self.args.ce_weight == 0 and mode == "train":
             # These need the projection on the vocabulary, which this estimator saves while it trains
@@ -363,12 +304,6 @@ class FirstDistillTrainer(ModelCardMixin, TokenDropoutMixin, SFTTrainer):  # typ
             # They compare with the label, and where a row has no answer the label is a filler
             for name in ("cross_entropy", "mean_token_accuracy"):
                 means.pop(name, None)
-        if mode == "train":
-            tokens = torch.as_tensor(self._tokens_since_log, device=sums.device)
-            tokens = self.accelerator.reduce(tokens, reduction="sum").item()
-            self._total_train_tokens += int(tokens) // self.get_tp_size()
-            self._tokens_since_log = 0
-            means["num_tokens"] = float(self._total_train_tokens)
         return means
 
 

@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from datasets import Dataset
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from trl import SFTConfig
 
 from first_trl import FirstDistillTrainer
+from first_trl.training.sft import FirstSFTTrainer
 from tests.support.tiny import GradientRecorder, tiny_cache, tiny_config, tiny_llama, tiny_rows, tiny_tokenizer
 
 
@@ -26,6 +29,15 @@ SHAPES: dict[str, dict[str, Any]] = {
 DDP_ESTIMATORS = ("topk", "sampled")
 # Layers and root are sharded as accelerate does it; accelerate itself refuses to shard on CPUs
 SHARDED = {"untied": (False, False), "tied": (True, False), "head apart": (False, True)}
+# Held-out rows whose number fits no batch, in every way they can be read
+HELD_OUT: dict[str, dict[str, Any]] = {
+    "padded": {},
+    "padding free": {"padding_free": True, "max_length": None},
+    "streamed": {"streaming": True},
+    "streamed in shards": {"streaming": True, "shards": 2},
+    "streamed, padding free": {"streaming": True, "padding_free": True, "max_length": None},
+    "streamed by a worker": {"streaming": True, "dataloader_num_workers": 1},
+}
 
 
 def trainer_of(
@@ -57,6 +69,36 @@ def step(folder: Path, **options: Any) -> dict[str, Any]:
     return {"gradients": gradients, "log": next(log for log in recorder.logs if "loss" in log), "eval": before}
 
 
+def held_out(folder: Path, streaming: bool = False, shards: int = 1, **options: Any) -> dict[str, dict[str, float]]:
+    """Metrics of both trainers on 11 rows, and what `predict` says of them."""
+    if "WORLD_SIZE" in os.environ:
+        options["ddp_backend"] = "gloo"
+    tokenizer, found = tiny_tokenizer(), {}
+    cache = tiny_cache(tiny_llama(), tokenizer, tiny_rows(11, longest=30), k=5)
+    rows = cache.to_iterable_dataset(num_shards=shards) if streaming else cache
+    args = tiny_config(folder, per_device_eval_batch_size=2, **options)
+    trainer = FirstDistillTrainer(
+        tiny_llama(seed=1), args, cache, eval_dataset=rows, processing_class=tokenizer
+    )  # fmt: skip
+    found["distill"] = trainer.evaluate()
+    if not streaming and not args.padding_free:
+        predicted = trainer.predict(cache)
+        found["predict"] = {**predicted.metrics, "rows": len(predicted.predictions)}
+    labelled = Dataset.from_list(tiny_rows(11, longest=30))
+    sft = SFTConfig(
+        str(folder), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, per_device_eval_batch_size=2,
+        **options,
+    )  # fmt: skip
+    found["sft"] = FirstSFTTrainer(
+        tiny_llama(seed=1),
+        args=sft,
+        train_dataset=labelled,
+        eval_dataset=labelled.to_iterable_dataset(num_shards=shards) if streaming else labelled,
+        processing_class=tokenizer,
+    ).evaluate()
+    return found
+
+
 def sharded_step(folder: Path, tied: bool, head_apart: bool) -> dict[str, Any]:
     trainer, _ = trainer_of(folder, tied=tied, per_device_train_batch_size=4)
     model: Any = trainer.model
@@ -84,6 +126,8 @@ def main() -> None:
             results[f"ddp {estimator} {name}"] = step(
                 output.parent, estimator=estimator, per_device_eval_batch_size=3, **shape
             )
+    for name, options in HELD_OUT.items():
+        results[f"held out {name}"] = held_out(output.parent, **options)
     for name, (tied, head_apart) in SHARDED.items():
         results[f"fsdp2 {name}"] = sharded_step(output.parent, tied, head_apart)
     if dist.get_rank() == 0:

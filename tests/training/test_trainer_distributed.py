@@ -12,7 +12,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 
 from first_trl import FirstDistillTrainer
-from tests.support.distributed_steps import DDP_ESTIMATORS, SHAPES, SHARDED, step
+from tests.support.distributed_steps import DDP_ESTIMATORS, HELD_OUT, SHAPES, SHARDED, held_out, step
 from tests.support.tiny import StopAt, tiny_cache, tiny_config, tiny_llama, tiny_rows, tiny_tokenizer
 
 
@@ -65,6 +65,24 @@ def test_ddp_equals_one_process(estimator, two_processes, tmp_path):
             assert two["log"][name] == pytest.approx(one["log"][name], rel=1e-6), name
         for name in ("kl", "teacher_entropy", "mean_token_accuracy", "student_mass_outside"):
             assert two["eval"][f"eval_{name}"] == pytest.approx(one["eval"][f"eval_{name}"], rel=1e-6), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", HELD_OUT)
+def test_held_out_numbers_of_two_processes_are_those_of_one(layout, two_processes, tmp_path):
+    """Every row counts once, whatever the last batch is filled up with."""
+    one = held_out(tmp_path)
+    two = two_processes[f"held out {layout}"]
+    for kind in two:
+        prefix = "test" if kind == "predict" else "eval"
+        names = ["loss", "entropy", "mean_token_accuracy"] + (["kl", "teacher_entropy"] if kind != "sft" else [])
+        for name in names:
+            assert two[kind][f"{prefix}_{name}"] == pytest.approx(one[kind][f"{prefix}_{name}"], rel=1e-6), (
+                kind,
+                name,
+            )
+    assert one["predict"]["rows"] == two.get("predict", one["predict"])["rows"] == 11
+    assert one["predict"]["test_loss"] == pytest.approx(one["distill"]["eval_loss"], rel=1e-6)
 
 
 @pytest.mark.slow

@@ -56,7 +56,7 @@ _PLAIN = {
 def training_fields() -> Mapping[str, str]:
     """Name -> annotation of the arguments of trainings, as in `SFTConfig` and `FirstDistillConfig`, and of recipes."""
     own = {name: str(hint) for name, hint in typing.get_type_hints(TrainerOptions).items()}
-    return _fields(_SFT) | own | {"global_batch_size": "int"}
+    return _fields(_SFT) | own | {"global_batch_size": "int", "fused_loss": "bool"}
 
 
 @cache
@@ -75,6 +75,12 @@ def training_problems(training: Mapping[str, Any], place: str) -> Iterator[str]:
             yield f"{place}.{key} is a key of the arm itself: arms.NAME.{key}."
         else:
             yield from _value(key, value, known[key], place)
+    smoothed = training.get("label_smoothing_factor") or training.get("loss_type", "nll") != "nll"
+    if training.get("fused_loss") is True and smoothed:
+        yield (
+            f"{place}: fused_loss is the negative log-likelihood of the labels; with label_smoothing_factor or another "
+            "loss_type, set fused_loss: false."
+        )
 
 
 def lora_problems(lora: Mapping[str, Any], place: str) -> Iterator[str]:

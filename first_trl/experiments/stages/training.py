@@ -5,28 +5,35 @@ import gc
 import json
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
-from trl import SFTConfig, SFTTrainer
+from transformers.integrations import deepspeed
+from transformers.utils.import_utils import is_torch_bf16_gpu_available
+from trl import SFTConfig
 
 from ...training.config import FirstDistillConfig
 from ...training.options import DistillOptions
-from ...training.token_dropout import TokenDropoutSFTTrainer
+from ...training.sft import FirstSFTTrainer
 from ...training.trainer import FirstDistillTrainer
 from ...utils.files import write_atomically, write_json
-from ...utils.processes import process_state
+from ...utils.processes import on_accelerator, process_state
 from ...utils.versions import training_versions
 from ..recipe import ArmSpec, ModelSpec, Recipe
 from ..run_folder import TrainingFolder
 
 
 def make_model(spec: ModelSpec, tokenizer: Any, seed: int, role: str) -> Any:
-    """A model from scratch (seeded by recipe and role) or from its name."""
+    """A model from scratch (seeded by recipe and role) or from its name, whole on every process."""
+    with whole_models():
+        return _make_model(spec, tokenizer, seed, role)
+
+
+def _make_model(spec: ModelSpec, tokenizer: Any, seed: int, role: str) -> Any:
     if not spec.from_scratch:
         return AutoModelForCausalLM.from_pretrained(str(spec.name_or_path), **spec.config, **spec.init_kwargs)
     set_seed(seed + zlib.crc32(role.encode()) % 2**16)
@@ -49,10 +56,26 @@ def load_trained(folder: TrainingFolder, spec: ModelSpec, base: Callable[[], Any
         base (`Callable`): Makes the model an adapter belongs to: the very one it was trained on, whatever revision and
             settings that was loaded with.
     """
-    if folder.is_adapter:
-        return place(PeftModel.from_pretrained(base(), folder.model))
-    options = {key: value for key, value in spec.init_kwargs.items() if key != "revision"}
-    return place(AutoModelForCausalLM.from_pretrained(folder.model, **options))
+    with whole_models():
+        if folder.is_adapter:
+            return place(PeftModel.from_pretrained(base(), folder.model))
+        options = {key: value for key, value in spec.init_kwargs.items() if key != "revision"}
+        return place(AutoModelForCausalLM.from_pretrained(folder.model, **options))
+
+
+@contextmanager
+def whole_models() -> Iterator[None]:
+    """
+    Models are loaded whole on each process, and DeepSpeed splits a student when its training starts. A training under
+    ZeRO-3 leaves its settings behind, by which `from_pretrained` would give each process a share of the weights: no
+    use for a model that is run on one process, or saved.
+    """
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = reference
 
 
 def place(model: Any) -> Any:
@@ -74,23 +97,22 @@ def train_sft(
     options: DistillOptions | None = None,
 ) -> None:
     """
-    Next-token training on labelled rows with TRL's SFTTrainer; the result goes to `folder.model`. With `validation`
+    Next-token training on labelled rows with [`FirstSFTTrainer`]; the result goes to `folder.model`. With `validation`
     rows it is the epoch with the lowest negative log-likelihood on them, and `folder.selection` says which.
     """
     args = training_arguments(SFTConfig, recipe, training, folder, select=validation is not None)
-    given: dict[str, Any] = {
-        "args": args,
-        "train_dataset": rows,
-        "eval_dataset": validation,
-        "processing_class": tokenizer,
-        "peft_config": _lora(lora),
-    }
-    trainer: SFTTrainer
-    if options is not None and options.token_dropout:
-        given |= {"token_dropout": options.token_dropout, "token_dropout_id": training.get("token_dropout_id")}
-        trainer = TokenDropoutSFTTrainer(model, **given)
-    else:
-        trainer = SFTTrainer(model, **given)
+    dropout = 0.0 if options is None else options.token_dropout
+    trainer = FirstSFTTrainer(
+        model,
+        args=args,
+        train_dataset=rows,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        peft_config=_lora(lora),
+        token_dropout=dropout,
+        token_dropout_id=training.get("token_dropout_id") if dropout else None,
+        fused_loss=training.get("fused_loss", False),
+    )
     _train_and_save(trainer, folder)
 
 
@@ -128,7 +150,6 @@ def training_arguments(
 ) -> Any:
     """`SFTConfig` or `FirstDistillConfig` from a recipe's mapping; keys were checked when the recipe was read."""
     training = dict(training)
-    on_gpu = torch.cuda.is_available()
     known = {f.name for f in dataclasses.fields(cls)}
     global_batch = training.pop("global_batch_size", None)
     if global_batch is not None:
@@ -146,8 +167,8 @@ def training_arguments(
         "seed": recipe.seed,
         # Rows were cut when they were tokenised, and counted there
         "max_length": None,
-        "use_cpu": not on_gpu,
-        "bf16": on_gpu and torch.cuda.is_bf16_supported(),
+        "use_cpu": not on_accelerator(),
+        "bf16": on_accelerator() and is_torch_bf16_gpu_available(),
         "save_strategy": "epoch",
         "save_total_limit": 1,
         **{key: value for key, value in training.items() if key in known},

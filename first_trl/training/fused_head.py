@@ -1,0 +1,79 @@
+"""Training steps on the fused head: the loss, its share of the step, and its statistics, for every trainer here."""
+
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from transformers import PreTrainedModel
+
+from ..losses.head import SUMS, add_distill_head, check_distill_head
+
+
+class FusedHeadMixin:
+    """For a subclass of [`~trl.SFTTrainer`] whose loss is made inside the student's forward."""
+
+    _train_sums: torch.Tensor | None = None
+
+    def add_fused_head(
+        self: Any, estimator: str, ce_weight: float, chunk_size: int | None, student_temperature: float | None = None
+    ) -> None:
+        """Patches the student, see [`add_distill_head`]."""
+        base: PreTrainedModel = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        add_distill_head(base, estimator, ce_weight, chunk_size, student_temperature)
+        # The loss is a sum over `num_items_in_batch`, whatever the student's own forward accepts
+        self.model_accepts_loss_kwargs = True
+        rounds = self.accelerator.mixed_precision != "no" or any(p.dtype != torch.float32 for p in base.parameters())
+        self._head_tolerance = 3e-2 if rounds else 1e-3
+        self._head_checked = False
+        self._tokens_since_log: Any = 0
+
+    def fused_loss(
+        self: Any, model: Any, inputs: dict[str, Any], num_items_in_batch: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of a batch with `teacher_ids` and the sums named in `SUMS`."""
+        training = self.model.training
+        if not self._head_checked:
+            self._head_checked = True
+            check_distill_head(model, inputs["input_ids"][:1, :8], tolerance=self._head_tolerance)
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = True
+        outputs = model(**inputs)
+        sums = outputs.sums.detach()
+        num_tokens = sums[SUMS.index("num_tokens")] if num_items_in_batch is None else num_items_in_batch
+        loss = outputs.loss[0] / torch.as_tensor(num_tokens, device=outputs.loss.device).clamp(min=1)
+        # `num_items_in_batch` counts the tokens of every rank, and DDP averages the gradients across ranks
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        if self.aux_loss_enabled:
+            # A mean over the batch: it belongs to training, and what is held out is a mean over tokens
+            if training:
+                steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+                loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
+            mode = "train" if training else "eval"
+            self._metrics[mode]["aux_loss"].append(self.accelerator.gather(outputs.aux_loss.detach()).mean().item())
+        if training:
+            # Kept on the device and reduced when logs are due: a host read per step would stall the GPU
+            self._train_sums = sums if self._train_sums is None else self._train_sums + sums
+            mask = inputs.get("attention_mask")
+            self._tokens_since_log = self._tokens_since_log + (
+                mask.sum() if mask is not None else inputs["position_ids"].numel()
+            )
+        return loss, sums
+
+    def train_means(self: Any, sums: dict[str, float]) -> dict[str, float]:
+        """Metrics of training steps, from the sums over all processes since the last log."""
+        count = max(sums["num_tokens"], 1.0)
+        return {"entropy": sums["student_entropy"] / count, "mean_token_accuracy": sums["num_correct"] / count}
+
+    def log(self: Any, logs: dict[str, float], start_time: float | None = None) -> None:
+        sums = self._train_sums
+        if self.model.training and sums is not None:
+            self._train_sums = None
+            totals = self.accelerator.reduce(sums, reduction="sum").tolist()
+            logs.update(self.train_means(dict(zip(SUMS, totals, strict=True))))
+            tokens = torch.as_tensor(self._tokens_since_log, device=sums.device)
+            tokens = self.accelerator.reduce(tokens, reduction="sum").item()
+            self._total_train_tokens += int(tokens) // self.get_tp_size()
+            self._tokens_since_log = 0
+            logs["num_tokens"] = float(self._total_train_tokens)
+        super().log(logs, start_time)  # type: ignore[misc]

@@ -1,0 +1,57 @@
+"""Fine-tuning on labels: what the teacher and the baselines of a study are trained with."""
+
+from typing import Any
+
+import torch
+
+from ..vocabulary import IGNORE_INDEX
+from .fused_head import FusedHeadMixin
+from .precision import MasterWeightsMixin
+from .token_dropout import TokenDropoutSFTTrainer
+from .token_means import TokenMeansMixin
+
+
+class FirstSFTTrainer(MasterWeightsMixin, FusedHeadMixin, TokenMeansMixin, TokenDropoutSFTTrainer):
+    """
+    [`~trl.SFTTrainer`] under the conditions of [`FirstDistillTrainer`]: float32 master weights, held-out means over
+    tokens, token dropout, and on request the same fused loss. A step makes the gradient that `SFTTrainer` makes.
+
+    Args:
+        *args:
+            As in [`~trl.SFTTrainer`].
+        fused_loss (`bool`, *optional*, defaults to `False`):
+            Project the supervised positions alone onto the vocabulary. On a CPU, `SFTTrainer` projects all of them,
+            which takes most of a step where prompts are long and the vocabulary is large.
+        **kwargs:
+            As in [`~trl.SFTTrainer`], and `token_dropout` and `token_dropout_id`, see [`TokenDropoutSFTTrainer`].
+
+    Raises:
+        `ValueError`: `fused_loss` with another loss than the negative log-likelihood, or with a model whose head it
+            does not know.
+    """
+
+    def __init__(self, *args: Any, fused_loss: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.fused = fused_loss
+        if not fused_loss:
+            return
+        settings: Any = self.args
+        if settings.loss_type != "nll" or settings.label_smoothing_factor or self.compute_loss_func is not None:
+            raise ValueError(
+                "`fused_loss=True` is the negative log-likelihood of the labels, and the arguments ask for another "
+                f"loss (loss_type={settings.loss_type!r}, label_smoothing_factor={settings.label_smoothing_factor}, "
+                "compute_loss_func). Leave `fused_loss` out."
+            )
+        self.add_fused_head("topk", ce_weight=0.0, chunk_size=None)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        student: Any = self.model
+        if not self.fused or return_outputs or not student.training or "labels" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # The KL divergence from a target that is one at the label is the label's negative log-likelihood
+        following = inputs["labels"][:, 1:]
+        labels = following[following != IGNORE_INDEX][:, None]
+        targets = {"teacher_ids": labels, "teacher_log_target": torch.zeros_like(labels, dtype=torch.float32)}
+        return self.fused_loss(model, {**inputs, **targets}, num_items_in_batch)[0]
