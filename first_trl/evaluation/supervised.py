@@ -184,9 +184,9 @@ class _Head:
 
     def __init__(self, model: Any) -> None:
         # Imported here: TRL, which the training package needs, is not needed by the other evaluations
-        from ..losses.head import head_transform
+        from ..losses.head import backbone, head_transform
 
-        self.backbone, self.module = model.base_model, model.get_output_embeddings()
+        self.backbone, self.module = backbone(model), model.get_output_embeddings()
         self.scale, self.softcap = head_transform(model.config)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,9 @@ from .fused import fused_sparse_kl
 SUMS = ("kl", "cross_entropy", "teacher_entropy", "student_entropy", "mass_outside", "num_correct", "num_tokens")
 
 
+_SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
 @dataclass
 class DistillOutput(ModelOutput):
     """
@@ -44,11 +47,22 @@ def head_transform(config: PreTrainedConfig) -> tuple[float, float | None]:
     What a model does to its head's output before the softmax: `(scale, softcap)`, with
     `logits = softcap * tanh(scale * z / softcap)`. Model families name the scale differently: Cohere `logit_scale`,
     Muse `output_multiplier`, Falcon-H1 `lm_head_multiplier`; Granite and MiniCPM divide by `logits_scaling`,
-    HyperCLOVA X multiplies by it.
+    HyperCLOVA X multiplies by it. The cap is `final_logit_softcapping`, RecurrentGemma's `logits_soft_cap` or xLSTM's
+    `output_logit_soft_cap`.
+
+    Raises:
+        `ValueError`: The scale is no number.
     """
     text = config.get_text_config()
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+    # MPT's configuration has a scale, as a number or as "inv_sqrt_d_model", that its model in transformers never reads
+    names = () if text.model_type == "mpt" else ("logit_scale", "output_multiplier", "lm_head_multiplier")
+    for name in names:
         if getattr(text, name, None) is not None:
+            if not isinstance(getattr(text, name), int | float):
+                raise ValueError(
+                    f"{text.model_type}: `config.{name}` is {getattr(text, name)!r}, which says nothing about the "
+                    "size of the logits. Set it to the number that the model multiplies its logits by."
+                )
             scale = float(getattr(text, name))
             break
     else:
@@ -57,7 +71,48 @@ def head_transform(config: PreTrainedConfig) -> tuple[float, float | None]:
             scale = 1.0
         else:
             scale = float(scaling) if text.model_type == "hyperclovax" else 1 / float(scaling)
-    return scale, getattr(text, "final_logit_softcapping", None)
+    caps = (getattr(text, name, None) for name in _SOFT_CAPS)
+    return scale, next((float(cap) for cap in caps if cap is not None), None)
+
+
+def backbone(model: Any) -> Any:
+    """The model without its output head. Llama 4 calls it `model`, and names another attribute as its base."""
+    return model.base_model if model.base_model is not model else model.model
+
+
+def check_causal(model: Any) -> None:
+    """
+    Raises `ValueError` for encoder-decoders: their text has two parts, and a cache of rows has one.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): Student or teacher.
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder: it reads a source and writes a target, and the rows of a "
+            "teacher cache are one text. Use a causal language model (`AutoModelForCausalLM`)."
+        )
+
+
+def _router_loss(model: Any, outputs: Any, attention_mask: Any) -> Any:
+    """Load-balancing loss of a mixture of experts; families name the number of experts differently."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    text = model.config.get_text_config()
+    experts = _first(("num_experts", "num_local_experts", "n_routed_experts"), model, text)
+    chosen = _first(("num_experts_per_tok", "top_k", "moe_top_k"), model, text)
+    router_logits = getattr(outputs, "router_logits", None)
+    if experts is None or chosen is None or not router_logits:
+        raise ValueError(
+            f"{type(model).__name__}: its load-balancing loss cannot be computed, since the model does not say how many "
+            "experts it has or returns no router logits. Train without it: `router_aux_loss_coef=0`."
+        )
+    return load_balancing_loss_func(router_logits, experts, chosen, attention_mask)
+
+
+def _first(names: tuple[str, ...], *places: Any) -> int | None:
+    values = (getattr(place, name, None) for place in places for name in names)
+    return next((value for value in values if isinstance(value, int)), None)
 
 
 def add_distill_head(
@@ -75,7 +130,6 @@ def add_distill_head(
     """
     forward = model.forward
     scale, softcap = head_transform(model.config)
-    text_config = model.config.get_text_config()
 
     # `generate` reads the signature of the model's own forward
     @functools.wraps(type(model).forward)
@@ -92,7 +146,7 @@ def add_distill_head(
             return forward(*args, **kwargs)
         labels = kwargs.pop("labels")
         kwargs["use_cache"] = False
-        outputs = self.base_model(*args, **kwargs)
+        outputs = backbone(self)(*args, **kwargs)
         # Looked up on each call: FSDP and PEFT replace the head after patching
         head = self.get_output_embeddings()
         weight: Any = _whole(head.weight)
@@ -100,7 +154,9 @@ def add_distill_head(
         labels = labels[:, 1:].to(weight.device)
         mask = labels != IGNORE_INDEX
         hidden = outputs.last_hidden_state[:, :-1].to(weight.device)[mask]
-        with maybe_gather_lm_head_ctx(weight, bias):
+        # Before DeepSpeed has split a model there is nothing to gather
+        split = [parameter for parameter in (weight, bias) if hasattr(parameter, "ds_status")]
+        with maybe_gather_lm_head_ctx(*split):
             result = fused_sparse_kl(
                 hidden,
                 weight,
@@ -120,14 +176,7 @@ def add_distill_head(
             )
         aux_loss: Any = None
         if kwargs.get("output_router_logits"):
-            from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
-            aux_loss = load_balancing_loss_func(
-                outputs.router_logits,
-                text_config.num_experts,
-                text_config.num_experts_per_tok,
-                kwargs.get("attention_mask"),
-            )
+            aux_loss = _router_loss(self, outputs, kwargs.get("attention_mask"))
         return DistillOutput(
             loss=result.loss.reshape(1),
             sums=torch.stack([getattr(result, name).float() for name in SUMS]),
@@ -169,7 +218,7 @@ def check_distill_head(model: Any, input_ids: torch.Tensor, tolerance: float) ->
             Relative difference that rounding explains.
 
     Raises:
-        `ValueError`: The two differ by more than rounding.
+        `ValueError`: The two differ by more than rounding, or a token's logits depend on the tokens after it.
     """
     training = model.training
     model.eval()
@@ -177,6 +226,9 @@ def check_distill_head(model: Any, input_ids: torch.Tensor, tolerance: float) ->
     labels[:, 0] = IGNORE_INDEX
     targets = labels[:, 1:].reshape(-1, 1)
     logits = model(input_ids=input_ids, use_cache=False).logits
+    other = input_ids.clone()
+    other[:, -1] = (other[:, -1] + 1) % logits.shape[-1]
+    changed = model(input_ids=other, use_cache=False).logits
     sums = model(
         input_ids=input_ids,
         labels=labels,
@@ -185,6 +237,12 @@ def check_distill_head(model: Any, input_ids: torch.Tensor, tolerance: float) ->
         check_only=True,
     ).sums
     model.train(training)
+    moved = float((logits[0, :-1] - changed[0, :-1]).float().abs().max())
+    if moved > tolerance * float(logits.float().abs().max()):
+        raise ValueError(
+            f"{type(model).__name__}: another last token changes the logits before it. The model sees the tokens that it "
+            "is to predict; use a causal language model (for BERT and the like, `is_decoder=True`)."
+        )
     own = torch.nn.functional.cross_entropy(logits[0, :-1].float(), targets[:, 0].to(logits.device))
     fused = sums[SUMS.index("cross_entropy")] / len(targets)
     if not abs(own - fused) <= tolerance * (1 + abs(own)):
@@ -192,4 +250,44 @@ def check_distill_head(model: Any, input_ids: torch.Tensor, tolerance: float) ->
             f"{type(model).__name__}: the cross-entropy of {len(targets)} tokens is {own:.4f} by the model's logits "
             f"and {fused:.4f} by its backbone and output head alone. Its head does something this trainer does not "
             "know; it cannot be distilled with the fused loss. Please report the architecture."
+        )
+
+
+@torch.no_grad()
+def check_rows_apart(model: Any, input_ids: torch.Tensor, tolerance: float) -> None:
+    """
+    Compare the logits of a text alone with those behind another one in a batch without padding. Some models take no
+    notice of `position_ids` where they make their mask or carry a state, and would read rows into one another.
+
+    Args:
+        model (`torch.nn.Module`):
+            Causal language model, wrapped or not.
+        input_ids (`torch.Tensor` of shape `(1, seq_len)`, int64):
+            At least two tokens, which are cut in the middle.
+        tolerance (`float`):
+            Difference that rounding explains, relative to the largest logit.
+
+    Raises:
+        `ValueError`: The two differ by more than rounding.
+    """
+    length = input_ids.shape[1] // 2
+    input_ids, device = input_ids[:, : 2 * length], input_ids.device
+    bounds = torch.tensor([0, length, 2 * length], dtype=torch.int32, device=device)
+    positions = torch.arange(length, device=device).repeat(2)[None]
+    texts = torch.arange(2, dtype=torch.int32, device=device).repeat_interleave(length)[None]
+    training = model.training
+    model.eval()
+    together = model(
+        input_ids=input_ids, position_ids=positions, use_cache=False, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds,
+        max_length_q=length, max_length_k=length, seq_idx=texts,
+    ).logits[0, length:].float()  # fmt: skip
+    alone = model(input_ids=input_ids[:, length:], position_ids=positions[:, length:], use_cache=False)
+    model.train(training)
+    expected = alone.logits[0].float()
+    difference = float((together - expected).abs().max())
+    if difference > tolerance * float(expected.abs().max()):
+        attention = getattr(getattr(model, "config", None), "_attn_implementation", "its")
+        raise ValueError(
+            f"{type(model).__name__} with {attention} attention lets the rows of a batch without padding see each other. "
+            "Set `padding_free=False` and `packing=False`, or load it with `attn_implementation='flash_attention_2'`."
         )

@@ -5,14 +5,17 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from ..losses.head import SUMS, add_distill_head, check_distill_head
+from ..losses.head import SUMS, add_distill_head, check_distill_head, check_rows_apart
 
 
 class FusedHeadMixin:
     """For a subclass of [`~trl.SFTTrainer`] whose loss is made inside the student's forward."""
 
     _train_sums: torch.Tensor | None = None
+    _student_checked = False
+    _first_step: int | None = None
 
     def add_fused_head(
         self: Any, estimator: str, ce_weight: float, chunk_size: int | None, student_temperature: float | None = None
@@ -22,19 +25,42 @@ class FusedHeadMixin:
         add_distill_head(base, estimator, ce_weight, chunk_size, student_temperature)
         # The loss is a sum over `num_items_in_batch`, whatever the student's own forward accepts
         self.model_accepts_loss_kwargs = True
-        rounds = self.accelerator.mixed_precision != "no" or any(p.dtype != torch.float32 for p in base.parameters())
-        self._head_tolerance = 3e-2 if rounds else 1e-3
-        self._head_checked = False
         self._tokens_since_log: Any = 0
+        if is_deepspeed_zero3_enabled() and not any(hasattr(p, "ds_id") for p in base.parameters()):
+            # Before DeepSpeed splits it
+            embeddings: Any = base.get_input_embeddings()
+            tokens = torch.arange(8, device=embeddings.weight.device) % len(embeddings.weight)
+            self._check_student(base, tokens[None], fused=True)
+
+    def check_student(self: Any, model: Any, input_ids: torch.Tensor, *, fused: bool) -> None:
+        """At its first step: whether it computes what it is trained for."""
+        if not self._student_checked and self._may_check():
+            self._check_student(model, input_ids, fused=fused)
+
+    def _check_student(self: Any, model: Any, input_ids: torch.Tensor, *, fused: bool) -> None:
+        self._student_checked = True
+        parameters = self.model.parameters()
+        rounds = self.accelerator.mixed_precision != "no" or any(p.dtype != torch.float32 for p in parameters)
+        tolerance = 3e-2 if rounds else 1e-3
+        if fused:
+            check_distill_head(model, input_ids[:1, :8], tolerance)
+        if self.padding_free:
+            check_rows_apart(model, input_ids[:1, :8], tolerance)
+
+    def _may_check(self: Any) -> bool:
+        """ZeRO-3 takes the order in which weights are used from the first forward, which must be one of training."""
+        if not is_deepspeed_zero3_enabled():
+            return True
+        if self.model.training and self._first_step is None:
+            self._first_step = self.state.global_step
+        return self._first_step is not None and self.state.global_step > self._first_step
 
     def fused_loss(
         self: Any, model: Any, inputs: dict[str, Any], num_items_in_batch: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of a batch with `teacher_ids` and the sums named in `SUMS`."""
         training = self.model.training
-        if not self._head_checked:
-            self._head_checked = True
-            check_distill_head(model, inputs["input_ids"][:1, :8], tolerance=self._head_tolerance)
+        self.check_student(model, inputs["input_ids"], fused=True)
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
         outputs = model(**inputs)

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from ..losses.head import check_causal
 from ..vocabulary import IGNORE_INDEX
 from .fused_head import FusedHeadMixin
 from .precision import MasterWeightsMixin
@@ -31,6 +32,9 @@ class FirstSFTTrainer(MasterWeightsMixin, FusedHeadMixin, TokenMeansMixin, Token
     """
 
     def __init__(self, *args: Any, fused_loss: bool = False, **kwargs: Any) -> None:
+        model = args[0] if args else kwargs.get("model")
+        if hasattr(model, "config"):
+            check_causal(model)
         super().__init__(*args, **kwargs)
         self.fused = fused_loss
         if not fused_loss:
@@ -48,6 +52,8 @@ class FirstSFTTrainer(MasterWeightsMixin, FusedHeadMixin, TokenMeansMixin, Token
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         student: Any = self.model
+        if self.padding_free and student.training:
+            self.check_student(model, inputs["input_ids"], fused=self.fused)
         if not self.fused or return_outputs or not student.training or "labels" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # The KL divergence from a target that is one at the label is the label's negative log-likelihood

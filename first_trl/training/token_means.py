@@ -77,13 +77,15 @@ class TokenMeansMixin:
         if self.model.training or "labels" not in inputs or self.compute_loss_func is not None or split_rows:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         inputs["use_cache"] = False
+        # TRL knows the number of experts by one name only
+        routed = self.aux_loss_enabled and hasattr(self.model.config.get_text_config(), "num_experts")
         if self.aux_loss_enabled:
-            inputs["output_router_logits"] = True
+            inputs["output_router_logits"] = routed
         outputs = model(**inputs, fused_lm_head=True)
         count = outputs.label_mask.sum()
         sums = (-outputs.log_probs.sum(), outputs.entropy.sum(), outputs.is_top1.sum(), count)
         self.add_held_out(PLAIN_SUMS, torch.stack([value.detach().float() for value in sums]))
-        if self.aux_loss_enabled:
+        if routed:
             self._metrics["eval"]["aux_loss"].append(self.accelerator.gather(outputs.aux_loss.detach()).mean().item())
         self._metrics["eval"]["num_tokens"] = [self._total_train_tokens]
         loss = sums[0] / count.clamp(min=1)

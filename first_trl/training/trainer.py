@@ -15,7 +15,7 @@ from .._trl_compat import fingerprint, get_dataset_column_names, global_then_loc
 from ..cache.manifest import read_manifests
 from ..cache.schema import DRAW_COLUMNS, TEACHER_COLUMNS, count_without_gold
 from ..cache.verify import verify_teacher_cache
-from ..losses.head import SUMS
+from ..losses.head import SUMS, check_causal
 from ..losses.inputs import get_estimator
 from ..plugins import estimator_target
 from ..recalibration import Recalibration
@@ -136,6 +136,8 @@ class FirstDistillTrainer(  # type: ignore[misc]  # TRL's signature
                 f"Prompt-learning PEFT ({type(prompt_learning).__name__}) puts virtual tokens before the text, which "
                 "moves every position away from its cached teacher entry. Use LoRA or another weight adapter."
             )
+        if not isinstance(model, str):
+            check_causal(model)
         estimator = get_estimator(args.estimator, args.student_temperature)
         if estimator.warning is not None:
             warnings.warn(estimator.warning)

@@ -14,6 +14,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from first_trl import FirstDistillTrainer
 from tests.support.distributed_steps import DDP_ESTIMATORS, HELD_OUT, SHAPES, SHARDED, held_out, step
 from tests.support.tiny import StopAt, tiny_cache, tiny_config, tiny_llama, tiny_rows, tiny_tokenizer
+from tests.support.zero3_steps import RUNS, steps
 
 
 ROOT = Path(__file__).parents[2]
@@ -21,9 +22,9 @@ CONFIGS = ROOT / "recipes" / "accelerate"
 torch.set_num_threads(1)
 
 
-def launch(*command, check=True):
+def launch(*command, check=True, **variables):
     environment = {
-        **os.environ, "HF_HUB_DISABLE_TELEMETRY": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+        **os.environ, "HF_HUB_DISABLE_TELEMETRY": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **variables,
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500
@@ -32,15 +33,18 @@ def launch(*command, check=True):
     return done
 
 
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     output = tmp_path_factory.mktemp("two") / "results.pt"
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
     launch(
         "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "ddp.yaml"),
-        "--main_process_port", str(port), "-m", "tests.support.distributed_steps", str(output),
+        "--main_process_port", str(free_port()), "-m", "tests.support.distributed_steps", str(output),
     )  # fmt: skip
     return torch.load(output, weights_only=True)
 
@@ -91,6 +95,30 @@ def test_fsdp2_equals_one_process(layout, two_processes, tmp_path):
     """Also with a head that is sharded on its own, and never called as a module."""
     one = step(tmp_path, tied=SHARDED[layout][0])
     assert_same_gradients(two_processes[f"fsdp2 {layout}"]["gradients"], one["gradients"])
+
+
+@pytest.fixture(scope="module")
+def zero3(tmp_path_factory):
+    pytest.importorskip("deepspeed", reason="ZeRO-3 needs `pip install deepspeed`")
+    output = tmp_path_factory.mktemp("zero3") / "results.pt"
+    launch(
+        "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
+        "-m", "tests.support.zero3_steps", str(output), DS_ACCELERATOR="cpu",
+    )  # fmt: skip
+    return torch.load(output, weights_only=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_zero3_equals_one_process(name, zero3, tmp_path):
+    """Three steps, with an evaluation after each, and the saved model read again by the same processes."""
+    kind, tied, _ = RUNS[name]
+    one, two = steps(tmp_path, kind, tied, False), zero3[name]
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-5) and len(one["loss"]) == 3
+    assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-5) and len(one["eval_loss"]) == 3
+    assert set(two["weights"]) == set(one["weights"])
+    for weight, tensor in one["weights"].items():
+        torch.testing.assert_close(two["weights"][weight], tensor, rtol=1e-5, atol=1e-5, msg=weight)
 
 
 def train(folder, stop=None, resume=False):

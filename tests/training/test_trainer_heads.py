@@ -1,13 +1,17 @@
 """The fused loss of the trainer equals the dense reference on the model's own logits, whatever the head does."""
 
 import copy
+import types
 
 import pytest
 import torch
 import transformers
+from datasets import Dataset
 
-from first_trl import FirstDistillTrainer, Recalibration
+from first_trl import FirstDistillTrainer, Recalibration, add_teacher_topk
 from first_trl.losses import sparse_kl_reference
+from first_trl.losses.head import head_transform
+from first_trl.training.sft import FirstSFTTrainer
 from tests.support.tiny import VOCAB, run, tiny_cache, tiny_config, tiny_gpt2, tiny_llama, tiny_rows, tiny_tokenizer
 
 
@@ -40,12 +44,30 @@ HEADS = {
             "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8,
         },
     ),
+    "cap by another name": (
+        "RecurrentGemma",
+        {**SIZES, "num_hidden_layers": 3, "lru_width": 16, "attention_window_size": 16, "logits_soft_cap": 2.0},
+    ),
+    "a base by another name": (
+        "Llama4",
+        {
+            **SIZES, "head_dim": 8, "intermediate_size_mlp": 32, "num_local_experts": 2, "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 2, "use_qk_norm": False, "router_aux_loss_coef": 0.0, "attention_chunk_size": 16,
+        },
+    ),
+    "a scale that is text": (
+        "Mpt", {"d_model": 16, "n_heads": 2, "n_layers": 2, "max_seq_len": 64, "logit_scale": "inv_sqrt_d_model"},
+    ),
+    "a scale that is not read": (
+        "Mpt", {"d_model": 16, "n_heads": 2, "n_layers": 2, "max_seq_len": 64, "logit_scale": 0.25},
+    ),
 }  # fmt: skip
 
 
 def student_of(name):
     architecture, options = HEADS[name]
-    config = getattr(transformers, f"{architecture}Config")(**(COMMON | options))
+    suffix = "TextConfig" if architecture == "Llama4" else "Config"
+    config = getattr(transformers, architecture + suffix)(**(COMMON | options))
     torch.manual_seed(0)
     model = getattr(transformers, f"{architecture}ForCausalLM")(config)
     head = model.get_output_embeddings()
@@ -153,3 +175,50 @@ def test_an_unknown_head_is_refused(cache, tokenizer, tmp_path):
     trainer = FirstDistillTrainer(student, tiny_config(tmp_path), cache, processing_class=tokenizer)
     with pytest.raises(ValueError, match="Its head does something this trainer does not know"):
         trainer.train()
+
+
+SEQ2SEQ = {
+    "Bart": {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+             "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "max_position_embeddings": 64},
+    "T5": {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0},
+    "Pegasus": {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+                "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16},
+    "LED": {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "attention_window": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", SEQ2SEQ)
+def test_encoder_decoders_are_refused_at_construction(architecture, cache, tokenizer, tmp_path):
+    """As student of a cache or of labels, and as a teacher."""
+    config = getattr(transformers, f"{architecture}Config")(**COMMON, **SEQ2SEQ[architecture])
+    model = getattr(transformers, f"{architecture}ForConditionalGeneration")(config)
+    rows = Dataset.from_list(tiny_rows())
+    for build in (
+        lambda: FirstDistillTrainer(model, tiny_config(tmp_path), cache, processing_class=tokenizer),
+        lambda: FirstSFTTrainer(model, train_dataset=rows, processing_class=tokenizer),
+        lambda: add_teacher_topk(rows, model, tokenizer, k=2, output_dir=tmp_path / "cache", disable_tqdm=True),
+    ):
+        with pytest.raises(ValueError, match=f"{architecture}ForConditionalGeneration is an encoder-decoder"):
+            build()
+
+
+@pytest.mark.parametrize("is_decoder", [False, True])
+def test_a_model_that_sees_the_next_token_is_refused(is_decoder, cache, tokenizer, tmp_path):
+    """A BERT with a language-model head is causal only when its configuration says so; its head is unknown then."""
+    config = transformers.BertConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        is_decoder=is_decoder, initializer_range=0.3,
+    )  # fmt: skip
+    trainer = FirstDistillTrainer(
+        transformers.BertLMHeadModel(config), tiny_config(tmp_path), cache, processing_class=tokenizer
+    )
+    message = "Its head does something" if is_decoder else "sees the tokens that it is to predict"
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+
+
+def test_a_scale_that_is_no_number_is_refused():
+    text = types.SimpleNamespace(model_type="another", logit_scale="inv_sqrt_d_model")
+    with pytest.raises(ValueError, match=r"`config\.logit_scale` is 'inv_sqrt_d_model'"):
+        head_transform(types.SimpleNamespace(get_text_config=lambda: text))

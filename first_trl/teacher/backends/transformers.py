@@ -12,6 +12,7 @@ import transformers
 from accelerate.utils import is_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ...losses.head import check_causal
 from ...utils.processes import process_state
 from .base import Scores
 from .topk import draw_ids, top_k_and_tail
@@ -49,6 +50,7 @@ class TransformersBackend:
             raise ValueError(
                 f"{sorted(model_init_kwargs)} only apply when the teacher is a name; this one is already loaded."
             )
+        check_causal(model)
         self.model: Any = model
         self.head_size: int | None = self.model.get_output_embeddings().weight.shape[0]
         self.ranks_per_teacher = int(getattr(self.model, "tp_size", None) or 1)
