@@ -17,6 +17,7 @@ from trl import SFTConfig
 
 from first_trl import FirstDistillTrainer
 from first_trl.experiments.recipe import ModelSpec
+from first_trl.experiments.run_folder import TrainingFolder
 from first_trl.experiments.stages.training import load_trained, make_model, whole_models
 from first_trl.training.sft import FirstSFTTrainer
 from tests.support.tiny import tiny_cache, tiny_config, tiny_llama, tiny_rows, tiny_tokenizer
@@ -83,7 +84,7 @@ def steps(folder: Path, kind: str, tied: bool, shares: bool) -> dict[str, Any]:
     trainer.save_model(str(folder / "model"))
     trainer.accelerator.wait_for_everyone()
     # What the pipeline does next, in the same process: the model is read to be run
-    again = load_trained(folder, ModelSpec(name_or_path="x"), lambda: None)
+    again = load_trained(TrainingFolder(folder), ModelSpec(name_or_path="x"), lambda: None)
     history = trainer.state.log_history
     return {
         "loss": [entry["loss"] for entry in history if "loss" in entry],

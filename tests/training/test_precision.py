@@ -11,6 +11,7 @@ from trl import SFTConfig
 
 from first_trl import FirstDistillTrainer
 from first_trl.experiments.recipe import ModelSpec
+from first_trl.experiments.run_folder import TrainingFolder
 from first_trl.experiments.stages.training import load_trained, make_model
 from first_trl.training.sft import FirstSFTTrainer
 from tests.support.tiny import tiny_cache, tiny_config, tiny_llama, tiny_rows, tiny_tokenizer
@@ -64,7 +65,9 @@ def test_a_model_loaded_in_bfloat16_learns_like_a_float32_one(kind, cache, token
         trainer = trained(kind, student, cache, tokenizer, tmp_path / dtype)
         losses[dtype] = trainer.evaluate(cache if kind == "distill" else Dataset.from_list(tiny_rows()))["eval_loss"]
         trainer.save_model(str(tmp_path / dtype / "model"))
-        saved = load_trained(tmp_path / dtype, ModelSpec(name_or_path="x", init_kwargs={"dtype": "float32"}), None)
+        saved = load_trained(
+            TrainingFolder(tmp_path / dtype), ModelSpec(name_or_path="x", init_kwargs={"dtype": "float32"}), None
+        )
         for name, weight in saved.state_dict().items():
             moved = weight != before[name]
             if "embed_tokens" in name:
@@ -74,7 +77,7 @@ def test_a_model_loaded_in_bfloat16_learns_like_a_float32_one(kind, cache, token
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.01)
     # What is frozen stays in 16 bits: a model that is run is loaded as the recipe says
     spec = ModelSpec(name_or_path="x", init_kwargs={"dtype": "bfloat16"})
-    assert load_trained(tmp_path / "bfloat16", spec, None).dtype == torch.bfloat16
+    assert load_trained(TrainingFolder(tmp_path / "bfloat16"), spec, None).dtype == torch.bfloat16
 
 
 ADAPTERS = {
