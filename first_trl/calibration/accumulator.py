@@ -9,7 +9,7 @@ from .arrays import round_to
 from .bins import BinTable, assign, width_edges
 from .config import CalibrationConfig, EdgeDtype, Edges, Input, Norm
 from .errors import bin_error, debiased_l2
-from .examples import prepare
+from .examples import check_references, prepare
 from .scores import brier_score, negative_log_likelihood
 
 
@@ -99,6 +99,7 @@ class CalibrationAccumulator:
         """
         refs = np.asarray(references.cpu() if hasattr(references, "cpu") else references)
         if refs.ndim == 1 and (refs.size == 0 or (refs == self.config.ignore_index).all()):
+            check_references(references, np.ndim(predictions))
             if len(predictions) != len(refs):
                 raise ValueError(f"predictions have {len(predictions)} rows but references have {len(refs)}.")
             return  # a last batch of padding only is no error in a stream

@@ -94,6 +94,21 @@ def _is_number(value: Any) -> bool:
     )
 
 
+def first_boolean(values: Any) -> int | None:
+    """
+    Index of the first entry of a 1-d sequence that is a boolean, `None` where there is none.
+
+    To be asked before [`as_numbers`], which reads `[True, 2]` as the integers 1 and 2.
+    """
+    if isinstance(values, (list, tuple)) or getattr(getattr(values, "dtype", None), "name", "") == "object":
+        return next((row for row, value in enumerate(values) if isinstance(value, (bool, np.bool_))), None)
+    dtype = getattr(values, "dtype", None)
+    if dtype is None:
+        dtype = np.asarray(values).dtype
+    name = str(dtype).removeprefix("torch.")
+    return 0 if name in ("bool", "boolean", "bool[pyarrow]") and len(values) else None
+
+
 def round_to(values: npt.NDArray[np.float64], dtype: str) -> npt.NDArray[np.float64]:
     """Round to the nearest value of `dtype` (ties to even) and return it as float64."""
     if dtype == "float64":

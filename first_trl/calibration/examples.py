@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import EPSILON, FloatArray, as_numbers, stored_precision
+from .arrays import EPSILON, FloatArray, as_numbers, first_boolean, stored_precision
 from .config import CalibrationConfig
 
 
@@ -74,6 +74,7 @@ def prepare(predictions: Any, references: Any, config: CalibrationConfig, sample
     refs, _ = as_numbers(references, "references")
     weight = None if sample_weight is None else as_numbers(sample_weight, "sample_weight")[0].astype(np.float64)
     _check_shapes(pred, refs, weight)
+    check_references(references, pred.ndim)
 
     rows: npt.NDArray[np.intp] | None = None
     if config.ignore_index is not None:
@@ -82,6 +83,12 @@ def prepare(predictions: Any, references: Any, config: CalibrationConfig, sample
             rows = np.flatnonzero(kept)
             if rows.size == 0:
                 raise ValueError(f"Every reference equals ignore_index={config.ignore_index}: nothing is left.")
+            if pred.ndim == 1 and config.ignore_index in (0, 1):
+                raise ValueError(
+                    f"ignore_index={config.ignore_index} would leave out every "
+                    f"{'correct' if config.ignore_index else 'wrong'} answer: with (N,) confidences a reference is 1 "
+                    "where the answer is correct and 0 where it is not."
+                )
             pred, refs = pred[rows], refs[rows]
             weight = None if weight is None else weight[rows]
     if weight is not None:
@@ -99,6 +106,28 @@ def prepare(predictions: Any, references: Any, config: CalibrationConfig, sample
             stacklevel=4,
         )
     return examples
+
+
+def check_references(references: Any, n_dimensions: int) -> None:
+    """
+    Refuse correctness flags where class ids belong.
+
+    Args:
+        references (array-like of shape `(N,)`):
+            As they were passed, before they become numbers.
+        n_dimensions (`int`):
+            Dimensions of the predictions that go with them.
+
+    Raises:
+        `ValueError`: for booleans beside `(N, C)` predictions, naming the first.
+    """
+    row = first_boolean(references) if n_dimensions == 2 else None
+    if row is not None:
+        raise ValueError(
+            f"references row {row} is a boolean, and booleans are no class ids. With (N, C) class probabilities "
+            "a reference is the id of the right class. If these say whether the answer is correct, pass the confidence of "
+            "the answer, `probabilities.max(axis=1)`, of shape (N,)."
+        )
 
 
 def _check_shapes(pred: npt.NDArray[Any], refs: npt.NDArray[Any], weight: npt.NDArray[np.float64] | None) -> None:

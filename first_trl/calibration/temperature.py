@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .arrays import first_boolean
 from .errors import equal_width_ece
 from .scores import brier_of
 
@@ -56,6 +57,8 @@ def _check(logits: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"`logits` [N, C >= 2] and `labels` [N] are needed, got the shapes {z.shape} and {y.shape}.")
     if len(z) == 0:
         raise ValueError("There is no example to fit a temperature on.")
+    if (row := first_boolean(labels)) is not None:
+        raise ValueError(f"`labels` row {row} is a boolean: they must be integer class ids, not correctness flags.")
     if not np.issubdtype(y.dtype, np.integer):
         raise ValueError(f"`labels` must be integer class ids, got {y.dtype}.")
     outside = np.flatnonzero((y < 0) | (y >= z.shape[1]))

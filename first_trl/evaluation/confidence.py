@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..calibration import calibration_report
+from ..calibration.arrays import first_boolean
 
 
 DEFINITIONS = {
@@ -199,6 +200,11 @@ def answers_to_confidences(
         dropped (`Mapping[str, int]`, *optional*):
             Rows left out before, by reason.
     """
+    for row, g in enumerate(gold):
+        if first_boolean([g] if np.ndim(g) == 0 else list(g)) is not None:
+            raise ValueError(
+                f"{name}: gold of row {row} is {g!r}: it must be the index of the right choice, no boolean."
+            )
     answer = np.array([int(np.argmax(row)) for row in scores], dtype=np.int64)
     confidence = np.array([float(row[i]) for row, i in zip(scores, answer, strict=True)])
     right = [{g} if isinstance(g, int | np.integer) else set(g) for g in gold]

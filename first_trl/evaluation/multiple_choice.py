@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from ..calibration.arrays import first_boolean
 from ..tasks.answers import answer_token_ids_of_rows
 from ..tasks.tokenize import encode_prompts
 from .next_token import context_length, cut_to_length, next_token_logits
@@ -158,6 +159,10 @@ def read_multiple_choice_rows(
         raise ValueError(f"The dataset lacks the columns {missing}; it has {dataset.column_names}.")
     if len(dataset) == 0:
         raise ValueError("The dataset is empty: there is no row to evaluate. Check the split and its filters.")
+    if (row := first_boolean(dataset["gold"])) is not None:
+        raise ValueError(
+            f"Row {row} has a boolean as `gold`: it must be the index of the right choice, -1 where hidden."
+        )
     gold = np.array(dataset["gold"], dtype=np.int64)
     n_choices = np.array([len(choices) for choices in dataset["choices"]])
     outside = np.flatnonzero((gold >= n_choices) | (gold < -1))

@@ -85,3 +85,12 @@ def test_errors() -> None:
         accumulator.load_state(-accumulator.state)
     with pytest.raises(ValueError, match="rows but references"):
         accumulator.add_batch([0.5], [])
+
+
+@pytest.mark.parametrize("ignore_index", [None, 1, -100])
+def test_correctness_flags_are_no_class_ids(ignore_index: int | None) -> None:
+    accumulator = CalibrationAccumulator(ignore_index=ignore_index)
+    for flags in ([True, True], [0, True]):
+        with pytest.raises(ValueError, match=r"row \d is a boolean"):
+            accumulator.add_batch([[0.9, 0.1], [0.2, 0.8]], flags)
+    assert len(accumulator) == 0

@@ -274,3 +274,17 @@ def test_test_cases(ece: Any) -> None:
         result = ece.compute(predictions=case["predictions"], references=case["references"], **case["kwargs"])
         for key, value in case["result"].items():
             assert result[key] == pytest.approx(value, abs=1e-12)
+
+
+def test_correctness_flags_are_no_class_ids(ece: Any) -> None:
+    rows, flags = np.array([[0.9, 0.1], [0.2, 0.8]]), [True, False]
+    for given in (flags, np.array(flags), [1, False]):
+        with pytest.raises(ValueError, match=r"row \d is a boolean"):
+            ece.compute(predictions=rows, references=given)
+        with pytest.raises(ValueError, match=r"row \d is a boolean"):
+            ece.add_batch(predictions=rows, references=given)
+    with pytest.raises(ValueError, match="row 0 is a boolean"):
+        ece.add(prediction=rows[0], reference=True)
+    ece.add_batch(predictions=[0.9, 0.8], references=flags)
+    ece.add(prediction=0.7, reference=True)
+    assert ece.compute()["accuracy"] == pytest.approx(2 / 3)

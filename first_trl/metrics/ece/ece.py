@@ -4,8 +4,10 @@ from typing import Any
 
 import datasets
 import evaluate
+import numpy as np
 
 from first_trl.calibration.diagram import reliability_diagram
+from first_trl.calibration.examples import check_references
 from first_trl.calibration.report import calibration_report
 
 
@@ -83,10 +85,19 @@ class Ece(evaluate.Metric):
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
         """Add a batch of predictions and references to those that the next `compute` scores."""
+        if references is not None and len(predictions):
+            # Arrow would store booleans as the integers 0 and 1
+            check_references(references, 1 + np.ndim(next(iter(predictions))))
         # Arrow stores float64, which hides that values were rounded to bfloat16.
         dtype = str(getattr(predictions, "dtype", "")).removeprefix("torch.")
         self.__dict__.setdefault("_batch_dtypes", set()).add(dtype)
         super().add_batch(predictions=predictions, references=references, **kwargs)
+
+    def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
+        """Add one prediction and its reference to those that the next `compute` scores."""
+        if reference is not None:
+            check_references(np.reshape(reference, -1), 1 + np.ndim(prediction))
+        super().add(prediction=prediction, reference=reference, **kwargs)
 
     def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, Any] | None:
         """Score `predictions` against `references`, or everything added since the last call."""
