@@ -5,7 +5,7 @@ Needs numpy only (and matplotlib when a diagram is drawn); nothing here imports 
 """
 
 from .accumulator import CalibrationAccumulator
-from .diagram import reliability_data, reliability_diagram
+from .diagram import reliability_data, reliability_diagram, save_figure
 from .examples import CalibrationWarning
 from .report import calibration_report, expected_calibration_error
 
@@ -17,4 +17,5 @@ __all__ = [
     "expected_calibration_error",
     "reliability_data",
     "reliability_diagram",
+    "save_figure",
 ]

@@ -3,6 +3,7 @@
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 
@@ -50,7 +51,7 @@ def reliability_data(
     Raises:
         `ValueError`: if a report has no bins or the titles do not match in number.
     """
-    named = _named(reports)
+    named = {name: _calibration(name, report) for name, report in _named(reports).items()}
     if titles is not None and len(titles) != len(named):
         raise ValueError(f"{len(titles)} titles for {len(named)} reports: give one title per report.")
     panels = []
@@ -92,7 +93,8 @@ def reliability_diagram(
 
     Args:
         reports (`dict`):
-            One report of [`calibration_report`], or a mapping from a model's name to its report.
+            One report of [`calibration_report`], or a mapping from a model's name to its report. A reading of an
+            evaluation's report, such as `result.report["full_vocab"]`, is taken as it is.
         axes (`matplotlib.axes.Axes` or a sequence of them, *optional*):
             Draw into these, one per panel (one for an overlay), without the strip of counts.
         titles (`list[str]`, *optional*):
@@ -111,7 +113,7 @@ def reliability_diagram(
             Bins of a panel with fewer examples are hatched in grey: neither their accuracy nor their gap is shown.
 
     Returns:
-        `matplotlib.figure.Figure`: save it with `figure.savefig("reliability.png", dpi=150)`.
+        `matplotlib.figure.Figure`: save it with [`save_figure`], or `figure.savefig("reliability.png", dpi=150)`.
 
     Raises:
         `ValueError`: if a report has no bins, or axes or titles do not match in number.
@@ -139,20 +141,74 @@ def reliability_diagram(
     else:
         for panel, (axis, strip) in zip(panels, pairs, strict=True):
             _draw_panel(axis, strip, panel, null_band, min_count)
+        # Panels are compared: their shares are drawn on one scale
+        strips: list[Any] = [strip for _, strip in pairs if strip is not None]
+        top = max((strip.get_ylim()[1] for strip in strips), default=1.0)
+        for strip in strips:
+            strip.set_ylim(0, top)
         if axes is None:
             _add_legend(figure)
     return figure
 
 
+def save_figure(figure: "Figure", path: str | Path, *, formats: Sequence[str] = (), dpi: int = 150) -> list[Path]:
+    """
+    Write a figure; the bytes depend on nothing but what is drawn: no date, no version.
+
+    Args:
+        figure (`matplotlib.figure.Figure`):
+            The figure.
+        path (`str` or `Path`):
+            File to write, for example `reliability.png`; its suffix is the format.
+        formats (`Sequence[str]`, *optional*):
+            Further formats, each in a file of the same name: `"png"`, `"pdf"` or `"svg"`. Text in a PDF is in TrueType
+            fonts (Type 42), since many journals refuse Type 3.
+        dpi (`int`, *optional*, defaults to 150):
+            Resolution of a PNG.
+
+    Returns:
+        `list[Path]`: the files written.
+    """
+    from matplotlib import rc_context
+
+    path = Path(path)
+    files = [path, *(path.with_suffix(f".{name}") for name in formats if path.suffix != f".{name}")]
+    nothing: dict[str, dict[str, Any]] = {
+        ".png": {"Software": None},
+        ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+        ".svg": {"Date": None, "Creator": None},
+    }
+    with rc_context({"pdf.fonttype": 42, "ps.fonttype": 42, "svg.hashsalt": "first_trl"}):
+        for file in files:
+            figure.savefig(file, dpi=dpi, metadata=nothing.get(file.suffix))
+    return files
+
+
 def _named(reports: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     if not isinstance(reports, Mapping) or not reports:
         raise ValueError("reports must be a report of calibration_report or a non-empty mapping of names to reports.")
-    if "bins" in reports or "ece" in reports:
+    readings = any(isinstance(part, Mapping) and "calibration" in part for part in reports.values())
+    # A whole evaluation has counts beside its readings; a mapping of names to readings has readings only
+    if "bins" in reports or "ece" in reports or (readings and "n" in reports):
         return {"": reports}
     for name, report in reports.items():
         if not isinstance(report, Mapping):
             raise ValueError(f"reports[{name!r}] is a {type(report).__name__}, not a report of calibration_report.")
     return {str(name): report for name, report in reports.items()}
+
+
+def _calibration(name: str, report: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The report of the confidences, taken out of the report of an evaluation that it was given with."""
+    inner = report.get("calibration")
+    if "bins" not in report and isinstance(inner, Mapping):
+        return inner
+    readings = [key for key, part in report.items() if isinstance(part, Mapping) and "calibration" in part]
+    if "bins" not in report and readings:
+        raise ValueError(
+            f"Report {name!r} is that of a whole evaluation: pass one of its readings, "
+            f"{' or '.join(f'report[{key!r}]' for key in readings)}."
+        )
+    return report
 
 
 def _grid(

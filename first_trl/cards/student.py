@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..calibration import reliability_diagram
+from ..calibration import reliability_diagram, save_figure
 from ..utils.versions import __version__
 from ..vocabulary import FEW_ROWS, METRICS
 from .license import License
@@ -206,7 +206,7 @@ class StudentCard:
         folder.mkdir(parents=True, exist_ok=True)
         figure = self.diagram()
         if figure is not None:
-            figure.savefig(folder / DIAGRAM, dpi=110)
+            save_figure(figure, folder / DIAGRAM, dpi=110)
         else:
             (folder / DIAGRAM).unlink(missing_ok=True)  # of an earlier model
         card = folder / "README.md"

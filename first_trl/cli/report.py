@@ -34,6 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="arm that all others are compared with; may be repeated (default: those of the recipe, else plain "
         "fine-tuning and distillation, with and without temperature scaling)",
     )
+    parser.add_argument(
+        "--format",
+        action="append",
+        default=[],
+        choices=("pdf", "svg"),
+        help="format of the figures beside PNG; may be repeated",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -49,5 +56,5 @@ def main(args: argparse.Namespace) -> int:
     from ..experiments.report.write import write_merged_report
 
     output = Path(args.output_dir) if args.output_dir else None
-    print(f"Merged report: {write_merged_report(args.folders, output, baselines=args.baseline)}")
+    print(f"Merged report: {write_merged_report(args.folders, output, baselines=args.baseline, formats=args.format)}")
     return 0

@@ -201,7 +201,7 @@ def answers_to_confidences(
             Rows left out before, by reason.
     """
     for row, g in enumerate(gold):
-        if first_boolean([g] if np.ndim(g) == 0 else list(g)) is not None:
+        if first_boolean(np.reshape(np.asarray(g, dtype=object), -1)) is not None:
             raise ValueError(
                 f"{name}: gold of row {row} is {g!r}: it must be the index of the right choice, no boolean."
             )

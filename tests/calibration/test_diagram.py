@@ -5,12 +5,13 @@ import itertools
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from first_trl.calibration import calibration_report, reliability_data, reliability_diagram
+from first_trl.calibration import calibration_report, reliability_data, reliability_diagram, save_figure
 
 
 matplotlib = pytest.importorskip("matplotlib", reason="needs matplotlib")
@@ -215,3 +216,34 @@ def test_the_core_imports_neither_matplotlib_nor_torch() -> None:
     )
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_a_reading_of_an_evaluation_is_taken_as_it_is() -> None:
+    inner = report()
+    reading = {"accuracy": inner["accuracy"], "ece": inner["ece"], "nll": 1.0, "calibration": inner}
+    assert reliability_data(reading) == reliability_data(inner)
+    assert reliability_data({"a": reading, "b": inner}) == reliability_data({"a": inner, "b": inner})
+    whole = {"n": 500, "n_rows": 500, "full_vocab": reading, "options": reading}
+    readings = reliability_data({"full_vocab": reading, "options": reading})["panels"]
+    assert [panel["title"] for panel in readings] == ["full_vocab", "options"]
+    for given in (whole, {"student": whole}):
+        with pytest.raises(ValueError, match=r"report\['full_vocab'\] or report\['options'\]"):
+            reliability_diagram(given)
+
+
+def test_shares_of_compared_panels_are_drawn_on_one_scale() -> None:
+    even = calibration_report(np.linspace(0.01, 1, 100), [1, 0] * 50)
+    steep = calibration_report([0.95] * 90 + [0.05] * 10, [1, 0] * 50)
+    strips = reliability_diagram({"even": even, "steep": steep}).axes[1::2]
+    assert strips[0].get_ylim() == strips[1].get_ylim() and strips[0].get_ylim()[1] > 0.9
+
+
+def test_figures_are_saved_without_type_3_fonts_and_always_alike(tmp_path: Path) -> None:
+    figure = reliability_diagram(report())
+    files = save_figure(figure, tmp_path / "one.png", formats=("png", "pdf", "svg"))
+    assert [file.name for file in files] == ["one.png", "one.pdf", "one.svg"]
+    pdf = (tmp_path / "one.pdf").read_bytes()
+    assert b"/Type3" not in pdf and b"/FontFile2" in pdf
+    again = save_figure(reliability_diagram(report()), tmp_path / "two.png", formats=("pdf", "svg"))
+    for first, second in zip(files, again, strict=True):
+        assert first.read_bytes() == second.read_bytes(), first.name

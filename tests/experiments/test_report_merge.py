@@ -2,7 +2,9 @@
 
 import json
 import re
+import shlex
 import shutil
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -202,7 +204,9 @@ def test_printed_numbers(study: Path) -> None:
     assert "SFT_TS 1.60 ± 0.10" in text
     assert "A note on `first`." in text and "Numbers by hand." in text
     assert "Picking an option at random is right 25.0 % of the time." in text
-    assert "first-trl run made_up" in text and "first-trl report DIR" in text
+    assert (
+        "`first-trl run seed-0/recipe.yaml` in the folder above this report" in text and "first-trl report DIR" in text
+    )
 
 
 def test_best_and_marks(study: Path) -> None:
@@ -432,6 +436,51 @@ def test_sweeps_become_curves(tmp_path: Path) -> None:
         assert (tmp_path / "report" / f"{name}.png").stat().st_size > 5000
         assert f"({name}.png)" in text
     assert "E@ESTIMATOR=BUCKET" in text
+
+
+def test_every_point_of_a_sweep_is_in_the_latex_tables(tmp_path: Path) -> None:
+    write_sweep(tmp_path)
+    text = (write_merged_report([tmp_path], formats=("pdf",)).parent / "report.tex").read_text()
+    for caption, values in (("for each c", ("0.1", "0.3", "1")), ("for each k", ("2", "10", "100"))):
+        for role in ("test", "ood"):
+            (table,) = (one for one in text.split(r"\end{table}") if caption in one and rf"\texttt{{{role}}}" in one)
+            assert [line.split(" & ")[0] for line in table.splitlines() if line[:1].isdigit()] == list(values)
+    for file in (tmp_path / "report").glob("*.png"):
+        assert file.with_suffix(".pdf").is_file(), file
+    for folder in (tmp_path / "seed-0", tmp_path / "seed-1"):
+        edit(folder, lambda data: data.update(kept_mass=None))
+    write_merged_report([tmp_path])
+    assert not (tmp_path / "report" / "kept_mass.pdf").exists()
+
+
+def test_a_number_of_tokens_has_ticks_at_integers(tmp_path: Path) -> None:
+    from first_trl.experiments.report.figures import sweep_figure
+
+    arms = {**KINDS} | {f"k@top_k={k}": {"kind": "distill", "top_k": k, "values": {"top_k": k}} for k in (1, 2, 3)}
+    values = dict.fromkeys(arms, (0.6, 0.1))
+    write_run(tmp_path / "seed-0", 0, arms=arms, values=values)
+    (cell,) = merge_runs([tmp_path]).cells
+    figure = sweep_figure(cell, cell.sweeps, "test")
+    assert figure is not None
+    for axis in figure.axes:
+        low, high = axis.get_xlim()
+        ticks = [float(tick) for tick in axis.get_xticks() if low <= tick <= high]
+        assert {1.0, 2.0, 3.0} <= set(ticks) and all(tick.is_integer() for tick in ticks)
+
+
+def test_the_command_of_a_report_is_one_that_works(tmp_path: Path) -> None:
+    from first_trl.experiments.recipe import load_recipe
+
+    mine = asdict(load_recipe("quickstart", [f"output_dir={tmp_path / 'mine 2'}", "name=mine2"]))
+    write_run(tmp_path / "mine 2", 0, recipe=mine)
+    edit(tmp_path / "mine 2", lambda data: data.update(recipe="mine2"))
+    text = write_merged_report([tmp_path]).read_text()
+    (command,) = re.findall(r"Made by `first-trl run (.*?)`", text)
+    (file,) = shlex.split(command)
+    assert load_recipe(str(tmp_path / file)).name == "mine2"
+    edit(tmp_path / "mine 2", lambda data: data.update(recipe="quickstart"))
+    (command,) = re.findall(r"Made by `first-trl run (.*?)`", write_merged_report([tmp_path]).read_text())
+    assert load_recipe(command).name == "quickstart"
 
 
 def test_curves_show_the_numbers(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """What a merged report says, part by part."""
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ...utils.resources import recipe_names
 from ...vocabulary import role_title, score_meaning
 from . import tables
 from .arms import key_title
@@ -60,10 +62,17 @@ def _header(merged: MergedReport) -> list[Part]:
         *_models(merged.models),
     ]
     options = "".join(f" --baseline {name}" for name in merged.baselines)
-    facts.append(
-        f"Made by `first-trl run {merged.recipe}`; again from the finished runs with `first-trl report DIR{options}`."
-    )
+    facts.append(f"Made by {_command(merged)}; again from the finished runs with `first-trl report DIR{options}`.")
     return [*parts, Items(facts)]
+
+
+def _command(merged: MergedReport) -> str:
+    """What makes the runs; a recipe that does not travel with the package is read from the folder of its run."""
+    if merged.recipe in recipe_names():
+        return f"`first-trl run {merged.recipe}`"
+    file = shlex.quote(f"{merged.runs[0]['run']}/recipe.yaml")
+    others = ", and so for every folder under Runs" if len(merged.runs) > 1 else ""
+    return f"`first-trl run {file}` in the folder above this report{others}"
 
 
 def _models(models: Mapping[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ... import calibration
 from ...plugins import method_symbol
 from .arms import key_title
 
@@ -22,9 +23,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 LINE_STYLES = ((0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (8, 3)))
 
 
-def save_figure(figure: "Figure", path: Path) -> None:
-    """Write a PNG whose bytes depend on nothing but what is drawn: no date, no version."""
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+def save_figure(figure: "Figure", path: Path, formats: Sequence[str] = ()) -> None:
+    """Write the figure of a report as PNG, and in further formats beside it."""
+    calibration.save_figure(figure, path, formats=formats, dpi=110)
 
 
 def mass_figure(means: np.ndarray, sds: np.ndarray | None = None) -> "Figure":
@@ -52,6 +53,7 @@ def sweep_figure(cell: "MergedCell", sweeps: Sequence[Mapping[str, Any]], role: 
         `Figure`, or `None` when no point has a score on the role.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9.6, 3.9), layout="constrained")
     panels = figure.subplots(1, 2)
@@ -80,6 +82,9 @@ def sweep_figure(cell: "MergedCell", sweeps: Sequence[Mapping[str, Any]], role: 
         axes.set(xlabel=symbol, ylabel=title)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
+        if all(float(value).is_integer() for value in values):
+            # A k of 1.5 does not exist
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if min(values) > 0 and max(values) / min(values) > 20:
             axes.set_xscale("log")
             ticks = sorted(set(values))

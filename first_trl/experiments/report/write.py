@@ -28,7 +28,11 @@ from .scatter import scatter_figure
 
 
 def write_merged_report(
-    folders: Sequence[Path | str], output_dir: Path | str | None = None, *, baselines: Sequence[str] = ()
+    folders: Sequence[Path | str],
+    output_dir: Path | str | None = None,
+    *,
+    baselines: Sequence[str] = (),
+    formats: Sequence[str] = (),
 ) -> Path:
     """
     Merge the reports of the runs of one recipe and write `report.md`, `report.json`, `report.tex`, `report.html`,
@@ -42,6 +46,8 @@ def write_merged_report(
             Where to. Default: `report` in the folder that holds all runs.
         baselines (`Sequence[str]`, *optional*):
             As in [`merge_runs`].
+        formats (`Sequence[str]`, *optional*):
+            Formats of the figures beside PNG: `"pdf"`, `"svg"`.
 
     Returns:
         `Path`: the Markdown file.
@@ -54,7 +60,7 @@ def write_merged_report(
     old = _old_report(output)
     merged = merge_runs(runs, baselines=baselines, relative_to=output.resolve().parent)
     output.mkdir(parents=True, exist_ok=True)
-    merged = replace(merged, figures=_draw(merged, output))
+    merged = replace(merged, figures=_draw(merged, output, formats))
     parts = write_parts(merged)
     report = ReportFolder(output)
     write_atomically(report.markdown, to_markdown(parts))
@@ -64,7 +70,8 @@ def write_merged_report(
     # Last, since it is what tells the folder of a merged report from that of a run
     write_json(report.json, merged.to_dict())
     for name in set(old.get("figures", {})) - set(merged.figures):
-        (output / Path(name).name).unlink(missing_ok=True)
+        for suffix in (".png", ".pdf", ".svg"):
+            (output / Path(name).name).with_suffix(suffix).unlink(missing_ok=True)
     return report.markdown
 
 
@@ -83,12 +90,12 @@ def _old_report(output: Path) -> dict[str, Any]:
     return old
 
 
-def _draw(merged: MergedReport, output: Path) -> dict[str, str]:
+def _draw(merged: MergedReport, output: Path, formats: Sequence[str]) -> dict[str, str]:
     """Draw everything; file -> caption."""
     figures: dict[str, str] = {}
 
     def save(name: str, caption: str, figure: Any) -> None:
-        save_figure(figure, output / name)
+        save_figure(figure, output / name, formats)
         figures[name] = caption
 
     for cell in merged.cells:
