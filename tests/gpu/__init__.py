@@ -1,0 +1,1 @@
+"""The acceptance run on one GPU, see README.md."""
