@@ -11,6 +11,7 @@ import torch
 
 from .estimator import Estimator, Logits, Student, Target
 from .products import HeadProducts
+from .tiles import Tile, TorchTile, TritonTile, kernel_of
 
 
 # Bytes of one chunk of logits. On a CPU, measured at V = 151,936 on two cores: 256 float32 rows are enough to keep the
@@ -73,11 +74,17 @@ def project_chunks(
     block_size = max(min(block_bytes // (vocab_size * dtype.itemsize), chunk_size), 1)
     products = HeadProducts(weight, options.compute_dtype, dtype)
 
-    logits = torch.empty((chunk_size, vocab_size), dtype=dtype, device=device)
+    by_triton = kernel_of(device.type, dtype) == "triton"
+    # The kernels work in registers: logits and gradient share a tile of the type that the products read
+    logits = torch.empty((chunk_size, vocab_size), dtype=products.operand_dtype if by_triton else dtype, device=device)
     # The gradient replaces the logits where the products read their type, and is rounded into a copy elsewhere.
-    gradients = torch.empty_like(logits, dtype=products.operand_dtype) if products.operand_dtype != dtype else logits
+    gradients = (
+        logits if logits.dtype == products.operand_dtype else torch.empty_like(logits, dtype=products.operand_dtype)
+    )
     scale = _FLOAT16_GRADIENT_SCALE if products.operand_dtype == torch.float16 else 1.0
-    exponentials = torch.empty((block_size, vocab_size), dtype=dtype, device=device)
+    if by_triton:
+        block_size = chunk_size
+    exponentials = None if by_triton else torch.empty((block_size, vocab_size), dtype=dtype, device=device)
     head_bias = None if bias is None else bias.to(dtype)
     make = torch.zeros if num_tokens == 0 else torch.empty
     grad_hidden = make(hidden.shape, dtype=dtype, device=device) if wanted[0] else None
@@ -93,15 +100,14 @@ def project_chunks(
         for top in range(0, end - start, block_size):
             block = slice(top, min(top + block_size, end - start))
             rows = slice(start + block.start, start + block.stop)
-            values = _visit_block(
-                tile[block],
-                exponentials[: block.stop - block.start],
-                gradient[block] if any(wanted) else None,
-                head_bias,
-                targets.rows(rows),
-                options,
-                scale,
+            raw = tile[block]
+            part: Tile = (
+                TritonTile(raw, head_bias, options.logit_scale, options.softcap)
+                if exponentials is None
+                else TorchTile(raw, exponentials[: len(raw)], head_bias, options.logit_scale, options.softcap)
             )
+            wanted_part = gradient[block] if any(wanted) else None
+            values = _visit(part, wanted_part, targets.rows(rows), options, scale)
             _store(columns, rows, values, targets)
         if grad_hidden is not None:
             products.back_to_hidden(gradient, grad_hidden[start:end])
@@ -119,75 +125,45 @@ def _store(columns: dict[str, torch.Tensor], rows: slice, values: dict[str, torc
         columns.setdefault(name, torch.empty_like(targets.total))[rows] = part
 
 
-def _visit_block(
-    logits: torch.Tensor,
-    work: torch.Tensor,
-    gradient: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    targets: Target,
-    options: FusedOptions,
-    scale: float,
+def _visit(
+    tile: Tile, gradient: torch.Tensor | None, targets: Target, options: FusedOptions, scale: float
 ) -> dict[str, torch.Tensor]:
     """
-    Statistics of a block of rows; writes `scale` times the gradient of its raw logits to `gradient`, which may be
-    `logits` itself.
-
-    The kept ids are taken out before the maximum and the sum: what remains is the tail, so its logsumexp is exact
-    however small the tail is, where `log(1 - P)` would be noise.
+    Statistics of some rows; writes `scale` times the gradient of their raw logits to `gradient`, which may be the tile
+    itself.
     """
-    if bias is not None:
-        logits.add_(bias)
-    if options.logit_scale != 1.0:
-        logits.mul_(options.logit_scale)
-    if options.softcap is not None:
-        logits.div_(options.softcap).tanh_().mul_(options.softcap)
-
     ids, labels = targets.ids, targets.labels
-    kept_logits = logits.gather(1, ids)
-    label_logits = None if labels is None else logits.gather(1, labels[:, None])[:, 0]
-    logits.scatter_(1, ids, -torch.inf)
-    # The clamp is for rows without a tail (every token kept), whose maximum is -inf.
-    tail_max = logits.amax(-1).clamp_(min=torch.finfo(logits.dtype).min)
-    exponentials = torch.sub(logits, tail_max[:, None], out=work).exp_()
-    tail_sum = exponentials.sum(-1)
-    log_tail = tail_max + tail_sum.log()
-    log_kept = kept_logits.masked_fill(~targets.kept, -torch.inf).logsumexp(-1)
-    log_z = torch.logaddexp(log_tail, log_kept)
-    student = Student(kept_logits - log_z[:, None], kept_logits - log_kept[:, None], log_tail - log_z)
     over_kept = options.estimator.over_kept
+    rows = tile.read(ids, labels, entropy=options.metrics and not over_kept)
+    log_tail = rows.tail_max + rows.tail_sum.log()
+    log_kept = rows.kept_logits.masked_fill(~targets.kept, -torch.inf).logsumexp(-1)
+    log_z = torch.logaddexp(log_tail, log_kept)
+    student = Student(rows.kept_logits - log_z[:, None], rows.kept_logits - log_kept[:, None], log_tail - log_z)
     columns = {"kl": options.estimator.divergence(student, targets), "mass_outside": student.log_tail.exp()}
-    if label_logits is not None:
-        columns["cross_entropy"] = log_z - label_logits
-        columns["num_correct"] = (label_logits >= torch.maximum(tail_max, kept_logits.amax(-1))).to(logits.dtype)
+    if rows.label_logits is not None:
+        best = torch.maximum(rows.tail_max, rows.kept_logits.amax(-1))
+        columns["cross_entropy"] = log_z - rows.label_logits
+        columns["num_correct"] = (rows.label_logits >= best).to(log_z.dtype)
     if options.metrics:
         log_own = student.log_q if over_kept else student.log_p
         entropy = -torch.where(targets.kept, log_own.exp() * log_own, 0.0).sum(-1)
         if not over_kept:
-            # Finite values where the exponential is 0, so that the product is 0 and not NaN.
-            logits.scatter_(1, ids, kept_logits)
-            weighted = logits * work if options.softcap is not None else logits.mul_(work)
-            # The tail's share is the sum of p * (log_z - logits), with p = exponentials * exp(tail_max - log_z).
-            entropy += (tail_max - log_z).exp() * (tail_sum * log_z - weighted.sum(-1))
+            assert rows.tail_weighted is not None
+            # The tail's share is the sum of p * (log_z - logits), with p = exp(logits - tail_max) * exp(tail_max - log_z)
+            entropy += (rows.tail_max - log_z).exp() * (rows.tail_sum * log_z - rows.tail_weighted)
         columns["student_entropy"] = entropy
     if gradient is None:
         return columns
 
     w = options.ce_weight
-    # Per row: exponentials * to_p is p on the tail
-    to_p = (tail_max - log_z).exp()
-    on_kept, on_tail = options.estimator.gradient(Logits(kept_logits, log_tail, tail_sum, to_p), student, targets)
+    # Per row: exp(logits - tail_max) * to_p is p on the tail
+    to_p = (rows.tail_max - log_z).exp()
+    logits = Logits(rows.kept_logits, log_tail, rows.tail_sum, to_p)
+    on_kept, on_tail = options.estimator.gradient(logits, student, targets)
     if w > 0:
         on_kept, on_tail = (1 - w) * on_kept + w * student.log_p.exp(), (1 - w) * on_tail + w * to_p
-    exponentials.mul_(on_tail[:, None] * scale)
-    exponentials.scatter_(1, ids, on_kept.gather(1, targets.slots) * scale)
-    if w > 0 and labels is not None:
-        exponentials.scatter_add_(1, labels[:, None], exponentials.new_full((), -w * scale).expand(ids.shape[0], 1))
-    if options.softcap is not None:
-        logits.scatter_(1, ids, kept_logits)
-        exponentials.mul_(logits.div_(options.softcap).square_().neg_().add_(1.0))
-    if options.logit_scale != 1.0:
-        exponentials.mul_(options.logit_scale)
-    gradient.copy_(exponentials)
+    on_kept = on_kept.gather(1, targets.slots) * scale
+    tile.write(gradient, ids, on_kept, on_tail * scale, labels if w > 0 else None, -w * scale)
     return columns
 
 

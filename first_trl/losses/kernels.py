@@ -10,36 +10,18 @@ Runs on CUDA and ROCm, and on any CPU in Triton's interpreter (`TRITON_INTERPRET
 the tests compare it with the torch path. Loads and stores are counted in `BYTES_PER_LOGIT`.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from .tiles import RowStatistics
+
 
 # Of 16-bit logits: read by `row_statistics`, read and written by `write_gradient`
 BYTES_PER_LOGIT = 2 + 2 + 2
 _BLOCK = 4096
-
-
-class RowStatistics(NamedTuple):
-    """
-    What the rows of a tile say, after bias, scale and soft cap; float32.
-
-    Attributes:
-        kept_logits (`torch.Tensor` of shape `(n, k)`): Logits at the kept ids.
-        label_logits (`torch.Tensor` of shape `(n,)` or `None`): Logits at the labels.
-        tail_max (`torch.Tensor` of shape `(n,)`): Largest logit outside the kept ids; the smallest number when there is
-            none.
-        tail_sum (`torch.Tensor` of shape `(n,)`): Sum over the tail of `exp(logit - tail_max)`.
-        tail_weighted (`torch.Tensor` of shape `(n,)`): Sum over the tail of `exp(logit - tail_max) * logit`.
-    """
-
-    kept_logits: torch.Tensor
-    label_logits: torch.Tensor | None
-    tail_max: torch.Tensor
-    tail_sum: torch.Tensor
-    tail_weighted: torch.Tensor
 
 
 @triton.jit

@@ -46,11 +46,11 @@ class HeadProducts:
         return [(start, min(start + size, vocab_size)) for start in range(0, vocab_size, size)]
 
     def project(self, chunk: torch.Tensor, out: torch.Tensor) -> None:
-        """`out = chunk @ weight.T`"""
+        """`out = chunk @ weight.T`, in the type of `out`: that of the results, or that of the operands."""
         if self.widen:
             for start, end in self._pieces(_WIDENED_ROWS):
                 torch.mm(chunk, self._head(start, end).t(), out=out[:, start:end])
-        elif self.operand_dtype == self.dtype:
+        elif self.operand_dtype == out.dtype:
             torch.mm(chunk, self.weight.t(), out=out)
         else:
             torch.mm(chunk, self.weight.t(), out_dtype=self.dtype, out=out)
