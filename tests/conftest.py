@@ -15,6 +15,8 @@ os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+if not Path("/dev/nvidia0").exists():
+    os.environ["TRITON_INTERPRET"] = "1"  # the kernels run in Triton's interpreter, on any CPU
 
 # Public benchmark files and tiny pretrained models for the tests that use real data
 DATA = Path(os.environ.get("FIRST_TRL_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))

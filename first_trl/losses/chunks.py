@@ -11,7 +11,7 @@ import torch
 
 from .estimator import Estimator, Logits, Student, Target
 from .products import HeadProducts
-from .tiles import Tile, TorchTile, TritonTile, kernel_of
+from .tiles import Tile, TorchTile, kernel_of
 
 
 # Bytes of one chunk of logits. On a CPU, measured at V = 151,936 on two cores: 256 float32 rows are enough to keep the
@@ -101,11 +101,14 @@ def project_chunks(
             block = slice(top, min(top + block_size, end - start))
             rows = slice(start + block.start, start + block.stop)
             raw = tile[block]
-            part: Tile = (
-                TritonTile(raw, head_bias, options.logit_scale, options.softcap)
-                if exponentials is None
-                else TorchTile(raw, exponentials[: len(raw)], head_bias, options.logit_scale, options.softcap)
-            )
+            part: Tile
+            if exponentials is None:
+                # Imported here: triton is there on GPUs alone
+                from .kernels import TritonTile
+
+                part = TritonTile(raw, head_bias, options.logit_scale, options.softcap)
+            else:
+                part = TorchTile(raw, exponentials[: len(raw)], head_bias, options.logit_scale, options.softcap)
             wanted_part = gradient[block] if any(wanted) else None
             values = _visit(part, wanted_part, targets.rows(rows), options, scale)
             _store(columns, rows, values, targets)

@@ -188,6 +188,31 @@ def write_gradient(
     )  # fmt: skip
 
 
+class TritonTile:
+    """A [`~first_trl.losses.tiles.Tile`] that the kernels read twice and write once."""
+
+    def __init__(self, logits: torch.Tensor, bias: torch.Tensor | None, scale: float, softcap: float | None) -> None:
+        self.logits = logits
+        self.head: dict[str, Any] = {"bias": bias, "scale": scale, "softcap": softcap}
+        self.tail_max = logits
+
+    def read(self, ids: torch.Tensor, labels: torch.Tensor | None, *, entropy: bool) -> RowStatistics:
+        found = row_statistics(self.logits, ids, labels, **self.head)
+        self.tail_max = found.tail_max
+        return found
+
+    def write(
+        self,
+        gradient: torch.Tensor,
+        ids: torch.Tensor,
+        on_kept: torch.Tensor,
+        on_tail: torch.Tensor,
+        labels: torch.Tensor | None,
+        on_label: float,
+    ) -> None:
+        write_gradient(self.logits, gradient, ids, on_kept, on_tail, self.tail_max, labels, on_label, **self.head)
+
+
 def _block(vocab_size: int) -> int:
     return min(_BLOCK, int(triton.next_power_of_2(vocab_size)))
 

@@ -1,7 +1,7 @@
 """The point-wise half of the sparse KL on a tile of logits, in torch or by Triton kernels: read the rows, write the gradient."""
 
 import os
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -131,32 +131,3 @@ class TorchTile:
         if self.scale != 1.0:
             exponentials.mul_(self.scale)
         gradient.copy_(exponentials)
-
-
-class TritonTile:
-    """The same by the kernels of [`~first_trl.losses.kernels`]: the tile is read twice, and written once."""
-
-    def __init__(self, logits: torch.Tensor, bias: torch.Tensor | None, scale: float, softcap: float | None) -> None:
-        self.logits = logits
-        self.head: dict[str, Any] = {"bias": bias, "scale": scale, "softcap": softcap}
-        self.tail_max = logits
-
-    def read(self, ids: torch.Tensor, labels: torch.Tensor | None, *, entropy: bool) -> RowStatistics:
-        from .kernels import row_statistics
-
-        found = row_statistics(self.logits, ids, labels, **self.head)
-        self.tail_max = found.tail_max
-        return found
-
-    def write(
-        self,
-        gradient: torch.Tensor,
-        ids: torch.Tensor,
-        on_kept: torch.Tensor,
-        on_tail: torch.Tensor,
-        labels: torch.Tensor | None,
-        on_label: float,
-    ) -> None:
-        from .kernels import write_gradient
-
-        write_gradient(self.logits, gradient, ids, on_kept, on_tail, self.tail_max, labels, on_label, **self.head)

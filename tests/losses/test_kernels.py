@@ -1,29 +1,17 @@
 """The Triton kernels, in Triton's interpreter, against the definition in float64: loss, statistics and every gradient."""
 
-import os
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 
-if torch.cuda.is_available():
-    os.environ.pop("TRITON_INTERPRET", None)
-else:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-triton = pytest.importorskip("triton", reason="triton is not installed")
-# Another test of this process may have imported triton before the interpreter was asked for
-if not torch.cuda.is_available() and not triton.knobs.runtime.interpret:
-    triton.knobs.runtime.interpret = True
+pytest.importorskip("triton", reason="triton is not installed")
 
-from first_trl.losses import kernels  # noqa: E402
-from first_trl.losses.tiles import TorchTile, kernel_of  # noqa: E402
-from first_trl.plugins import ESTIMATORS  # noqa: E402
-from tests.support.sparse_kl import make_problem  # noqa: E402
-
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from first_trl.losses import kernels
+from first_trl.losses.tiles import TorchTile, kernel_of
+from first_trl.plugins import ESTIMATORS
+from tests.support.sparse_kl import make_problem
 
 
 @pytest.fixture(autouse=True)
