@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from ..tasks.tokenize import encode_pairs, encode_prompts
 from .confidence import Confidences, answers_to_confidences, choice_scores
@@ -106,7 +107,8 @@ def score_choices(
             Questions that would not fit with their choices lose tokens at the front; they are counted and reported in a
             warning. Defaults to the context length of the model.
         prefix_cache (`bool`, *optional*, defaults to `True`):
-            `False` reads the question anew for each choice, for models whose cache cannot be repeated.
+            `False` reads the question anew for each choice, as is always done for models with recurrent or
+            convolutional layers.
         disable_tqdm (`bool`, *optional*, defaults to `False`):
             No progress bar.
 
@@ -230,9 +232,10 @@ def _score(
             prefix = [contexts[i] for i in batch]
             parents = np.repeat(np.arange(len(batch)), [len(choices[i]) for i in batch])
             flat = [tokens for i in batch for tokens in choices[i]]
-            if prefix_cache:
-                totals = _score_behind_cache(model, prefix, parents, flat, keeps_logits)
-            else:
+            totals = _score_behind_cache(model, prefix, parents, flat, keeps_logits) if prefix_cache else None
+            if totals is None:
+                # What holds for one batch holds for all
+                prefix_cache = False
                 totals = _score_whole(model, [prefix[p] for p in parents], flat, keeps_logits)
             values = totals.double().cpu().numpy()
             for row, i in enumerate(batch):
@@ -264,7 +267,8 @@ def _summed(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> 
 
 def _score_behind_cache(
     model: Any, prefix: list[list[int]], parents: np.ndarray, choices: list[list[int]], keeps_logits: bool
-) -> torch.Tensor:
+) -> torch.Tensor | None:
+    """`None` where the model keeps more of a text than keys and values, which cannot be repeated."""
     device = model.get_input_embeddings().weight.device
     context = torch.tensor(prefix, dtype=torch.long, device=device)
     parent = torch.from_numpy(parents).to(device)
@@ -279,9 +283,9 @@ def _score_behind_cache(
     total = _summed(last, tokens[:, :1].to(last.device), mask[:, :1].to(last.device))
     if tokens.shape[1] == 1:
         return total
-    cache = first.past_key_values
-    if not hasattr(cache, "batch_select_indices"):
-        raise ValueError(f"The cache of {type(model).__name__} cannot be repeated; pass `prefix_cache=False`.")
+    cache = getattr(first, "past_key_values", None)
+    if not _is_repeatable(cache):
+        return None
     cache.batch_select_indices(parent)
     logits = model(
         input_ids=tokens[:, :-1],
@@ -290,6 +294,15 @@ def _score_behind_cache(
         use_cache=True,
     ).logits
     return total + _summed(logits, tokens[:, 1:].to(logits.device), mask[:, 1:].to(logits.device))
+
+
+def _is_repeatable(cache: Any) -> bool:
+    """Whether all layers keep keys and values alone: recurrent and convolutional ones (Mamba, LFM2, ...) keep a state."""
+    layers = getattr(cache, "layers", ())
+    return hasattr(cache, "batch_select_indices") and not any(
+        isinstance(layer, LinearAttentionCacheLayerMixin) or not hasattr(layer, "batch_select_indices")
+        for layer in layers
+    )
 
 
 def _score_whole(model: Any, prefix: list[list[int]], choices: list[list[int]], keeps_logits: bool) -> torch.Tensor:

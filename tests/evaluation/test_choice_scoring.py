@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -185,3 +186,43 @@ def test_broken_weights_are_refused(tokenizer):
         model.lm_head.weight[5, 0] = math.nan
     with pytest.raises(ValueError, match="NaN or infinite"):
         score_choices(model, tokenizer, dataset(4), disable_tqdm=True)
+
+
+SHARED = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3, "pad_token_id": 0,
+    "eos_token_id": 1, "bos_token_id": 1,
+}  # fmt: skip
+STATE = {"mamba_n_heads": 2, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+RECURRENT = {
+    "Mamba": {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "initializer_range": 0.3},
+    "Mamba2": {
+        "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "num_heads": 4, "head_dim": 8, "n_groups": 1,
+        "chunk_size": 8, "initializer_range": 0.3,
+    },
+    "Lfm2": {**SHARED, "full_attn_idxs": [1], "conv_L_cache": 3},
+    "Qwen3Next": {
+        **SHARED, "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8,
+        "shared_expert_intermediate_size": 8, "layer_types": ["linear_attention", "full_attention"],
+    },
+    "FalconH1": {**SHARED, **STATE, "mamba_d_ssm": 16},
+    "RecurrentGemma": {**SHARED, "num_hidden_layers": 3, "lru_width": 16, "attention_window_size": 16},
+    "Bamba": {**SHARED, **STATE, "attn_layer_indices": [1], "mamba_n_heads": 4},
+    "Rwkv": {"hidden_size": 16, "num_hidden_layers": 2, "attention_hidden_size": 16},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_models_with_a_state_are_read_anew(family, tokenizer):
+    """Their cache cannot be repeated for each choice: by default the question is read with each of them."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(vocab_size=len(tokenizer), **RECURRENT[family])
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    rows = dataset(6)
+    by_default = score_choices(model, tokenizer, rows, disable_tqdm=True)
+    whole = score_choices(model, tokenizer, rows, prefix_cache=False, disable_tqdm=True)
+    single = [score_choices(model, tokenizer, rows.select([i]), batch_size=1, disable_tqdm=True) for i in range(6)]
+    for i in range(6):
+        np.testing.assert_array_equal(by_default.logprobs[i], whole.logprobs[i])
+        np.testing.assert_allclose(by_default.logprobs[i], single[i].logprobs[0], rtol=1e-5, atol=1e-5)
