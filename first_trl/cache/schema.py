@@ -11,6 +11,7 @@ A prompt without an answer is a row too. Its label is a filler that stands where
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -305,8 +306,22 @@ def count_without_gold(dataset: Dataset) -> int:
     return sum(int((~gold_flags(table)).sum()) for table in tables)
 
 
+def refuse_transform(dataset: Any) -> None:
+    """
+    Raises `ValueError` for rows under [`~datasets.Dataset.with_transform`]: what is read here are the stored columns, and
+    the transform would be passed over.
+    """
+    if getattr(dataset, "format", {}).get("type") == "custom":
+        raise ValueError(
+            "The dataset has a transform (`with_transform` or `set_transform`), which is applied when a row is read and "
+            "changes nothing that is stored: it would be ignored here. Apply it with `dataset.map(...)` before, or take it "
+            "off with `dataset.with_format(None)`."
+        )
+
+
 def iterate_batches(dataset: Dataset, batch_size: int = 1000) -> Iterator[CacheBatch]:
     """Walk over a cache in Arrow batches; memory stays at one batch."""
+    refuse_transform(dataset)
     columns = [name for name in CACHE_COLUMNS if name in dataset.column_names]
     arrow = dataset.select_columns(columns).with_format("arrow")
     for table in arrow.iter(batch_size=batch_size):

@@ -7,7 +7,7 @@ import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from .._trl_compat import get_training_chat_template, has_generation_markers, prepare_as_sft_trainer
-from ..cache.schema import INPUT_IDS, LABELS
+from ..cache.schema import INPUT_IDS, LABELS, refuse_transform
 from ..tasks.tokenize import encode_prompts, filler_token_id
 from ..vocabulary import IGNORE_INDEX, TEACHER_HAS_GOLD
 from .text_cells import text_columns
@@ -52,6 +52,7 @@ def prepare_rows(
             f"Expected a `datasets.Dataset`, got {type(dataset).__name__}. Pick a split of a `DatasetDict`, and load "
             "without `streaming=True`: the capture reads rows by number to divide and resume the work."
         )
+    refuse_transform(dataset)
     if len(dataset) == 0:
         raise ValueError("The dataset is empty: there is no row to score. Check the path, split and filters.")
     columns = dataset.column_names
@@ -91,8 +92,9 @@ def prepare_rows(
             "give tokenised rows with `input_ids` and `labels`."
         )
     chat_template = None
-    if assistant_only_loss and not has_generation_markers(processing_class.chat_template):
-        chat_template = get_training_chat_template(processing_class)
+    template = getattr(processing_class, "chat_template", None)
+    if assistant_only_loss and (template is None or not has_generation_markers(template)):
+        chat_template = _marked_template(processing_class)
     if completion_only_loss is None:
         completion_only_loss = "prompt" in columns and "completion" in columns
     return prepare_as_sft_trainer(
@@ -105,6 +107,24 @@ def prepare_rows(
         assistant_only_loss=assistant_only_loss,
         max_length=max_length,
         truncation_mode=truncation_mode,
+    )
+
+
+def _marked_template(processing_class: Any) -> str:
+    """The chat template with marks around what the assistant writes, for the templates that TRL knows."""
+    template = processing_class.chat_template
+    name = str(getattr(processing_class, "name_or_path", "")) or type(processing_class).__name__
+    try:
+        marked: str | None = None if template is None else get_training_chat_template(processing_class)
+    except ValueError:
+        marked = None
+    if marked is not None:
+        return marked
+    which = "has no chat template" if template is None else f"has a chat template (`{template[:40]}...`) without marks"
+    raise ValueError(
+        f"`assistant_only_loss=True` scores what the assistant writes, and the tokenizer {name} {which} of it. Put "
+        "`{% generation %}` before and `{% endgeneration %}` after the assistant's text and its end-of-turn token in "
+        "`tokenizer.chat_template`, or score the last answer alone with `prompt` and `completion` columns."
     )
 
 

@@ -21,6 +21,7 @@ from ..cache.manifest import Manifest
 from ..cache.shards import shard_batch, whole_shard
 from ..cache.verify import check_rows
 from ..utils.files import write_atomically
+from ..utils.versions import code_version
 from .backends import TeacherBackend
 from .journal import journal_path
 
@@ -44,8 +45,19 @@ class OpenCapture:
     total: int
 
 
+# What the entries of a capture come from
+_CAPTURE_CODE = tuple(
+    f"first_trl.{name}"
+    for name in (
+        "tasks.tokenize", "teacher.backends.topk", "teacher.backends.transformers", "teacher.backends.vllm",
+        "teacher.capture", "teacher.prepare", "teacher.rows",
+    )
+)  # fmt: skip
+
+
 def default_folder(manifest: Manifest) -> Path:
-    return Path(datasets.config.HF_DATASETS_CACHE) / "first_trl" / manifest.id
+    """Another version of the code does not take up, or hand out, what an earlier one captured."""
+    return Path(datasets.config.HF_DATASETS_CACHE) / "first_trl" / f"{manifest.id}-{code_version(_CAPTURE_CODE)}"
 
 
 def in_progress_path(folder: Path, split: str) -> Path:

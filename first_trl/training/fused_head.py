@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..losses.head import SUMS, add_distill_head, check_distill_head, check_rows_apart
@@ -103,3 +103,26 @@ class FusedHeadMixin:
             self._tokens_since_log = 0
             logs["num_tokens"] = float(self._total_train_tokens)
         super().log(logs, start_time)  # type: ignore[misc]
+
+
+def refuse_resized(model: Any, peft_config: Any) -> None:
+    """
+    Raises `ValueError` for an adapter on a model whose embeddings were resized after it was loaded: the adapter names
+    that model as its base, and would not load on it again.
+    """
+    base = model.get_base_model() if is_peft_model(model) else model
+    name = str(getattr(getattr(base, "config", None), "name_or_path", "") or "")
+    if (peft_config is None and not is_peft_model(model)) or not name:
+        return
+    try:
+        stored = AutoConfig.from_pretrained(name, local_files_only=True).get_text_config().vocab_size
+    except (OSError, ValueError, AttributeError):
+        return  # nothing to compare with
+    weight = base.get_input_embeddings().weight
+    rows = int(getattr(weight, "ds_shape", weight.shape)[0])
+    if rows != stored and base.config.get_text_config().vocab_size != stored:
+        raise ValueError(
+            f"The embeddings of the student have {rows} rows, and those of {name}, which an adapter would be loaded on "
+            f"again, have {stored}. Save the resized model with `save_pretrained`, load it from there, and train the "
+            "adapter on that; or train without an adapter."
+        )

@@ -6,7 +6,7 @@ import torch
 
 from ..losses.head import check_causal
 from ..vocabulary import IGNORE_INDEX
-from .fused_head import FusedHeadMixin
+from .fused_head import FusedHeadMixin, refuse_resized
 from .precision import MasterWeightsMixin
 from .token_dropout import TokenDropoutSFTTrainer
 from .token_means import TokenMeansMixin
@@ -35,6 +35,7 @@ class FirstSFTTrainer(MasterWeightsMixin, FusedHeadMixin, TokenMeansMixin, Token
         model = args[0] if args else kwargs.get("model")
         if hasattr(model, "config"):
             check_causal(model)
+            refuse_resized(model, kwargs.get("peft_config"))
         super().__init__(*args, **kwargs)
         self.fused = fused_loss
         if not fused_loss:

@@ -13,7 +13,7 @@ from trl import SFTTrainer
 
 from .._trl_compat import fingerprint, get_dataset_column_names, global_then_local_main_first
 from ..cache.manifest import read_manifests
-from ..cache.schema import DRAW_COLUMNS, TEACHER_COLUMNS, count_without_gold
+from ..cache.schema import DRAW_COLUMNS, TEACHER_COLUMNS, count_without_gold, refuse_transform
 from ..cache.verify import verify_teacher_cache
 from ..losses.head import SUMS, check_causal
 from ..losses.inputs import get_estimator
@@ -24,7 +24,7 @@ from .alignment import DRAW_LENGTHS, align, count_cuts, entry_columns
 from .card import ModelCardMixin
 from .collator import DataCollatorForDistillation
 from .config import FirstDistillConfig
-from .fused_head import FusedHeadMixin
+from .fused_head import FusedHeadMixin, refuse_resized
 from .precision import MasterWeightsMixin
 from .streaming import verify_stream
 from .token_dropout import TokenDropoutMixin
@@ -122,6 +122,7 @@ class FirstDistillTrainer(  # type: ignore[misc]  # TRL's signature
             raise ValueError(
                 "`train_dataset` is required: a teacher cache from `add_teacher_topk` or `load_teacher_cache`."
             )
+        refuse_transform(train_dataset)
         if next(iter(train_dataset), None) is None:
             raise ValueError("The teacher cache is empty: no row to train on. Check the filter or slice that made it.")
         columns = get_dataset_column_names(train_dataset)
@@ -143,6 +144,7 @@ class FirstDistillTrainer(  # type: ignore[misc]  # TRL's signature
             warnings.warn(estimator.warning)
         self._over_kept = estimator.over_kept
         self._recalibration = resolve_recalibration(args, train_dataset)
+        refuse_resized(model, peft_config)
         self._start_card(train_dataset)
         # Filled by `_prepare_dataset`, which the parent's constructor calls before `self.model` exists
         self._student_head_size = None if isinstance(model, str) else _head_size(model)
@@ -210,6 +212,7 @@ class FirstDistillTrainer(  # type: ignore[misc]  # TRL's signature
                 f"{list(DRAW_COLUMNS)}. Capture the cache with `add_teacher_topk(..., num_draws=50)`, or choose "
                 "another estimator."
             )
+        refuse_transform(dataset)
         map_style = isinstance(dataset, Dataset)
         lacks_gold = TEACHER_HAS_GOLD in columns and (not map_style or count_without_gold(dataset) > 0)
         if lacks_gold and args.ce_weight > 0:

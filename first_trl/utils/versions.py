@@ -1,6 +1,10 @@
 """Versions of the libraries that a training runs on."""
 
+import hashlib
+from collections.abc import Iterable
 from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
 
 
 __version__ = "0.1.0"
@@ -11,3 +15,23 @@ _LIBRARIES = ("trl", "transformers", "peft", "torch", "datasets")
 def training_versions() -> dict[str, str]:
     """Library -> installed version, for cards and the records of a run."""
     return {"first_trl": __version__} | {name: version(name) for name in _LIBRARIES}
+
+
+def code_version(modules: Iterable[str]) -> str:
+    """
+    Digest of the source text of modules: part of the name of what they made and left on disk, so that another version of
+    the code makes it anew.
+
+    Args:
+        modules (`Iterable[str]`): Their full names.
+
+    Returns:
+        `str`: 12 hexadecimal digits. Where the source is not installed, the version of the package stands for it.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(modules):
+        spec = find_spec(name)
+        path = None if spec is None or spec.origin is None else Path(spec.origin)
+        text = path.read_bytes() if path is not None and path.suffix == ".py" and path.is_file() else b""
+        digest.update(name.encode() + (text or __version__.encode()))
+    return digest.hexdigest()[:12]

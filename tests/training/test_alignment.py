@@ -1,11 +1,17 @@
 """Teacher entries stay on their tokens through truncation and packing."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 
 from first_trl.cache.schema import cache_features
+from first_trl.teacher import progress
+from first_trl.training import alignment
 from first_trl.training.alignment import align, count_cuts, entry_columns
+from first_trl.utils.versions import code_version
+from tests.support.tiny import tiny_rows
 
 
 TOPK = entry_columns("topk")
@@ -135,3 +141,34 @@ def test_rows_that_are_slices_of_a_larger_table():
 def test_packing_needs_a_length():
     with pytest.raises(ValueError, match="Packing needs `max_length`"):
         align(dataset_of(random_rows(3, seed=0)), TOPK, packing_strategy="bfd")
+
+
+def test_rows_that_another_version_of_the_code_aligned_are_aligned_again(tmp_path, monkeypatch):
+    """datasets keeps what was aligned, under a name that must change with the code."""
+    Dataset.from_list(tiny_rows()).save_to_disk(tmp_path / "rows")
+
+    def names():
+        rows = load_from_disk(tmp_path / "rows")
+        return {align(rows, ())._fingerprint, align(rows, (), packing_strategy="bfd", max_length=16)._fingerprint}
+
+    before = names()
+    assert len(before) == 2 and names() == before
+    monkeypatch.setattr(alignment, "code_version", lambda modules: "another")
+    assert not names() & before
+
+
+def test_the_version_of_code_is_its_text(tmp_path, monkeypatch):
+    (tmp_path / "some_code.py").write_text("x = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = code_version(["some_code"])
+    assert before == code_version(["some_code"])
+    (tmp_path / "some_code.py").write_text("x = 2\n")
+    assert code_version(["some_code"]) != before
+
+
+def test_a_capture_by_another_version_of_the_code_is_not_taken_up(monkeypatch):
+    manifest = SimpleNamespace(id="0123")
+    before = progress.default_folder(manifest)
+    assert before.name.startswith("0123-") and before == progress.default_folder(manifest)
+    monkeypatch.setattr(progress, "code_version", lambda modules: "another")
+    assert progress.default_folder(manifest) != before

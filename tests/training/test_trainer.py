@@ -8,8 +8,10 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, PromptTuningConfig
+from transformers import LlamaForCausalLM
 
-from first_trl import FirstDistillTrainer, add_teacher_topk
+from first_trl import FirstDistillTrainer, add_teacher_topk, fit_recalibration, verify_teacher_cache
+from first_trl.training.sft import FirstSFTTrainer
 from tests.support.tiny import VOCAB, run, tiny_cache, tiny_config, tiny_gpt2, tiny_llama, tiny_rows, tiny_tokenizer
 
 
@@ -289,3 +291,78 @@ def test_probability_softmax_warns_that_it_is_for_replication(teacher, tokenizer
         FirstDistillTrainer(
             teacher, tiny_config(tmp_path, estimator="probability_softmax"), cache, processing_class=tokenizer
         )
+
+
+def test_a_cache_under_a_transform_is_refused(teacher, tokenizer, cache, tmp_path):
+    """The stored columns are read, and the transform would be passed over; also where rows are captured and fitted."""
+    under = cache.with_transform(lambda batch: batch)
+    rows = Dataset.from_list(tiny_rows()).with_transform(lambda batch: batch)
+    for build in (
+        lambda: FirstDistillTrainer(teacher, tiny_config(tmp_path), under, processing_class=tokenizer),
+        lambda: FirstDistillTrainer(
+            teacher, tiny_config(tmp_path), cache, eval_dataset=under, processing_class=tokenizer
+        ),
+        lambda: add_teacher_topk(rows, teacher, tokenizer, k=2, output_dir=tmp_path / "cache", disable_tqdm=True),
+        lambda: verify_teacher_cache(under, tokenizer),
+        lambda: fit_recalibration(under, method="logit_temperature"),
+    ):
+        with pytest.raises(ValueError, match=r"has a transform .* would be ignored here. Apply it with `dataset.map"):
+            build()
+
+
+def test_an_adapter_on_a_resized_head_is_refused(tokenizer, cache, tmp_path):
+    """It names the model that was resized as its base, and would not load on it again."""
+    tiny_llama(seed=1).save_pretrained(tmp_path / "base")
+    lora = LoraConfig(task_type="CAUSAL_LM", r=2)
+    resized = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    resized.resize_token_embeddings(VOCAB, pad_to_multiple_of=64)
+    rows = Dataset.from_list(tiny_rows())
+    for build in (
+        lambda: FirstDistillTrainer(
+            resized, tiny_config(tmp_path / "out"), cache, processing_class=tokenizer, peft_config=lora
+        ),
+        lambda: FirstSFTTrainer(resized, train_dataset=rows, processing_class=tokenizer, peft_config=lora),
+    ):
+        with pytest.raises(
+            ValueError, match=r"embeddings of the student have 64 rows.* have 24. Save the resized model"
+        ):
+            build()
+    # As the message says
+    resized.save_pretrained(tmp_path / "padded")
+    padded = LlamaForCausalLM.from_pretrained(tmp_path / "padded")
+    trainer, _ = run(padded, tiny_config(tmp_path / "out"), cache, tokenizer, peft_config=lora)
+    trainer.save_model(str(tmp_path / "adapter"))
+    again = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tmp_path / "padded"), tmp_path / "adapter")
+    ids = torch.tensor([[3, 4, 5]])
+    torch.testing.assert_close(again(input_ids=ids).logits, trainer.model.eval()(input_ids=ids).logits)
+
+
+class Suppressed(LlamaForCausalLM):
+    """A teacher that never says some tokens, and is nearly certain of one."""
+
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits[..., 5:9] = -torch.inf
+        outputs.logits[..., 11] += 600
+        return outputs
+
+
+@pytest.mark.parametrize("k", [4, VOCAB - 4])
+@pytest.mark.parametrize("estimator", ["topk", "bucket", "renormalized", "sampled"])
+def test_suppressed_tokens_and_near_certainty_keep_losses_finite(estimator, k, tokenizer, tmp_path):
+    """Log-probabilities of -600 and -inf are what float16 holds of such a teacher."""
+    teacher = Suppressed(tiny_llama().config).eval()
+    cache = add_teacher_topk(
+        Dataset.from_list(tiny_rows()), teacher, tokenizer, k=k, num_draws=5, output_dir=tmp_path / "cache",
+        disable_tqdm=True,
+    )  # fmt: skip
+    lowest = min(min(entry) for row in cache["teacher_topk_logprobs"] for entry in row)
+    assert lowest < -500
+    student = tiny_llama(seed=1)
+    trainer, recorded = run(
+        student, tiny_config(tmp_path, estimator=estimator, max_steps=2), cache, tokenizer, eval_dataset=cache
+    )
+    for values in (*recorded.logs, trainer.evaluate()):
+        assert all(np.isfinite(value) for value in values.values() if isinstance(value, float)), values
+    assert all(torch.isfinite(gradient).all() for gradient in recorded.gradients[0].values())
+    assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())

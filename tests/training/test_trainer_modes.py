@@ -389,6 +389,33 @@ def test_assistant_and_completion_masks_survive_the_capture(tokenizer, teacher, 
     assert max(float(g.abs().max()) for g in recorded.gradients[0].values()) < 1e-6
 
 
+TEMPLATES = {
+    "no template": (None, "has no chat template"),
+    "no marks": (
+        "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}",
+        r"has a chat template \(`\{% for m in messages %\}.*`\) without marks",
+    ),
+    "marks of something else": (
+        "{% for m in messages %}{{ m.content }}{# generation #} {% endfor %}",
+        r"has a chat template \(`\{% for m in messages %\}.*`\) without marks",
+    ),
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_template_that_marks_no_assistant_is_named(template, teacher, tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.name_or_path = "some-org/some-model"
+    tokenizer.chat_template, which = TEMPLATES[template]
+    rows = Dataset.from_list(
+        [{"messages": [{"role": "user", "content": "w3"}, {"role": "assistant", "content": "w4"}]}]
+    )
+    with pytest.raises(ValueError, match=f"the tokenizer some-org/some-model {which} of it. Put `{{% generation %}}`"):
+        add_teacher_topk(
+            rows, teacher, tokenizer, k=2, assistant_only_loss=True, output_dir=tmp_path, disable_tqdm=True
+        )
+
+
 def test_rows_sharing_a_batch_do_not_see_each_other(teacher, tokenizer, cache, tmp_path):
     """Packed documents are separate: exchanging a neighbour leaves a document's own gradient as it was."""
     rows = tiny_rows(2, seed=7)
