@@ -1,0 +1,91 @@
+"""The fused loss of labels makes the gradients of TRL's trainer."""
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from trl import SFTConfig, SFTTrainer
+
+from first_trl.training.sft import FirstSFTTrainer
+from tests.support.tiny import GradientRecorder, tiny_gpt2, tiny_llama, tiny_rows, tiny_tokenizer
+
+
+torch.set_num_threads(1)
+LAYOUTS = {
+    "padded": {},
+    "accumulated": {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 3},
+    "padding free": {"padding_free": True, "max_length": None},
+    "packed": {"packing": True, "max_length": 24},
+    "cut": {"max_length": 6},
+    "checkpointed": {"gradient_checkpointing": True},
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+def train(cls, student, tokenizer, folder, lora=None, **options):
+    settings = {
+        "use_cpu": True, "bf16": False, "report_to": "none", "gradient_checkpointing": False, "disable_tqdm": True,
+        "max_steps": 2, "save_strategy": "no", "per_device_train_batch_size": 9, "max_grad_norm": 0.0,
+        "logging_steps": 1, "learning_rate": 1e-3,
+    }  # fmt: skip
+    ours = {"fused_loss": options.pop("fused_loss")} if "fused_loss" in options else {}
+    recorder = GradientRecorder()
+    trainer = cls(
+        copy.deepcopy(student),
+        args=SFTConfig(str(folder), **{**settings, **options}),
+        train_dataset=Dataset.from_list(tiny_rows(9, longest=20)),
+        processing_class=tokenizer,
+        peft_config=lora,
+        callbacks=[recorder],
+        **ours,
+    )
+    trainer.train()
+    return trainer, recorder
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
+def test_gradients_are_those_of_sft_trainer(build, layout, tokenizer, tmp_path):
+    options = LAYOUTS[layout]
+    _, theirs = train(SFTTrainer, build(), tokenizer, tmp_path, **options)
+    _, ours = train(FirstSFTTrainer, build(), tokenizer, tmp_path, fused_loss=True, **options)
+    assert set(ours.gradients[0]) == set(theirs.gradients[0])
+    for mine, other in zip(ours.gradients, theirs.gradients, strict=True):
+        scale = max(float(gradient.abs().max()) for gradient in other.values())
+        assert scale > 1e-2
+        for name, gradient in other.items():
+            torch.testing.assert_close(mine[name], gradient, rtol=1e-6, atol=1e-6 * max(scale, 1.0), msg=name)
+    for mine, other in zip(ours.logs, theirs.logs, strict=True):
+        for name in {"loss", "entropy", "mean_token_accuracy", "num_tokens"} & set(other):
+            # TRL's two statistics are means of batches
+            exact = options.get("gradient_accumulation_steps", 1) == 1 or name in ("loss", "num_tokens")
+            assert mine[name] == pytest.approx(other[name], rel=1e-5 if exact else 0.5), name
+
+
+def test_without_it_a_step_is_that_of_sft_trainer(tokenizer, tmp_path):
+    """Bit for bit: the figures of a recipe that does not ask for it stay."""
+    theirs, _ = train(SFTTrainer, tiny_llama(), tokenizer, tmp_path)
+    ours, _ = train(FirstSFTTrainer, tiny_llama(), tokenizer, tmp_path)
+    for name, weight in theirs.model.state_dict().items():
+        assert torch.equal(weight, ours.model.state_dict()[name]), name
+
+
+def test_adapters(tokenizer, tmp_path):
+    lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear")
+    _, theirs = train(SFTTrainer, tiny_llama(), tokenizer, tmp_path, lora=lora)
+    _, ours = train(FirstSFTTrainer, tiny_llama(), tokenizer, tmp_path, lora=lora, fused_loss=True)
+    for name, gradient in theirs.gradients[1].items():
+        torch.testing.assert_close(ours.gradients[1][name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("options", [{"loss_type": "dft"}, {"label_smoothing_factor": 0.1}])
+def test_another_loss_is_refused(options, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="`fused_loss=True` is the negative log-likelihood of the labels"):
+        train(FirstSFTTrainer, tiny_llama(), tokenizer, tmp_path, fused_loss=True, **options)
