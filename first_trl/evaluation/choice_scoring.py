@@ -283,7 +283,7 @@ def _score_behind_cache(
     total = _summed(last, tokens[:, :1].to(last.device), mask[:, :1].to(last.device))
     if tokens.shape[1] == 1:
         return total
-    cache = getattr(first, "past_key_values", None)
+    cache: Any = getattr(first, "past_key_values", None)
     if not _is_repeatable(cache):
         return None
     cache.batch_select_indices(parent)

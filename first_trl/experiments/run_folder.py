@@ -100,6 +100,11 @@ class TrainingFolder:
         return self.path / "checkpoints"
 
     @property
+    def reports(self) -> Path:
+        """What `report_to` wrote beside the checkpoints: event files of TensorBoard, emissions of CodeCarbon."""
+        return self.path / "logs"
+
+    @property
     def log(self) -> Path:
         """The trainer's log; written last, so that with it the model is whole."""
         return self.path / "training_log.json"

@@ -18,6 +18,7 @@ from ..report import write_merged_report
 from ..run_folder import RunFolder
 from .context import RunContext
 from .table import STAGE_TABLE
+from .training import check_reporting
 
 
 def run_recipe(recipe: Recipe, stage: str | None = None) -> Path:
@@ -35,6 +36,8 @@ def run_recipe(recipe: Recipe, stage: str | None = None) -> Path:
     if stage is not None and stage not in STAGES:
         raise ValueError(f"Unknown stage {stage!r}.{nearest(stage, STAGES)}")
     runs = cells(recipe)
+    for report_to in {run.report_to for run in runs}:
+        check_reporting(report_to)
     # Every training ends with collections that walk over all modules loaded so far, which takes longer than the training
     # of a tiny model
     gc.collect()

@@ -13,6 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from transformers.integrations import deepspeed
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
@@ -21,6 +22,7 @@ from ...training.options import DistillOptions
 from ...training.sft import FirstSFTTrainer
 from ...training.trainer import FirstDistillTrainer
 from ...utils.files import write_atomically, write_json
+from ...utils.names import nearest
 from ...utils.processes import on_accelerator, process_state
 from ...utils.versions import training_versions
 from ..recipe import ArmSpec, ModelSpec, Recipe
@@ -150,6 +152,7 @@ def training_arguments(
 ) -> Any:
     """`SFTConfig` or `FirstDistillConfig` from a recipe's mapping; keys were checked when the recipe was read."""
     training = dict(training)
+    check_reporting(training.get("report_to", recipe.report_to))
     known = {f.name for f in dataclasses.fields(cls)}
     global_batch = training.pop("global_batch_size", None)
     if global_batch is not None:
@@ -186,6 +189,34 @@ def training_arguments(
     return cls(**values)
 
 
+def check_reporting(report_to: str) -> None:
+    """Raises `ValueError` for a logger that is unknown or not installed, before anything is trained."""
+    if report_to in ("none", "all"):
+        return
+    if report_to not in INTEGRATION_TO_CALLBACK:
+        raise ValueError(f"report_to: unknown logger {report_to!r}.{nearest(report_to, INTEGRATION_TO_CALLBACK)}")
+    try:
+        INTEGRATION_TO_CALLBACK[report_to]()
+    except (RuntimeError, ImportError) as error:
+        raise ValueError(
+            f"report_to: {report_to} is not installed ({str(error).split('.')[0]}). Install it with `pip install "
+            f"{report_to.replace('_', '-')}`, or set `report_to: none`."
+        ) from None
+
+
+def _keep_reports(folder: TrainingFolder) -> None:
+    """Loggers write into the trainer's output folder, which goes."""
+    for path in folder.checkpoints.glob("*"):
+        # Cards are of a checkpoint, and the model has its own
+        if path.name.startswith("checkpoint-") or path.suffix in (".md", ".png"):
+            continue
+        folder.reports.mkdir(exist_ok=True)
+        if path.is_dir():
+            shutil.copytree(path, folder.reports / path.name, dirs_exist_ok=True)
+        else:
+            shutil.copy2(path, folder.reports / path.name)
+
+
 def _selection(state: Any) -> dict[str, Any]:
     """Which epoch was kept, and the validation curve it was chosen from."""
     curve = [
@@ -216,6 +247,7 @@ def _train_and_save(trainer: Any, folder: TrainingFolder) -> None:
             write_json(folder.versions, training_versions())
             write_atomically(log, json.dumps(trainer.state.log_history, indent=2))
     if trainer.is_world_process_zero():
+        _keep_reports(folder)
         # Checkpoints serve resuming; the model is saved
         shutil.rmtree(checkpoints, ignore_errors=True)
     trainer.accelerator.free_memory()

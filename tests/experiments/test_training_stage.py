@@ -1,0 +1,70 @@
+"""A training of the pipeline: what loggers write outlives the checkpoints, and a logger that is missing is named."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+from first_trl.experiments.run_folder import TrainingFolder
+from first_trl.experiments.stages.training import check_reporting, train_sft, training_arguments
+from first_trl.training.config import FirstDistillConfig
+from tests.support.tiny import tiny_llama, tiny_rows, tiny_tokenizer
+
+
+torch.set_num_threads(1)
+
+
+class EventFiles(TrainerCallback):
+    """Writes where TensorBoard's and CodeCarbon's callbacks write."""
+
+    def on_log(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir) / "runs" / "one"
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "events").open("a") as file:
+            file.write(f"{state.global_step}\n")
+        (Path(args.output_dir) / "emissions.csv").write_text("kg\n")
+
+
+class Missing(TrainerCallback):
+    def __init__(self):
+        raise RuntimeError("MissingCallback requires missing to be installed. Run `pip install missing`.")
+
+
+def recipe(report_to):
+    return SimpleNamespace(name="one", seed=0, report_to=report_to)
+
+
+def test_logs_outlive_the_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "event_files", EventFiles)
+    training = {"max_steps": 2, "logging_steps": 1, "gradient_checkpointing": False, "disable_tqdm": True}
+    rows, folder = Dataset.from_list(tiny_rows()), TrainingFolder(tmp_path)
+    train_sft(recipe("event_files"), tiny_llama(), tiny_tokenizer(), rows, training, folder)
+    assert not folder.checkpoints.exists()
+    assert (folder.reports / "runs" / "one" / "events").read_text().split()[:2] == ["1", "2"]
+    assert {path.name for path in folder.reports.iterdir()} == {"runs", "emissions.csv"}
+
+
+def test_without_a_logger_there_is_no_folder(tmp_path):
+    training = {"max_steps": 1, "gradient_checkpointing": False, "disable_tqdm": True, "fused_loss": True}
+    folder = TrainingFolder(tmp_path)
+    train_sft(recipe("none"), tiny_llama(), tiny_tokenizer(), Dataset.from_list(tiny_rows()), training, folder)
+    assert not folder.reports.exists() and folder.log.is_file()
+
+
+def test_a_logger_that_is_missing_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "missing", Missing)
+    for check in (
+        check_reporting,
+        lambda name: training_arguments(FirstDistillConfig, recipe(name), {}, TrainingFolder(tmp_path)),
+    ):
+        with pytest.raises(
+            ValueError, match=r"missing is not installed .* `pip install missing`, or set `report_to: none`"
+        ):
+            check("missing")
+        with pytest.raises(ValueError, match=r"unknown logger 'tensorbord'.*tensorboard"):
+            check("tensorbord")
+    check_reporting("none")
