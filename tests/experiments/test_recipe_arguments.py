@@ -43,7 +43,7 @@ def test_the_names_read_from_source_are_those_of_the_classes():
 
     from first_trl import FirstDistillConfig
 
-    names = {f.name for f in dataclasses.fields(FirstDistillConfig) if f.init} | {"global_batch_size"}
+    names = {f.name for f in dataclasses.fields(FirstDistillConfig) if f.init} | {"global_batch_size", "fused_loss"}
     assert set(training_fields()) == names
     assert set(lora_fields()) == {f.name for f in dataclasses.fields(LoraConfig) if f.init}
 
