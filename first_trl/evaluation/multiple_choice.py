@@ -12,6 +12,7 @@ from datasets import Dataset
 from ..calibration.arrays import first_boolean
 from ..tasks.answers import answer_token_ids_of_rows
 from ..tasks.tokenize import encode_prompts
+from ..utils.processes import Share
 from .next_token import context_length, cut_to_length, next_token_logits
 from .predictions import MultipleChoiceResult, fill_rows, multiple_choice_report
 
@@ -34,6 +35,7 @@ def evaluate_multiple_choice(
     top_k: int = 5,
     variants: Callable[[str], Sequence[str]] | None = None,
     disable_tqdm: bool = False,
+    distributed: bool = False,
 ) -> MultipleChoiceResult:
     """
     Evaluate a causal language model on multiple choice, by its distribution over the token behind the prompt.
@@ -67,6 +69,9 @@ def evaluate_multiple_choice(
             are not one token are left out. By default every token stands for itself.
         disable_tqdm (`bool`, *optional*, defaults to `False`):
             No progress bar.
+        distributed (`bool`, *optional*, defaults to `False`):
+            Divide the batches over the processes of the launch. Every process must call, and every one gets the whole
+            result, the same as of one process.
 
     Returns:
         [`MultipleChoiceResult`]
@@ -92,10 +97,12 @@ def evaluate_multiple_choice(
     choice_tokens = fill_rows(rows.choice_tokens, -1, np.int64)
     choice_logprobs = np.full(choice_tokens.shape, -np.inf)
     top_token, top_logprob, topk_mass, sum_squares = np.empty(n, np.int64), np.empty(n), np.empty(n), np.empty(n)
+    share, done = Share.of(distributed), np.zeros(n, dtype=bool)
     batches = next_token_logits(
-        model, rows.prompt_ids, batch_size=batch_size, disable_tqdm=disable_tqdm, desc="Evaluating"
+        model, rows.prompt_ids, batch_size=batch_size, disable_tqdm=disable_tqdm, desc="Evaluating", share=share
     )
     for index, logits in batches:
+        done[index] = True
         lp = torch.log_softmax(logits / temperature, dim=-1)
         for i, row in enumerate(index):
             for group in groups[row]:
@@ -111,6 +118,7 @@ def evaluate_multiple_choice(
         top_logprob[index] = best.values[:, 0].double().cpu().numpy()
         topk_mass[index] = best.values.exp().sum(dim=-1).double().cpu().numpy()
         sum_squares[index] = (2.0 * lp).exp().sum(dim=-1).double().cpu().numpy()
+    share.merge(done, [choice_logprobs, top_token, top_logprob, topk_mass, sum_squares])
 
     labelled = rows.gold >= 0
     gold_column = np.where(labelled, rows.gold, 0)

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from ..utils.processes import ALL, Share
+
 
 @contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
@@ -55,7 +57,13 @@ def cut_to_length(
 
 
 def next_token_logits(
-    model: Any, rows: Sequence[Sequence[int]], *, batch_size: int, disable_tqdm: bool, desc: str
+    model: Any,
+    rows: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    disable_tqdm: bool,
+    desc: str,
+    share: Share = ALL,
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
     """
     Batches of next-token logits, longest rows first.
@@ -68,6 +76,8 @@ def next_token_logits(
             A causal language model; it is read where it is, in its dtype.
         rows (`Sequence[Sequence[int]]`):
             Token ids of each prompt, not padded.
+        share ([`~first_trl.utils.processes.Share`], *optional*):
+            The batches of this process; all by default.
 
     Yields:
         `tuple`: row indices, int64 `[B]`, and logits, float32 `[B, V]` on the model's device.
@@ -84,7 +94,7 @@ def next_token_logits(
     keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
     device = model.get_input_embeddings().weight.device
     order = np.argsort(-lengths, kind="stable")
-    starts = range(0, len(order), batch_size)
+    starts = share.part(range(0, len(order), batch_size))
     with evaluation_mode(model):
         for start in tqdm(starts, desc=desc, disable=disable_tqdm):
             index = order[start : start + batch_size]

@@ -10,6 +10,7 @@ from datasets import Dataset
 from ..calibration.errors import equal_width_ece
 from ..calibration.scores import brier_of
 from ..calibration.temperature import TemperatureFit, search_temperature
+from ..utils.processes import Share
 from .multiple_choice import read_multiple_choice_rows
 from .next_token import next_token_logits
 from .supervised import read_supervised_rows, supervised_logits
@@ -30,6 +31,7 @@ def fit_posthoc_temperature(
     max_length: int | None = None,
     n_bins: int = 10,
     disable_tqdm: bool = False,
+    distributed: bool = False,
 ) -> TemperatureFit:
     """
     Temperature scaling of a trained model (Guo et al. 2017), on the full-vocabulary softmax at the answer position of
@@ -40,7 +42,7 @@ def fit_posthoc_temperature(
     The temperature agrees with the one fitted on the logits to about four digits.
 
     Args:
-        model, processing_class, dataset, batch_size, max_length, n_bins, disable_tqdm:
+        model, processing_class, dataset, batch_size, max_length, n_bins, disable_tqdm, distributed:
             As in [`evaluate_multiple_choice`]; rows without an answer are left out. Where the dataset has `input_ids` and
             `labels`, as in [`evaluate_token_level`].
         objective (`str`, *optional*, defaults to `"nll"`):
@@ -52,13 +54,14 @@ def fit_posthoc_temperature(
     Warns:
         `UserWarning`: below 1000 rows, when the ECE does not improve, when the end of the range is reached.
     """
-    gold_token, batches = _gold_and_logits(
-        model, processing_class, dataset, max_length=max_length, batch_size=batch_size, disable_tqdm=disable_tqdm
-    )
+    share = Share.of(distributed)
+    options = {"batch_size": batch_size, "disable_tqdm": disable_tqdm, "share": share}
+    gold_token, batches = _gold_and_logits(model, processing_class, dataset, max_length=max_length, **options)
     n = len(gold_token)
     partition, slope = np.empty((n, len(_LOG_BETAS))), np.empty((n, len(_LOG_BETAS)))
-    gold_logit, correct = np.empty(n), np.empty(n, dtype=bool)
+    gold_logit, correct, done = np.empty(n), np.empty(n, dtype=bool), np.zeros(n, dtype=bool)
     for index, logits in batches:
+        done[index] = True
         best = logits.max(dim=-1, keepdim=True)
         z = logits - best.values
         gold = torch.from_numpy(gold_token[index]).to(z.device)
@@ -71,6 +74,7 @@ def fit_posthoc_temperature(
             total = weights.sum(dim=-1)
             partition[index, i] = total.double().log().cpu().numpy()
             slope[index, i] = ((weights * finite).sum(dim=-1) / total).double().cpu().numpy()
+    share.merge(done, [partition, slope, gold_logit, correct])
     # d/d(log beta) = beta d/d(beta)
     slope *= np.exp(_LOG_BETAS)
 

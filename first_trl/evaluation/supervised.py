@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
+from ..utils.processes import ALL, Share
 from ..vocabulary import HAS_GOLD, IGNORE_INDEX
 from .next_token import context_length, evaluation_mode
 
@@ -116,7 +117,14 @@ def read_supervised_rows(
 
 
 def supervised_logits(
-    model: Any, rows: SupervisedRows, *, batch_size: int, disable_tqdm: bool, desc: str, chunk_size: int | None = None
+    model: Any,
+    rows: SupervisedRows,
+    *,
+    batch_size: int,
+    disable_tqdm: bool,
+    desc: str,
+    chunk_size: int | None = None,
+    share: Share = ALL,
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
     """
     Chunks of logits at the supervised positions, longest rows first.
@@ -131,6 +139,8 @@ def supervised_logits(
             From [`read_supervised_rows`].
         chunk_size (`int`, *optional*):
             Positions whose logits are held at a time. Defaults to as many as fill 128 MiB in float32.
+        share ([`~first_trl.utils.processes.Share`], *optional*):
+            The batches of this process; all by default.
 
     Yields:
         `tuple`: indices into the positions, int64 `[C]`, and logits, float32 `[C, V]` on the head's device.
@@ -150,7 +160,7 @@ def supervised_logits(
     with evaluation_mode(model), torch.no_grad():
         shortest = order[-1]
         _check_head(model, head, rows.input_ids[scored[shortest]], int(rows.position[first[shortest]]) - 1, device)
-        starts = range(0, len(order), batch_size)
+        starts = share.part(range(0, len(order), batch_size))
         for start in tqdm(starts, desc=desc, disable=disable_tqdm):
             batch = order[start : start + batch_size]
             # A row is read up to the token before its last supervised one

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 
 from ..calibration.intervals import clustered_intervals
+from ..utils.processes import Share
 from .confidence import Confidences
 from .predictions import brier_scores, mean_scores, plugin_scores
 from .supervised import read_supervised_rows, supervised_logits
@@ -63,6 +64,7 @@ def evaluate_token_level(
     max_length: int | None = None,
     n_bins: int = 10,
     disable_tqdm: bool = False,
+    distributed: bool = False,
 ) -> TokenLevelResult:
     """
     Evaluate a causal language model on every supervised token of tokenised rows, given the reference text before it.
@@ -91,6 +93,9 @@ def evaluate_token_level(
             Equal-width bins of the ECE.
         disable_tqdm (`bool`, *optional*, defaults to `False`):
             No progress bar.
+        distributed (`bool`, *optional*, defaults to `False`):
+            Divide the batches over the processes of the launch. Every process must call, and every one gets the whole
+            result, the same as of one process.
 
     Returns:
         [`TokenLevelResult`]
@@ -114,8 +119,15 @@ def evaluate_token_level(
     n = len(rows.row)
     top_token = np.empty(n, np.int64)
     top_logprob, gold_logprob, sum_squares = np.empty(n), np.empty(n), np.empty(n)
-    chunks = supervised_logits(model, rows, batch_size=batch_size, disable_tqdm=disable_tqdm, desc="Evaluating")
-    for index, logits in chunks:
+    share, done = Share.of(distributed), np.zeros(n, dtype=bool)
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "disable_tqdm": disable_tqdm,
+        "desc": "Evaluating",
+        "share": share,
+    }
+    for index, logits in supervised_logits(model, rows, **options):
+        done[index] = True
         lp = torch.log_softmax(logits / temperature, dim=-1)
         gold = torch.from_numpy(rows.token[index]).to(lp.device)
         best = lp.max(dim=-1)
@@ -123,6 +135,7 @@ def evaluate_token_level(
         top_logprob[index] = best.values.double().cpu().numpy()
         gold_logprob[index] = lp.gather(-1, gold[:, None])[:, 0].double().cpu().numpy()
         sum_squares[index] = (2.0 * lp).exp().sum(dim=-1).double().cpu().numpy()
+    share.merge(done, [top_token, top_logprob, gold_logprob, sum_squares])
     predictions = {
         "id": rows.ids[rows.row],
         "row": rows.row,

@@ -2,11 +2,15 @@
 
 import os
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import gather_object, parse_flag_from_env
 
 
 _warned = False
@@ -24,8 +28,8 @@ def process_state() -> PartialState:
         `RuntimeError`: Something asked for the state before, in the way that overlooks the others.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    # Others wait while one process reads data, evaluates or uploads, which takes longer than the usual ten minutes
-    patience = {"timeout": timedelta(days=1)} if launched > 1 else {}
+    # Others wait while one process reads data or uploads, which may take longer than the usual ten minutes
+    patience = {"timeout": timedelta(minutes=60)} if launched > 1 else {}
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu=cpu, **patience)
     _warn_of_no_accelerator(state)
@@ -54,3 +58,48 @@ def _warn_of_no_accelerator(state: PartialState) -> None:
         "is meant: `accelerate launch --cpu`.",
         stacklevel=3,
     )
+
+
+@dataclass(frozen=True)
+class Share:
+    """
+    What one process does of work that all do together: every `count`-th batch, from its `rank` on.
+
+    Args:
+        rank (`int`): Of this process.
+        count (`int`): Processes.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def of(cls, distributed: bool) -> "Share":
+        """This process's share among those of the launch; all of the work unless `distributed`."""
+        if not distributed:
+            return cls()
+        state = process_state()
+        return cls(state.process_index, state.num_processes)
+
+    def part(self, items: range) -> range:
+        """The items of this process."""
+        return items[self.rank :: self.count]
+
+    def merge(self, done: np.ndarray, arrays: Sequence[np.ndarray]) -> None:
+        """
+        Fill in what the other processes have done. Every process must call.
+
+        Args:
+            done (`numpy.ndarray` of shape `(n,)`, bool): Rows that this process has done.
+            arrays (sequence of `numpy.ndarray` of shape `(n, ...)`): Results, filled in place.
+        """
+        if self.count == 1:
+            return
+        mine: list[Any] = [(np.flatnonzero(done), [array[done] for array in arrays])]
+        for index, parts in gather_object(mine):
+            for array, part in zip(arrays, parts, strict=True):
+                array[index] = part
+
+
+# All of the work, for one process alone
+ALL = Share()

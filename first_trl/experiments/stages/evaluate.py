@@ -52,15 +52,17 @@ def _plugin_metrics() -> dict[str, Any]:
 
 
 def _evaluate(run: RunContext, name: str, arm: ArmSpec, source: ArmSpec, folder: Path) -> None:
-    if not run.is_main:
-        return
     if source.kind == "teacher":
         model = teacher_model(run, teacher_of(run.recipe, source))
     else:
         student = run.folder.student(arm.of or name)
         model = load_trained(student, run.recipe.student, lambda: base_model(run, "student"))
     tokenizer = run.tokenizer()
-    options: dict[str, Any] = {"batch_size": run.recipe.evaluation.batch_size, "disable_tqdm": True}
+    options: dict[str, Any] = {
+        "batch_size": run.recipe.evaluation.batch_size,
+        "disable_tqdm": True,
+        "distributed": True,
+    }
     temperature = 1.0
     if arm.kind == "temperature_scaling":
         choices = run.has_choices("validation")
@@ -71,7 +73,8 @@ def _evaluate(run: RunContext, name: str, arm: ArmSpec, source: ArmSpec, folder:
             max_length=run.recipe.task.max_length if choices else None,
             **options,
         ).temperature
-        write_json(run.folder.temperature(name), {"temperature": temperature, "objective": "nll"})
+        if run.is_main:
+            write_json(run.folder.temperature(name), {"temperature": temperature, "objective": "nll"})
     options |= {"temperature": temperature, "n_bins": run.recipe.evaluation.n_bins}
     for role in run.recipe.evaluation.splits:
         result: Any
@@ -82,7 +85,8 @@ def _evaluate(run: RunContext, name: str, arm: ArmSpec, source: ArmSpec, folder:
             )
         else:
             result = evaluate_token_level(model, tokenizer, run.folder.load_tokens(role), **options)
-        _store(run, result, name, role)
+        if run.is_main:
+            _store(run, result, name, role)
 
 
 def _evaluate_bayes(run: RunContext, folder: Path) -> None:
