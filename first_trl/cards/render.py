@@ -7,7 +7,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from ..utils.resources import template_path
-from ..utils.tables import escape_cell, markdown_table
+from ..utils.table_text import escape_cell, markdown_table
 
 
 def render(template: str, **values: Any) -> str:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from html import escape
 
-from ...utils.tables import markdown_table
+from ...utils.table_text import markdown_table
 from .document import Fold, Heading, Items, Paragraph, Part, Picture, Table, Value, value
 
 
