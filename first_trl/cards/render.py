@@ -7,7 +7,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from ..utils.resources import template_path
-from ..utils.table_text import escape_cell, markdown_table
+from ..utils.text_tables import escape_cell, markdown_table
 
 
 def render(template: str, **values: Any) -> str:

@@ -10,7 +10,7 @@ from ..calibration import CalibrationWarning, reliability_diagram
 from ..evaluation.confidence import DEFINITIONS, Confidences
 from ..evaluation.readers import read_confidences
 from ..utils.files import write_json
-from ..utils.table_text import text_table
+from ..utils.text_tables import text_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

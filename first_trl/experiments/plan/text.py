@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Sequence
 
-from ...utils.table_text import text_table
+from ...utils.text_tables import text_table
 from .schema import MemoryPlan, ModelPlan, Plan, RunPlan, SettingPlan, TrainingPlan
 
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from html import escape
 
-from ...utils.table_text import markdown_table
+from ...utils.text_tables import markdown_table
 from .document import Fold, Heading, Items, Paragraph, Part, Picture, Table, Value, value
 
 

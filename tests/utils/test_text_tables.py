@@ -1,6 +1,6 @@
 """The one writer of tables: Markdown and aligned text."""
 
-from first_trl.utils.table_text import markdown_table, text_table
+from first_trl.utils.text_tables import markdown_table, text_table
 
 
 def test_markdown_cells_stay_in_their_cell():
