@@ -191,11 +191,10 @@ def fit_option_temperature(logprobs: Any, gold: Any, kinds: Sequence[str] | None
 def _options(logprobs: Any, gold: Any) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
     """Log-probabilities with the largest of a row at 0 and `-inf` for options that it lacks, and right options."""
     if not (isinstance(logprobs, np.ndarray) and logprobs.ndim == 2):
-        rows = [np.asarray(row, np.float64) for row in logprobs]
-        width = max((len(row) for row in rows), default=0)
-        z = np.full((len(rows), width), -np.inf)
-        for i, row in enumerate(rows):
-            z[i, : len(row)] = row
+        lists = [np.asarray(values, np.float64) for values in logprobs]
+        z = np.full((len(lists), max((len(values) for values in lists), default=0)), -np.inf)
+        for i, values in enumerate(lists):
+            z[i, : len(values)] = values
     else:
         z = logprobs.astype(np.float64)
     y = np.asarray(gold)
