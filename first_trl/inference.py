@@ -10,8 +10,8 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
-from transformers.utils import find_adapter_config_file
 
+from .evaluation.loading import load_model
 from .evaluation.next_token import context_length, cut_to_length, next_token_logits
 from .tasks.answers import answer_token_ids
 from .tasks.tokenize import encode_prompts
@@ -270,7 +270,7 @@ def answer_pipeline(
     """
     if isinstance(model, str | Path):
         source = str(model)
-        loaded, home = _load(source, revision=revision, token=token, dtype=dtype, **model_kwargs)
+        loaded, home = load_model(source, revision=revision, token=token, dtype=dtype, **model_kwargs)
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(home, revision=revision if home == source else None, token=token)
     else:
@@ -303,18 +303,3 @@ def answer_pipeline(
         confidence=confidence,
         **{name: value for name, value in defaults.items() if value is not None},
     )
-
-
-def _load(source: str, *, revision: str | None, token: Any, dtype: Any, **kwargs: Any) -> tuple[Any, str]:
-    """The model of a folder or repository, and where its tokenizer is."""
-    where = {"revision": revision, "token": token}
-    if find_adapter_config_file(source, **where) is None:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **where, **kwargs), source
-    # Imported here: a full model needs no peft
-    from peft import AutoPeftModelForCausalLM
-    from transformers.utils import cached_file
-
-    model = AutoPeftModelForCausalLM.from_pretrained(source, dtype=dtype, **where, **kwargs)
-    own = cached_file(source, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False, **where)
-    base = model.peft_config["default"].base_model_name_or_path
-    return model, source if own is not None else base

@@ -20,6 +20,7 @@ _COMMANDS = {
     "recipes": ("first_trl.cli.recipes", "list the recipes that travel with the package, or check recipe files"),
     "precompute": ("first_trl.cli.precompute", "run a teacher once over a dataset and store its top-k"),
     "cache": ("first_trl.cli.cache", "verify, describe, push or pull a teacher cache"),
+    "evaluate": ("first_trl.cli.evaluate", "score any model on a task: accuracy, calibration, baselines"),
     "calibrate": ("first_trl.cli.calibrate", "calibration report of files you already have"),
     "metric": ("first_trl.cli.metric", "publish the calibration metric as a Space"),
 }

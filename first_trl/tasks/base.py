@@ -127,6 +127,21 @@ class Task:
         """
         return None
 
+    # Types of System One questions that the answers of this task fit
+    decision_kinds: ClassVar[tuple[str, ...]] = ("choice",)
+
+    @property
+    def prompt_template(self) -> str:
+        """`str.format` template of the prompt, for tasks that have one."""
+        raise NotImplementedError(f"{type(self).__name__} makes its prompts without a template")
+
+    def decision_fields(self) -> dict[str, str] | None:
+        """
+        Where the fields of [`prompt_template`] come from in a System One request: `question` (state and instructions),
+        `state`, `instructions`, `choices` (lettered criteria) or `nothing`. `None`: the state is the whole prompt.
+        """
+        return None
+
     def example(self, row: dict[str, Any], *, split: str) -> Example:
         """Turns one source row into an [`Example`]; raises `ValueError` or [`DropRow`] with the reason alone."""
         raise NotImplementedError(f"{type(self).__name__} reads no source rows")

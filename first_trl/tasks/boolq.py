@@ -48,13 +48,20 @@ class BoolQ(Task):
         "validation": SplitSize(3270, 624, 3.6, completion_tokens=1),
     }
 
+    decision_kinds = ("noul", "choice")
+
+    def decision_fields(self) -> dict[str, str]:
+        if self.with_passage:
+            return {"passage": "state", "question": "instructions"}
+        return {"question": "question"}
+
     def __post_init__(self) -> None:
         fields = ("passage", "question") if self.with_passage else ("question",)
-        check_template("template", self._template, fields, fields)
+        check_template("template", self.prompt_template, fields, fields)
         check_template("completion", self.completion, ("answer",), ("answer",))
 
     @property
-    def _template(self) -> str:
+    def prompt_template(self) -> str:
         if self.template is not None:
             return self.template
         return "{passage}\nQuestion: {question}?\nAnswer:" if self.with_passage else "Question: {question}?\nAnswer:"
@@ -77,7 +84,7 @@ class BoolQ(Task):
         choices = tuple(self.completion.format(answer=word) for word in ("yes", "no"))
         gold = 0 if answer else 1
         return Example(
-            self._template.format(**values),
+            self.prompt_template.format(**values),
             choices[gold],
             choices,
             gold,

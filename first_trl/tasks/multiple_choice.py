@@ -43,6 +43,14 @@ class MultipleChoice(Task):
     completion: str = " {letter}"
 
     n_choices: ClassVar[tuple[int, int]]
+    decision_kinds = ("choice", "score")
+
+    @property
+    def prompt_template(self) -> str:
+        return self.template
+
+    def decision_fields(self) -> dict[str, str]:
+        return {"question": "question", "choices": "choices", "group": "nothing"}
 
     def __post_init__(self) -> None:
         check_template("template", self.template, ("question", "choices", "group"), ("question",))

@@ -1,0 +1,258 @@
+"""`first-trl evaluate MODEL --task ...`: predictions and calibration of any model on a task, without a recipe."""
+
+import argparse
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..utils.files import write_json
+
+
+SCORINGS = ("auto", "token", "choices", "decision")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `first-trl evaluate` to a parser."""
+    parser.add_argument(
+        "model", help="folder or Hub id of a causal language model, a LoRA adapter or a decision model"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.add_argument("--task", required=True, help="a task (see the docs of first_trl.tasks), or system_one")
+    parser.add_argument("--path", help="file, folder or Hub id of its rows (default: the benchmark's own)")
+    parser.add_argument("--split", default="test", help="split, slices allowed (default: %(default)s)")
+    parser.add_argument("--limit", type=int, help="score this many rows, drawn at random with --seed")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="option of the task")
+    parser.add_argument(
+        "--scoring",
+        choices=SCORINGS,
+        default="auto",
+        help="token: one token an answer, over the whole vocabulary; choices: the log-probability of each choice's text; "
+        "decision: the probabilities of pipeline('decision'), for system_one; auto: decision for system_one, token where "
+        "every answer is one token, else choices",
+    )
+    parser.add_argument(
+        "--length",
+        choices=("none", "tokens", "characters", "bytes", "unconditional"),
+        default="none",
+        help="choices: what a log-probability is divided by, or compared with its value without the question "
+        "(default: none, the probability of the whole text)",
+    )
+    parser.add_argument("--temperature", type=float, help="default: that of the model's decision.json, else 1")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument(
+        "--max-length", type=int, help="longer prompts lose their beginning (default: the model's context)"
+    )
+    parser.add_argument(
+        "--dtype", default="auto", help="precision to load in, e.g. float32 (default: that of the weights)"
+    )
+    parser.add_argument("--device", help="default: the accelerator, else the CPU")
+    parser.add_argument("--bins", type=int, default=10, help="bins of the calibration error (default: %(default)s)")
+    parser.add_argument("--output-dir", default="evaluation", help="where the results go (default: %(default)s)")
+    parser.add_argument(
+        "--eval-results", metavar="DATASET_ID", help="also write .eval_results/<task>.yaml for this dataset of the Hub"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print the scores beside those of the baselines; write `report.json`, `predictions.jsonl` and a diagram."""
+    from transformers import AutoTokenizer
+    from transformers.decision import DecisionConfig
+
+    from ..evaluation.loading import load_model
+    from ..utils.processes import process_state
+
+    options = dict(map(_key_value, args.option))
+    if (args.task == "system_one") != (args.scoring == "decision") and args.scoring != "auto":
+        raise ValueError("--scoring decision belongs to --task system_one, and the other scorings to the other tasks.")
+    if args.temperature is not None and not args.temperature > 0:
+        raise ValueError(f"--temperature must be above 0, got {args.temperature}.")
+    rows = _rows(args, options)
+    model, home = load_model(args.model, revision=args.revision, dtype=args.dtype)
+    if getattr(model, "hf_device_map", None) is None:
+        model = model.to(args.device or process_state().device)
+    model.eval()
+    revision = args.revision if home == args.model else None
+    tokenizer = AutoTokenizer.from_pretrained(home, revision=revision)
+    config = DecisionConfig.from_pretrained(args.model, revision=args.revision)
+    predictions, report, lines = _score(args, model, tokenizer, config, rows)
+    folder = Path(args.output_dir)
+    report = {"model": args.model, "revision": args.revision, "task": args.task, "split": args.split, **report}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "report.json", report)
+    text = "\n".join(json.dumps(row) for row in predictions) + "\n"
+    (folder / "predictions.jsonl").write_text(text, encoding="utf-8")
+    print(_table(report["scores"]))
+    print("\n".join(lines))
+    written = ["report.json", "predictions.jsonl"]
+    if args.eval_results:
+        written.append(_write_eval_results(folder, args, report))
+    print(f"Wrote {', '.join(written)} in {folder}.")
+    return 0
+
+
+def _key_value(text: str) -> tuple[str, Any]:
+    """An option of a task: numbers, `true` and `false` as such, all else as it was typed, leading spaces included."""
+    key, sign, value = text.partition("=")
+    if not sign or not key:
+        raise ValueError(f"--option takes KEY=VALUE, got {text!r}.")
+    read = yaml.safe_load(value) if value.strip() and value == value.strip() and value[0] not in "{[" else value
+    return key, read if isinstance(read, bool | int | float) else value
+
+
+def _rows(args: argparse.Namespace, options: dict[str, Any]) -> Any:
+    if args.task == "system_one":
+        from ..tasks.system_one import read_requests
+
+        if args.path is None:
+            raise ValueError("--task system_one needs --path, a file of requests with gold answers.")
+        if options:
+            raise ValueError(f"system_one has no option {next(iter(options))!r}.")
+        questions = read_requests(args.path)
+        if args.limit is not None and args.limit < len(questions):
+            import numpy as np
+
+            kept = np.sort(np.random.default_rng(args.seed).choice(len(questions), args.limit, replace=False))
+            questions = [questions[i] for i in kept]
+        return questions
+    from ..tasks import get_task
+
+    task = get_task(args.task, **options)
+    split = task.load(args.split, path=args.path, limit=args.limit, seed=args.seed)
+    for reason, count in split.reasons.items():
+        print(f"{count} rows left out: {reason}")
+    if not any(split.dataset["choices"]):
+        raise ValueError(f"The rows of {args.task} have no choices; score free text with a recipe.")
+    return split.dataset
+
+
+def _score(
+    args: argparse.Namespace, model: Any, tokenizer: Any, config: Any, rows: Any
+) -> tuple[list[dict[str, Any]], dict[str, Any], list[str]]:
+    """Predictions as rows, the report, and what a reader must know."""
+    from ..evaluation.distributions import baselines, distribution_scores
+
+    if args.task == "system_one":
+        from ..calibration.conditional import OptionTemperature
+        from ..evaluation.decisions import predict_decisions
+
+        given = None if args.temperature is None else OptionTemperature(args.temperature, {})
+        found = predict_decisions(model, tokenizer, rows, config, temperature=given, batch_size=args.batch_size)
+        scoring, temperature = (
+            "decision",
+            args.temperature if args.temperature is not None else dict(config.temperature),
+        )
+    else:
+        found, scoring, temperature = _score_choices(args, model, tokenizer, config, rows)
+    scores = {"model": distribution_scores(found, n_bins=args.bins)}
+    scores |= {name: distribution_scores(one, n_bins=args.bins) for name, one in baselines(found).items()}
+    predictions = [
+        {"id": name, "kind": kind, "options": list(options), "probabilities": p.tolist(), "gold": q.tolist()}
+        for name, kind, options, p, q in zip(
+            found.ids, found.kinds, found.options, found.probabilities, found.gold, strict=True
+        )
+    ]
+    lines = [
+        f"Scoring: {scoring}; temperature {temperature}; {args.bins} bins of equal width. Probabilities are those of the "
+        "options alone.",
+        "ECE argmax: against the gold's most likely option. ECE drawn: against labels drawn from the gold; the two are "
+        "equal where the gold is one option. Prior: the mean gold of the scored questions themselves.",
+    ]
+    return predictions, {"scoring": scoring, "temperature": temperature, "n_bins": args.bins, "scores": scores}, lines
+
+
+def _score_choices(
+    args: argparse.Namespace, model: Any, tokenizer: Any, config: Any, rows: Any
+) -> tuple[Any, str, float]:
+    import numpy as np
+
+    from ..evaluation.choice_scoring import score_choices
+    from ..evaluation.confidence import choice_scores
+    from ..evaluation.distributions import OptionPredictions
+    from ..evaluation.multiple_choice import evaluate_multiple_choice
+    from ..tasks import answer_token_ids_of_rows
+
+    temperature = args.temperature if args.temperature is not None else float(config.temperature.get("choice", 1.0))
+    scoring = args.scoring
+    if scoring == "auto":
+        try:
+            answer_token_ids_of_rows(tokenizer, rows)
+            scoring = "token"
+        except ValueError:
+            scoring = "choices"
+    labelled = rows.select([i for i, gold in enumerate(rows["gold"]) if gold >= 0])
+    if len(labelled) == 0:
+        raise ValueError(f"No row of split {args.split!r} has an answer: there is nothing to score.")
+    options = {"batch_size": args.batch_size, "max_length": args.max_length}
+    if scoring == "token":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            result = evaluate_multiple_choice(model, tokenizer, labelled, temperature=temperature, **options)
+        logprobs = [
+            values[:n]
+            for values, n in zip(result.predictions["choice_logprobs"], result.predictions["n_choices"], strict=True)
+        ]
+        probabilities = [np.exp(values - np.logaddexp.reduce(values)) for values in logprobs]
+    else:
+        bare = "" if args.length == "unconditional" else None
+        found = score_choices(model, tokenizer, labelled, unconditional_prompt=bare, **options)
+        definition = {"none": "renormalized", "unconditional": "unconditional"}.get(args.length, "length_normalized")
+        unit = args.length if definition == "length_normalized" else "tokens"
+        probabilities = [
+            choice_scores(
+                found.logprobs[i] / temperature,
+                definition=definition,
+                lengths=found.lengths[unit][i],
+                unconditional=None if found.unconditional is None else found.unconditional[i] / temperature,
+            )
+            for i in range(len(found.ids))
+        ]
+    gold = [np.eye(len(p))[g] for p, g in zip(probabilities, labelled["gold"], strict=True)]
+    choices = [tuple(choice) for choice in labelled["choices"]]
+    predictions = OptionPredictions(list(labelled["id"]), ["choice"] * len(gold), probabilities, gold, choices)
+    return predictions, scoring, temperature
+
+
+_COLUMNS = {
+    "accuracy": ("accuracy %", 100, 1),
+    "mean_confidence": ("confidence %", 100, 1),
+    "ece_argmax": ("ECE argmax %", 100, 1),
+    "ece_drawn": ("ECE drawn %", 100, 1),
+    "nll": ("NLL", 1, 3),
+    "kl": ("KL", 1, 3),
+    "brier": ("Brier", 1, 3),
+    "rps": ("RPS", 1, 3),
+}
+
+
+def _table(scores: dict[str, dict[str, Any]]) -> str:
+    shown = [key for key in _COLUMNS if any(row[key] is not None for row in scores.values())]
+    lines = [["", "n", *(_COLUMNS[key][0] for key in shown)]]
+    for name, row in scores.items():
+        cells = ["" if row[key] is None else f"{_COLUMNS[key][1] * row[key]:.{_COLUMNS[key][2]}f}" for key in shown]
+        lines.append([name, str(row["n"]), *cells])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _write_eval_results(folder: Path, args: argparse.Namespace, report: dict[str, Any]) -> str:
+    """Results as the Hub reads them from a model's repository."""
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+
+    scores = report["scores"]["model"]
+    entries = [
+        EvalResultEntry(
+            dataset_id=args.eval_results,
+            task_id=f"{args.task}_{name}",
+            value=scores[name],
+            notes=f"first-trl evaluate, split {args.split}, {scores['n']} questions, scoring {report['scoring']}",
+        )
+        for name in ("accuracy", "ece_argmax", "ece_drawn", "nll", "kl", "brier")
+    ]
+    file = folder / ".eval_results" / f"{args.task}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False), encoding="utf-8")
+    return str(file.relative_to(folder))

@@ -1,0 +1,89 @@
+"""`first-trl evaluate`: any model on any task, from files to printed scores."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+
+from first_trl.cli import main
+from first_trl.evaluation.multiple_choice import evaluate_multiple_choice
+from first_trl.tasks import get_task
+from first_trl.tasks.decision import save_decision_config
+from tests.support.tiny import tiny_llama
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("student")
+    tokenizer = get_task("digits").tokenizer()
+    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_one_token_answers(student, tmp_path, capsys):
+    task = get_task("digits")
+    rows = task.load("test", limit=40).dataset
+    save_decision_config(student, task, task.tokenizer(), rows, temperature=2.5)
+    command = [
+        "evaluate",
+        student,
+        "--task",
+        "digits",
+        "--limit",
+        "40",
+        "--output-dir",
+        str(tmp_path),
+        "--device",
+        "cpu",
+    ]
+    assert main([*command, "--eval-results", "someone/digits"]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    ours = evaluate_multiple_choice(
+        tiny_llama(vocab_size=143), task.tokenizer(), rows, temperature=2.5, disable_tqdm=True
+    ).report["options"]
+    assert report["temperature"] == 2.5 and report["scoring"] == "token"
+    for name, value in {"accuracy": ours["accuracy"], "nll": ours["nll"], "ece_argmax": ours["ece"]}.items():
+        assert report["scores"]["model"][name] == pytest.approx(value, abs=1e-6)
+    assert report["scores"]["uniform"]["mean_confidence"] == pytest.approx(0.1)
+    assert {"model", "uniform", "prior"} <= set(capsys.readouterr().out.split())
+    entries = yaml.safe_load((tmp_path / ".eval_results" / "digits.yaml").read_text())
+    assert entries[0]["dataset"] == {"id": "someone/digits", "task_id": "digits_accuracy"}
+
+
+def test_answers_of_several_tokens_are_scored_by_their_text(data_folder, tmp_path):
+    model = str(data_folder / "tiny_llama" / "stories260K")
+    command = ["evaluate", model, "--task", "openbook_qa", "--path", str(data_folder / "openbook_qa"), "--limit", "12"]
+    for length in ("none", "tokens", "unconditional"):
+        folder = tmp_path / length
+        options = ["--option", "completion= {text}", "--length", length, "--output-dir", str(folder)]
+        assert main([*command, *options, "--device", "cpu"]) == 0
+        report = json.loads((folder / "report.json").read_text())
+        assert report["scoring"] == "choices" and report["scores"]["model"]["n"] == 12
+        rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+        assert all(np.isclose(sum(row["probabilities"]), 1) for row in rows)
+
+
+def test_requests_of_decision_models(student, tmp_path):
+    path = tmp_path / "cases.jsonl"
+    case = {"id": "one", "questions": {"digit": {"type": "choice", "criteria": dict.fromkeys("0123456789")}}}
+    path.write_text(json.dumps({**case, "state": {"prompt": "r0c0=1 digit :"}, "gold": {"digit": "7"}}))
+    command = ["evaluate", student, "--task", "system_one", "--path", str(path), "--output-dir", str(tmp_path)]
+    assert main([*command, "--device", "cpu"]) == 0
+    assert json.loads((tmp_path / "report.json").read_text())["scoring"] == "decision"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--task", "system_one"], "needs --path"),
+        (["--task", "digitz"], "Did you mean 'digits'"),
+        (["--task", "digits", "--option", "x"], "KEY=VALUE"),
+        (["--task", "digits", "--scoring", "decision"], "belongs to --task system_one"),
+        (["--task", "digits", "--temperature", "0"], "--temperature must be above 0"),
+    ],
+)
+def test_bad_requests_are_answered_with_one_sentence(student, tmp_path, capsys, options, message):
+    assert main(["evaluate", student, *options, "--output-dir", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
