@@ -4,6 +4,9 @@ from .cache.verify import verify_teacher_cache as verify_teacher_cache
 from .calibration import calibration_report as calibration_report
 from .calibration import expected_calibration_error as expected_calibration_error
 from .calibration import reliability_diagram as reliability_diagram
+from .calibration.conditional import fit_option_temperature as fit_option_temperature
+from .calibration.threshold import check_threshold as check_threshold
+from .calibration.threshold import fit_threshold as fit_threshold
 from .evaluation.multiple_choice import evaluate_multiple_choice as evaluate_multiple_choice
 from .evaluation.posthoc import fit_posthoc_temperature as fit_posthoc_temperature
 from .evaluation.token_level import evaluate_token_level as evaluate_token_level
@@ -20,6 +23,7 @@ from .recalibration import Recalibration as Recalibration
 from .recalibration import fit_recalibration as fit_recalibration
 from .tasks.base import get_task as get_task
 from .tasks.base import list_tasks as list_tasks
+from .tasks.decision import save_decision_config as save_decision_config
 from .teacher.capture import add_teacher_topk as add_teacher_topk
 from .training.config import FirstDistillConfig as FirstDistillConfig
 from .training.token_dropout import TokenDropoutSFTTrainer as TokenDropoutSFTTrainer

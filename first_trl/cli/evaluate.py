@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from ..utils.files import write_json
+from ..utils.text_tables import text_table
 
 
 SCORINGS = ("auto", "token", "choices", "decision")
@@ -229,13 +230,22 @@ _COLUMNS = {
 
 
 def _table(scores: dict[str, dict[str, Any]]) -> str:
-    shown = [key for key in _COLUMNS if any(row[key] is not None for row in scores.values())]
-    lines = [["", "n", *(_COLUMNS[key][0] for key in shown)]]
-    for name, row in scores.items():
-        cells = ["" if row[key] is None else f"{_COLUMNS[key][1] * row[key]:.{_COLUMNS[key][2]}f}" for key in shown]
-        lines.append([name, str(row["n"]), *cells])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    shown = [
+        (key, factor, digits)
+        for key, (_, factor, digits) in _COLUMNS.items()
+        if any(row[key] is not None for row in scores.values())
+    ]
+    rows = [
+        [
+            name,
+            str(row["n"]),
+            *("" if row[key] is None else f"{factor * row[key]:.{digits}f}" for key, factor, digits in shown),
+        ]
+        for name, row in scores.items()
+    ]
+    return "\n".join(
+        text_table(["", "n", *(_COLUMNS[key][0] for key, _, _ in shown)], rows, right=range(1, len(shown) + 2))
+    )
 
 
 def _write_eval_results(folder: Path, args: argparse.Namespace, report: dict[str, Any]) -> str:
