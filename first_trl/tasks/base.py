@@ -164,6 +164,22 @@ class Task:
             csv_header=self.csv_header,
         )
 
+    def split_name(self, split: str) -> str:
+        """Name of a split without its slice; `ValueError` when the task has no such split."""
+        match = re.fullmatch(r"([^\[\]]+)(\[[^\[\]]*\])?", split)
+        name = match.group(1) if match else split
+        if name not in self.splits:
+            raise ValueError(f"Task {self.name!r} has no split {split!r}.{nearest(name, self.splits)}")
+        return name
+
+    def check_path(self, path: str | None) -> None:
+        """`ValueError` when the task needs a path and has none."""
+        if self.needs_path and path is None:
+            raise ValueError(
+                f"Task {self.name!r} has no data of its own: give `path`, a file, a folder with one file per split, "
+                "or the id of a dataset on the Hub."
+            )
+
     def load(
         self,
         split: str,
@@ -195,17 +211,10 @@ class Task:
         Raises:
             `ValueError`: for an unknown split, a missing file, a malformed row (its place is named), or no rows.
         """
-        match = re.fullmatch(r"([^\[\]]+)(\[[^\[\]]*\])?", split)
-        name = match.group(1) if match else split
-        if name not in self.splits:
-            raise ValueError(f"Task {self.name!r} has no split {split!r}.{nearest(name, self.splits)}")
+        name = self.split_name(split)
         if limit is not None and limit < 1:
             raise ValueError(f"`limit` must be at least 1, got {limit}.")
-        if self.needs_path and path is None:
-            raise ValueError(
-                f"Task {self.name!r} has no data of its own: give `path`, a file, a folder with one file per split, "
-                "or the id of a dataset on the Hub."
-            )
+        self.check_path(path)
         generated = self.hub_id is None and not self.needs_path
         if revision is not None and generated:
             raise ValueError(f"Task {self.name!r} is generated, so `revision` has no meaning; remove it.")

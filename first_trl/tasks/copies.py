@@ -1,8 +1,11 @@
 """Rows that ask the same question: in what is trained or chosen on and in what is evaluated, and with two answers."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+from datasets import Dataset
 
 from .base import TaskSplit
 
@@ -41,7 +44,7 @@ def find_copies(splits: Mapping[str, TaskSplit], used: Sequence[str]) -> Copies:
     Copies with the same answer inside one role stay: they are that often in the data.
 
     Args:
-        splits (`Mapping[str, TaskSplit]`): rows of every role.
+        splits (`Mapping[str, TaskSplit]`): rows of the roles that are trained on, chosen on and evaluated.
         used (`Sequence[str]`): roles that are trained on, and `validation`.
 
     Returns:
@@ -57,7 +60,7 @@ def find_copies(splits: Mapping[str, TaskSplit], used: Sequence[str]) -> Copies:
     """
     found = Copies()
     keys = {role: set(split.keys.values()) for role, split in splits.items()}
-    evaluated = [role for role in splits if role not in used and role != "pretrain"]
+    evaluated = [role for role in splits if role not in used]
     for role in used:
         later = [*evaluated, *(["validation"] if role != "validation" and "validation" in splits else [])]
         contradicted = _contradicted(splits[role])
@@ -79,6 +82,43 @@ def find_copies(splits: Mapping[str, TaskSplit], used: Sequence[str]) -> Copies:
         if any(shared.values()):
             found.shared[role] = {other: number for other, number in shared.items() if number}
     return found
+
+
+def drop_copies(
+    splits: Mapping[str, TaskSplit], rows: Mapping[str, Dataset], used: Sequence[str]
+) -> tuple[dict[str, Dataset], Copies]:
+    """
+    Leaves out what [`find_copies`] finds.
+
+    Args:
+        splits (`Mapping[str, TaskSplit]`): what was read for the roles that are trained on, chosen on and evaluated.
+        rows (`Mapping[str, Dataset]`): what is left of it by now.
+        used (`Sequence[str]`): roles that are trained on, and `validation`.
+
+    Returns:
+        `tuple[dict[str, Dataset], Copies]`: the rows that stay, in their order, and what was found among `rows`.
+
+    Raises:
+        `ValueError`: when no row of a role stays.
+    """
+    left = {}
+    for role, split in splits.items():
+        ids = set(rows[role]["id"])
+        keys = {row_id: key for row_id, key in split.keys.items() if row_id in ids}
+        answers = {row_id: answer for row_id, answer in split.answers.items() if row_id in ids}
+        left[role] = dataclasses.replace(split, keys=keys, answers=answers)
+    found = find_copies(left, used)
+    kept = dict(rows)
+    for role, ids in found.ids.items():
+        stay = [i for i, row_id in enumerate(rows[role]["id"]) if row_id not in ids]
+        if not stay:
+            reasons = ", ".join(f"{number} {reason}" for reason, number in found.dropped[role].items())
+            raise ValueError(
+                f"No row of {role!r} is left without copies ({reasons}). Give the roles different rows, or keep copies with "
+                "task.options.drop_copies=false."
+            )
+        kept[role] = rows[role].select(stay)
+    return kept, found
 
 
 def _contradicted(split: TaskSplit) -> set[str]:
