@@ -62,6 +62,7 @@ def write(folder, rows, name="questions.csv"):
 def words(path, model, *more):
     return [
         "my_questions",
+        "task.options.shuffle_seed=null",
         f"task.path={path}",
         f"teacher.name_or_path={model}",
         f"student.name_or_path={model}",
@@ -101,6 +102,14 @@ def test_the_data_stage_drops_what_is_evaluated_or_contradicted(parts, model, tm
     assert tokens["id"][:] == [f"custom-train-{i}" for i in (0, 1, 2, 4, 6, 7, 9)]
     assert main([*run, str(tmp_path / "kept"), "task.options.drop_copies=false"]) == 0
     assert counts(tmp_path / "kept")["train"]["rows"] == 11
+
+
+def test_rows_of_validation_may_be_evaluated_on_purpose(parts, model, tmp_path):
+    splits = SPLITS.replace("test: test", "test: test, again: validation")
+    run = ["run", *words(parts, model, splits, "evaluation.splits=[test, again]"), "--stage", "data"]
+    assert main([*run, "--output-dir", str(tmp_path / "run")]) == 0
+    found = counts(tmp_path / "run")
+    assert (found["validation"]["rows"], found["again"]["rows"], found["train"]["rows"]) == (3, 3, 7)
 
 
 def test_a_dry_run_counts_the_same(parts, model, capsys):

@@ -17,7 +17,7 @@ from ...tasks.sizes import SplitSize
 from ...utils.tables import file_kind
 from ...vocabulary import IGNORE_INDEX
 from ..recipe import Recipe, SplitSpec
-from ..stages.data import used_roles
+from ..stages.data import honest_roles, used_roles
 from .schema import SplitPlan
 
 
@@ -62,9 +62,8 @@ def plan_splits(recipe: Recipe, tokenizer: Any) -> list[SplitPlan]:
     """One [`SplitPlan`] a role, in the recipe's order. What cannot be known stays open, with a note that says why."""
     read: dict[str, TaskSplit] = {}
     plans = [_plan(recipe, role, spec, tokenizer, read) for role, spec in recipe.task.splits.items()]
-    used = used_roles(recipe)
-    honest = {role: split for role, split in read.items() if role in used or role in recipe.evaluation.splits}
-    copies = find_copies(honest, [role for role in used if role in honest])
+    honest = {role: read[role] for role in honest_roles(recipe) if role in read}
+    copies = find_copies(honest, [role for role in used_roles(recipe) if role in honest])
     for plan, spec in zip(plans, recipe.task.splits.values(), strict=True):
         for reason, number in copies.dropped.get(plan.role, {}).items():
             plan.rows = (plan.rows or 0) - number

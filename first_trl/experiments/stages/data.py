@@ -34,12 +34,10 @@ def data_units(run: RunContext) -> list[Unit]:
     }
     used = used_roles(recipe)
     unseen = [key for role, key in keys.items() if task.splits[role].unseen is not None]
-    copied = {role: keys[role] for role, spec in task.splits.items() if _drops_copies(recipe, spec)}
+    copied = {role: keys[role] for role in honest_roles(recipe) if _drops_copies(recipe, task.splits[role])}
     for role in used:
         # Which of its rows stay depends on the rows of the roles that it yields to
-        others = [
-            key for other, key in copied.items() if other in recipe.evaluation.splits or other == "validation" != role
-        ]
+        others = [key for other, key in copied.items() if other not in used or other == "validation" != role]
         keys[role] = content_key([keys[role], unseen, *([others] if role in copied and others else [])])
     run.role_keys = keys
     inputs = {"roles": keys, "evaluated": recipe.evaluation.splits}
@@ -49,6 +47,21 @@ def data_units(run: RunContext) -> list[Unit]:
 def used_roles(recipe: Recipe) -> list[str]:
     """Roles that students train on, and that temperatures and epochs are chosen on."""
     return list(dict.fromkeys(["train", "validation", *(role for arm in recipe.arms.values() for role in arm.data)]))
+
+
+def honest_roles(recipe: Recipe) -> list[str]:
+    """
+    Roles in which one question must not stand twice: those that are used, and those that are evaluated, except where one
+    of these is the rows of `validation` on purpose.
+    """
+    splits, used = recipe.task.splits, used_roles(recipe)
+    chosen = dataclasses.replace(splits["validation"], limit=None, unseen=None)
+    return [
+        role
+        for role, spec in splits.items()
+        if role in used
+        or (role in recipe.evaluation.splits and dataclasses.replace(spec, limit=None, unseen=None) != chosen)
+    ]
 
 
 def _source(recipe: Recipe, spec: SplitSpec) -> Task:
@@ -92,8 +105,7 @@ def _write(run: RunContext, folder: Path) -> None:
             rows[other], dropped = drop_overlap(rows[other], rows[role], by=str(spec.unseen))
             if dropped:
                 overlapping[other][f"shares a {spec.unseen} with {role}"] = dropped
-    honest = {role: split for role, split in loaded.items() if role in used or role in evaluated}
-    rows, copies = drop_copies(honest, rows, used)
+    rows, copies = drop_copies({role: loaded[role] for role in honest_roles(run.recipe)}, rows, used)
     for role, dropped_copies in copies.dropped.items():
         overlapping[role] |= dropped_copies
     tokenizer = run.tokenizer()
