@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from ..utils.extras import MissingExtra
 from ..utils.versions import __version__
 
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             return module.main(args)
-    except ValueError as error:
+    except (ValueError, MissingExtra) as error:
         print(f"first-trl: {error}", file=sys.stderr)
         return 2
 

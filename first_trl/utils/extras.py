@@ -4,6 +4,10 @@ import importlib
 from typing import Any
 
 
+class MissingExtra(ImportError):
+    """An optional dependency is not installed; the message is the command that installs it."""
+
+
 def optional(module: str, *, extra: str, what: str) -> Any:
     """
     Import a module of an optional dependency.
@@ -14,7 +18,7 @@ def optional(module: str, *, extra: str, what: str) -> Any:
         what (`str`): What needs it, as the beginning of the error.
 
     Raises:
-        `ImportError`: It is not installed; the message is the command that installs it.
+        [`MissingExtra`]: It is not installed.
     """
     try:
         return importlib.import_module(module)
@@ -23,4 +27,4 @@ def optional(module: str, *, extra: str, what: str) -> Any:
         if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
             raise
         package = {"sklearn": "scikit-learn"}.get(module.split(".")[0], module.split(".")[0])
-        raise ImportError(f"{what} needs {package}: `pip install 'first_trl[{extra}]'`.") from error
+        raise MissingExtra(f"{what} needs {package}: `pip install 'first_trl[{extra}]'`.") from error
