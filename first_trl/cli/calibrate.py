@@ -3,11 +3,13 @@
 import argparse
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..calibration import CalibrationWarning, reliability_diagram
+from ..calibration import CalibrationWarning, reliability_diagram, save_figure
 from ..evaluation.confidence import DEFINITIONS, Confidences
+from ..evaluation.paired import paired_differences
 from ..evaluation.readers import read_confidences
 from ..utils.files import write_json
 from ..utils.text_tables import text_table
@@ -27,6 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="calibration_report",
         help="where report.json and reliability.png go (default: %(default)s)",
     )
+    parser.add_argument(
+        "--format",
+        action="append",
+        default=[],
+        choices=("pdf", "svg"),
+        help="format of the figure beside PNG; may be repeated",
+    )
     binning = parser.add_argument_group("calibration error")
     binning.add_argument("--bins", type=int, default=10, help="number of bins (default: %(default)s, as in FIRST)")
     binning.add_argument(
@@ -34,6 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("width", "mass", "quantile"),
         default="width",
         help="equal width (default), equal mass, quantile",
+    )
+    binning.add_argument(
+        "--weighting",
+        choices=("count", "uniform"),
+        default="count",
+        help="of bins: by their examples (default), or all alike. `--strategy quantile --weighting uniform --bin-edges left` "
+        "is the estimator of Plaut et al. (2024) where no confidence is exactly 1",
     )
     binning.add_argument("--norm", choices=("l1", "l2", "max"), default="l1", help="l1 (ECE, default), l2 or max")
     binning.add_argument(
@@ -70,6 +86,7 @@ def main(args: argparse.Namespace) -> int:
         "n_bins": args.bins,
         "strategy": args.strategy,
         "norm": args.norm,
+        "weighting": args.weighting,
         "bin_edges": args.bin_edges,
     }
     if args.resamples:
@@ -97,12 +114,60 @@ def main(args: argparse.Namespace) -> int:
         cautions = [str(w.message) for w in caught if issubclass(w.category, CalibrationWarning)]
         reports[name] = {"file": str(path), **report, "cautions": cautions}
     print(format_reports(reports))
+    binning = {key: options[key] for key in ("n_bins", "strategy", "weighting", "norm", "bin_edges")}
+    differences, reasons = _differences(dict(zip(reports, found, strict=True)), args.resamples, binning)
+    if differences:
+        print("\n" + format_differences(differences))
+    for reason in reasons:
+        print(reason)
     folder = Path(args.output_dir)
-    write_json(folder / "report.json", reports)
-    figure = reliability_diagram(reports)
-    figure.savefig(folder / "reliability.png", dpi=150)
-    print(f"\nWrote {folder / 'report.json'} and {folder / 'reliability.png'}.")
+    write_json(
+        folder / "report.json",
+        {name: report | {"paired_difference": differences.get(name)} for name, report in reports.items()},
+    )
+    figures = save_figure(reliability_diagram(reports), folder / "reliability.png", formats=args.format)
+    print(f"\nWrote {', '.join(str(path) for path in (folder / 'report.json', *figures))}.")
     return 0
+
+
+def _differences(
+    found: Mapping[str, tuple[Path, Confidences]], resamples: int, binning: dict[str, Any]
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Name of a result -> its scores minus those of the first comparable one; and why others are not compared."""
+    differences: dict[str, dict[str, Any]] = {}
+    reasons = []
+    for position, (name, (path, confidences)) in enumerate(found.items()):
+        for other, (other_path, base) in list(found.items())[:position]:
+            # Two tasks of one log may well have as many rows; tables are named after their files
+            same = base.name == confidences.name or confidences.definition.startswith("column ")
+            if other_path == path or base.definition != confidences.definition or not same:
+                continue
+            if len(base.confidence) == len(confidences.confidence):
+                scores = paired_differences(base, confidences, n_resamples=resamples, **binning)
+                differences[name] = {"minus": other, **scores}
+            else:
+                reasons.append(
+                    f"{name} is not compared with {other}: {len(confidences.confidence)} and {len(base.confidence)} rows."
+                )
+            break
+    return differences, reasons
+
+
+def format_differences(differences: Mapping[str, Mapping[str, Any]]) -> str:
+    """The paired differences as a text table."""
+    rows = []
+    for name, found in differences.items():
+        scores = dict(found)
+        cells = [f"{name} minus {scores.pop('minus')}"]
+        for score in scores.values():
+            interval = "" if score["low"] is None else f" [{score['low']:+.4f}, {score['high']:+.4f}]"
+            cells.append(f"{score['difference']:+.4f}{interval}")
+        rows.append(cells)
+    text = text_table(("paired difference", "accuracy", "confidence", "ECE"), rows)
+    text.append(
+        "Rows are paired by their order in the files, which have to hold the same questions. In brackets: 95 % interval."
+    )
+    return "\n".join(text)
 
 
 def _names(found: list[tuple[Path, Confidences]]) -> list[str]:
@@ -142,7 +207,9 @@ def format_reports(reports: dict[str, dict[str, Any]]) -> str:
     config = next(iter(reports.values()))["config"]
     text.append("")
     text.append(
-        f"ECE: {config['n_bins']} bins, strategy {config['strategy']}, norm {config['norm']}, {config['bin_edges']} edges "
+        f"ECE: {config['n_bins']} bins, strategy {config['strategy']}, "
+        + (f"weighting {config['weighting']}, " if config["weighting"] != "count" else "")
+        + f"norm {config['norm']}, {config['bin_edges']} edges "
         "closed. 'calibrated by chance': 95 % of perfectly calibrated models with these confidences score below."
     )
     for name, r in reports.items():

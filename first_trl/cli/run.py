@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 from ..experiments.recipe import load_recipe
@@ -59,7 +60,9 @@ def main(args: argparse.Namespace) -> int:
         plan = plan_recipe(recipe, processes=args.processes, sharding=args.sharding, configs=args.configs)
         if process_state().is_main_process:
             print(json.dumps(dataclasses.asdict(plan), indent=2) if args.json else format_plan(plan))
-        return 0
+            for problem in plan.problems:
+                print(f"first-trl: {problem}", file=sys.stderr)
+        return 2 if plan.problems else 0
     from ..experiments.stages.run import run_recipe
 
     run_recipe(recipe, args.stage)

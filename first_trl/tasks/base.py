@@ -46,6 +46,8 @@ class Example:
         posterior (`tuple[float, ...]` or `None`): True probability of every choice, where it is known.
         question (`str`): The text that tells this question from others, without options and template. `""` takes the
             prompt.
+        key (`str`): What two copies of the same question share, whatever the order of its choices. `""` takes the prompt.
+        answer (`str` or `None`): What two copies that contradict each other differ in. `None` takes the completion.
     """
 
     prompt: str
@@ -55,6 +57,8 @@ class Example:
     group: str = ""
     posterior: tuple[float, ...] | None = None
     question: str = ""
+    key: str = ""
+    answer: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,12 +76,16 @@ class TaskSplit:
         n_read (`int`): Rows of the source, after a slice such as `"train[:90%]"`.
         n_not_selected (`int`): Usable rows left out because of `limit`.
         reasons (`dict[str, int]`): Why rows were dropped, with the count of each reason.
+        keys (`dict[str, str]`): For each `id` what copies of the row share; empty where the task has `drop_copies=False`.
+        answers (`dict[str, str]`): For each `id` with one right choice which it is.
     """
 
     dataset: Dataset
     n_read: int
     n_not_selected: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+    answers: dict[str, str] = field(default_factory=dict)
 
     @property
     def n_dropped(self) -> int:
@@ -96,7 +104,14 @@ class Task:
 
     A subclass either implements [`~Task.example`] for rows that come from the Hub or a file, or overrides
     [`~Task.rows`] when it makes its own.
+
+    Attributes:
+        drop_copies (`bool`): Whether a run leaves out what it would train or choose on of questions that it also evaluates
+            on, or that have two answers, see [`first_trl.tasks.copies`]. Off where rows are drawn anew, as an equal draw
+            is no leak there.
     """
+
+    drop_copies: bool = field(default=True, kw_only=True)
 
     name: ClassVar[str]
     hub_id: ClassVar[str | None] = None
@@ -164,6 +179,22 @@ class Task:
             csv_header=self.csv_header,
         )
 
+    def split_name(self, split: str) -> str:
+        """Name of a split without its slice; `ValueError` when the task has no such split."""
+        match = re.fullmatch(r"([^\[\]]+)(\[[^\[\]]*\])?", split)
+        name = match.group(1) if match else split
+        if name not in self.splits:
+            raise ValueError(f"Task {self.name!r} has no split {split!r}.{nearest(name, self.splits)}")
+        return name
+
+    def check_path(self, path: str | None) -> None:
+        """`ValueError` when the task needs a path and has none."""
+        if self.needs_path and path is None:
+            raise ValueError(
+                f"Task {self.name!r} has no data of its own: give `path`, a file, a folder with one file per split, "
+                "or the id of a dataset on the Hub."
+            )
+
     def load(
         self,
         split: str,
@@ -195,17 +226,10 @@ class Task:
         Raises:
             `ValueError`: for an unknown split, a missing file, a malformed row (its place is named), or no rows.
         """
-        match = re.fullmatch(r"([^\[\]]+)(\[[^\[\]]*\])?", split)
-        name = match.group(1) if match else split
-        if name not in self.splits:
-            raise ValueError(f"Task {self.name!r} has no split {split!r}.{nearest(name, self.splits)}")
+        name = self.split_name(split)
         if limit is not None and limit < 1:
             raise ValueError(f"`limit` must be at least 1, got {limit}.")
-        if self.needs_path and path is None:
-            raise ValueError(
-                f"Task {self.name!r} has no data of its own: give `path`, a file, a folder with one file per split, "
-                "or the id of a dataset on the Hub."
-            )
+        self.check_path(path)
         generated = self.hub_id is None and not self.needs_path
         if revision is not None and generated:
             raise ValueError(f"Task {self.name!r} is generated, so `revision` has no meaning; remove it.")
@@ -247,7 +271,15 @@ class Task:
                 continue
             seen[row_id] = where
             values = {field: value for field, value in vars(example).items() if value is not None}
-            kept.append({**values, "id": row_id, "question": example.question or example.prompt})
+            kept.append(
+                {
+                    **values,
+                    "id": row_id,
+                    "question": example.question or example.prompt,
+                    "key": example.key or example.prompt,
+                    "answer": (example.answer or example.completion) if example.gold >= 0 else None,
+                }
+            )
         if errors:
             hint = self.hint([row for _, (_, row) in source if isinstance(row, dict)])
             text = listed(errors, len(source))
@@ -267,7 +299,14 @@ class Task:
         # `from_list` takes the columns of the first row, and an unlabelled row has no completion.
         columns = {name: [row.get(name) for row in kept] for name in features}
         dataset = Dataset.from_dict(columns, features=features)
-        return TaskSplit(dataset, len(source) + n_empty, n_usable - len(kept), dict(reasons))
+        return TaskSplit(
+            dataset,
+            len(source) + n_empty,
+            n_usable - len(kept),
+            dict(reasons),
+            {row["id"]: row["key"] for row in kept} if self.drop_copies else {},
+            {row["id"]: row["answer"] for row in kept if row["answer"] is not None} if self.drop_copies else {},
+        )
 
     @classmethod
     def from_options(cls, **options: Any) -> Self:

@@ -16,7 +16,7 @@ rows even a perfectly calibrated model shows an ECE of several points.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -66,6 +66,8 @@ def make_levels(seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 @dataclass(frozen=True)
 class Diabetes(Task):
     """The patients. `seed` of [`~first_trl.tasks.base.Task.load`] chooses the split and the noise."""
+
+    drop_copies: bool = field(default=False, kw_only=True)
 
     name = "diabetes"
     splits = {split: split for split in (*SIZES, "ood")}

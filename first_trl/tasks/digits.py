@@ -14,7 +14,7 @@ image one pixel in a random direction. The labels are clean and the same writers
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -69,6 +69,8 @@ def pool_levels(images: np.ndarray) -> np.ndarray:
 @dataclass(frozen=True)
 class Digits(Task):
     """The digits. `seed` of [`~first_trl.tasks.base.Task.load`] chooses the split, the noise and the moves."""
+
+    drop_copies: bool = field(default=False, kw_only=True)
 
     name = "digits"
     splits = {split: split for split in (*SIZES, "ood", "ood_shift")}

@@ -84,6 +84,8 @@ class MultipleChoice(Task):
             gold=gold,
             group=group,
             question=question,
+            key="\x1f".join([question, *sorted(texts)]),
+            answer=texts[gold] if gold >= 0 else None,
         )
 
 

@@ -23,7 +23,7 @@ in `train`, any weather and name. No answer is drawn for them.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
 
@@ -138,6 +138,8 @@ class NoisyWorld(Task):
     together. The column `posterior` holds the true probability of every choice; the group of a row is its
     (job, place) pair.
     """
+
+    drop_copies: bool = field(default=False, kw_only=True)
 
     name = "noisy_world"
     splits = {split: split for split in SIZES}

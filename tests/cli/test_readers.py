@@ -280,6 +280,36 @@ def test_broken_logs_are_refused(tmp_path, rows, match):
         read_harness_log(write_log(tmp_path, rows))
 
 
+def test_a_log_may_be_one_list(tmp_path):
+    rows = [sample(i, doc) for i, doc in enumerate(DOCS)]
+    (lines,) = read_confidences(write_log(tmp_path, rows))[:1]
+    for name in ("samples_my_task_2026-01-31T12-00-00.123456.jsonl", "own.json"):
+        path = tmp_path / name
+        path.write_text(json.dumps(rows, indent=2), encoding="utf-8")
+        (listed,) = read_confidences(path)[:1]
+        np.testing.assert_array_equal(listed.confidence, lines.confidence)
+        np.testing.assert_array_equal(listed.correct, lines.correct)
+
+
+@pytest.mark.parametrize("taken", [True, False])
+@pytest.mark.parametrize("accs", [[1, 1, 1], [1, 0, 1]])
+def test_one_request_a_document_is_no_choice(tmp_path, taken, accs):
+    rows = [
+        {
+            "doc_id": i,
+            "target": " lantern",
+            "arguments": {"gen_args_0": {"arg_0": "She lit the", "arg_1": " lantern"}},
+            "filtered_resps": ["-2.3", str(bool(acc))] if taken else [["-2.3", str(bool(acc))]],
+            "metrics": ["perplexity", "acc"],
+            "perplexity": -2.3,
+            "acc": acc,
+        }
+        for i, acc in enumerate(accs)
+    ]
+    with pytest.raises(ValueError, match=r"sample 1: one request a document, as LAMBADA .*is not logged"):
+        read_confidences(write_log(tmp_path, rows))
+
+
 def test_results_without_samples_are_refused():
     with pytest.raises(ValueError, match="log_samples=True"):
         read_harness_results({"results": {}})

@@ -148,10 +148,10 @@ def test_a_split_that_was_not_measured_is_as_long_as_its_relatives():
 
 
 def test_missing_files_and_silent_hubs_are_told_apart(monkeypatch):
-    assert splits(["task.path=nowhere.csv"])["train"].notes == ["there is no file or folder 'nowhere.csv'"]
+    assert splits(["task.path=nowhere.csv"])["train"].problem == "there is no file or folder 'nowhere.csv'"
     unknown = splits(["task.path=me/questions"])["train"]
     assert unknown.rows is None
-    assert "me/questions cannot be asked" in unknown.notes[0]
+    assert "me/questions cannot be asked" in unknown.notes[0] and unknown.problem is None
     part = SimpleNamespace(num_examples=1000, num_bytes=400_000)
     card = SimpleNamespace(info=SimpleNamespace(splits={"train": part}))
     monkeypatch.setattr("datasets.load_dataset_builder", lambda *args, **kwargs: card)

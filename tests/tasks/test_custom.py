@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Value
 
 from first_trl.tasks import get_task
 
@@ -176,3 +176,70 @@ def test_a_path_is_needed_and_may_be_on_the_hub(task, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     assert task.load("test", path="me/questions", revision="abc").dataset["gold"][:] == [1, 0]
     assert asked == [("me/questions", None, "test", "abc")]
+
+
+def rows_file(folder, answers, **fields):
+    good = {"question": "Q?", "A": "sand", "B": "rain", "C": "dust", "D": "ash", **fields}
+    lines = [json.dumps({**good, "question": f"Q{i}?", "answer": answer}) for i, answer in enumerate(answers)]
+    return write(folder, "\n".join(lines), "train.jsonl")
+
+
+def test_letters_as_people_write_them(task, tmp_path):
+    answers = ["B", "b", "(B)", "(b)", "B.", "b)", "B:", " B ", "rain"]
+    assert task.load("train", path=rows_file(tmp_path, answers)).dataset["gold"][:] == [1] * 9
+    # What is the text of a choice is not a letter of another one
+    path = rows_file(tmp_path, ["b", "a"], A="b", B="a")
+    assert task.load("train", path=path).dataset["gold"][:] == [0, 1]
+
+
+def test_numbers_count_from_where_they_are_said_to(tmp_path):
+    for start in (0, 1):
+        path = rows_file(tmp_path, [start + i for i in range(4)] + [f"{start}", float(start + 3)])
+        found = get_task("custom", answers_from=start).load("train", path=path).dataset["gold"][:]
+        assert found == [0, 1, 2, 3, 0, 3]
+        with pytest.raises(
+            ValueError, match=rf"numbers that count from {start}: give the option answers_from={start}"
+        ):
+            get_task("custom").load("train", path=path)
+        with pytest.raises(
+            ValueError, match=rf"the answer {(0, 4)[start]} is no number from {1 - start} to {4 - start}"
+        ):
+            get_task("custom", answers_from=1 - start).load("train", path=path)
+    path = rows_file(tmp_path, [1, 2, 3, 1])
+    with pytest.raises(ValueError, match=r"numbers 1 to 3, which may count from 0 or from 1: say which"):
+        get_task("custom").load("train", path=path)
+    # Said to be a number, it is one, though it is the text of another choice too
+    path = rows_file(tmp_path, [2], A="2", B="3", C="4", D="5")
+    assert get_task("custom", answers_from=0).load("train", path=path).dataset["gold"][:] == [2]
+    assert get_task("custom").load("train", path=path).dataset["gold"][:] == [0]
+    for wrong in (2, True, "0"):
+        with pytest.raises(ValueError, match="`answers_from` must be 0 or 1"):
+            get_task("custom", answers_from=wrong)
+
+
+@pytest.mark.parametrize("field", ["A", "C", "question", "answer", "group", "id"])
+def test_nan_is_no_word(task, tmp_path, field):
+    row = {"question": "Q?", "A": "x", "B": "y", "C": "z", "answer": "A", field: float("nan")}
+    path = write(tmp_path, json.dumps(row), "train.jsonl")
+    with pytest.raises(ValueError, match=r"row 1 \(line 1\): .*(NaN|missing)"):
+        task.load("train", path=path)
+
+
+def test_words_that_other_readers_take_for_missing(task, tmp_path):
+    path = write(tmp_path, "question,A,B,C,answer\nHow many?,None,NA,null,None\nnan,nan,1,,A\n")
+    rows = task.load("train", path=path).dataset
+    assert (rows["gold"][:], rows["question"][:]) == ([0, 0], ["How many?", "nan"])
+    assert "(A) None\n(B) NA\n(C) null" in rows[0]["prompt"] and "(A) nan\n(B) 1\nAnswer" in rows[1]["prompt"]
+
+
+def test_numbers_and_flags_are_choices(task, tmp_path):
+    row = {"question": "Q?", "choices": [1, 2.5, True], "answer": True}
+    loaded = task.load("train", path=write(tmp_path, json.dumps(row), "train.jsonl")).dataset[0]
+    assert "(A) 1\n(B) 2.5\n(C) True" in loaded["prompt"] and loaded["gold"] == 2
+
+
+def test_class_labels_of_a_dataset_on_the_hub(task, monkeypatch):
+    features = Features({"question": Value("string"), "A": Value("string"), "B": Value("string"), "answer": ClassLabel(names=["A", "B"])})  # fmt: skip
+    rows = Dataset.from_dict({"question": ["Q1?", "Q2?"], "A": ["x"] * 2, "B": ["y"] * 2, "answer": [1, 0]}, features)
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: rows)
+    assert task.load("train", path="me/questions").dataset["gold"][:] == [1, 0]

@@ -408,3 +408,21 @@ def test_real_benchmarks_have_their_known_sizes(name, options, split, path, n):
         assert loaded.dataset["gold"][:].count(0) / n == pytest.approx(0.6231, abs=5e-5)
     if name == "mmlu":
         assert len(set(loaded.dataset["group"])) == 57
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "options"),
+    [
+        ("alpaca", {"instruction": "Say.", "input": float("nan"), "output": "x"}, {}),
+        ("alpaca", {"instruction": float("nan"), "input": "", "output": "x"}, {}),
+        ("boolq", {"question": "is it", "answer": True, "passage": float("nan")}, {}),
+        ("boolq", {"question": "is it", "answer": True, "title": float("nan")}, {"with_passage": False}),
+        ("mmlu", {"question": "q", "choices": ["a", "b", float("nan"), "d"], "answer": 1}, {}),
+        ("mmlu", {"question": "q", "choices": ["a", "b", "c", "d"], "answer": 1, "subject": float("nan")}, {}),
+        ("commonsense_qa", {"question": "q", "answerKey": "A", "choices": {"label": list("ABCDE"), "text": ["a", float("nan"), "c", "d", "e"]}}, {}),
+    ],
+)  # fmt: skip
+def test_an_empty_cell_is_no_word_of_any_task(tmp_path, name, row, options):
+    split = "test" if name == "mmlu" else "train"
+    with pytest.raises(ValueError, match=r"x\.jsonl, row 1 \(line 1\): .*(NaN|missing|empty)"):
+        get_task(name, **options).load(split, path=write(tmp_path / "x.jsonl", row))

@@ -11,10 +11,13 @@ import datasets
 from datasets import Dataset, ReadInstruction
 from transformers import AutoTokenizer
 
-from ...tasks import Task, get_task, tokenize_rows
+from ...tasks import Task, TaskSplit, answer_token_ids_of_rows, get_task, tokenize_rows
+from ...tasks.copies import find_copies
 from ...tasks.sizes import SplitSize
+from ...utils.tables import file_kind
 from ...vocabulary import IGNORE_INDEX
 from ..recipe import Recipe, SplitSpec
+from ..stages.data import honest_roles, used_roles
 from .schema import SplitPlan
 
 
@@ -23,10 +26,13 @@ CHARS_PER_TOKEN = 4.0
 # Rows that are tokenised to learn how long they are
 _SAMPLE = 200
 _WIDEST = 100
-_DATA_FILES = (".jsonl", ".json", ".csv", ".parquet")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 # Options that change the text of a prompt, or nothing; any other changes which rows there are
-_TEXT_OPTIONS = ("template", "completion", "subset", "with_passage")
+_TEXT_OPTIONS = ("template", "completion", "subset", "with_passage", "drop_copies")
+
+
+class _Unknown(Exception):
+    """What a plan cannot know and a run can."""
 
 
 def find_tokenizer(recipe: Recipe) -> Any:
@@ -54,14 +60,20 @@ def find_tokenizer(recipe: Recipe) -> Any:
 
 def plan_splits(recipe: Recipe, tokenizer: Any) -> list[SplitPlan]:
     """One [`SplitPlan`] a role, in the recipe's order. What cannot be known stays open, with a note that says why."""
-    plans = [_plan(recipe, role, spec, tokenizer) for role, spec in recipe.task.splits.items()]
+    read: dict[str, TaskSplit] = {}
+    plans = [_plan(recipe, role, spec, tokenizer, read) for role, spec in recipe.task.splits.items()]
+    honest = {role: read[role] for role in honest_roles(recipe) if role in read}
+    copies = find_copies(honest, [role for role in used_roles(recipe) if role in honest])
     for plan, spec in zip(plans, recipe.task.splits.values(), strict=True):
+        for reason, number in copies.dropped.get(plan.role, {}).items():
+            plan.rows = (plan.rows or 0) - number
+            plan.notes.append(f"{number} dropped ({reason})")
         if spec.unseen is not None:
             plan.notes.append(f"training rows that share a {spec.unseen} with it are dropped; not counted here")
     return plans
 
 
-def _plan(recipe: Recipe, role: str, spec: SplitSpec, tokenizer: Any) -> SplitPlan:
+def _plan(recipe: Recipe, role: str, spec: SplitSpec, tokenizer: Any, read: dict[str, TaskSplit]) -> SplitPlan:
     task = recipe.task
     name, options = spec.task or task.name, dict(spec.options or {})
     if spec.task is None:
@@ -70,21 +82,27 @@ def _plan(recipe: Recipe, role: str, spec: SplitSpec, tokenizer: Any) -> SplitPl
     plan = SplitPlan(role, name, spec.split)
     try:
         source = get_task(name, **options)
+        source.split_name(spec.split)
+        source.check_path(path)
         here = source.hub_id is None and not source.needs_path
         if here or (path is not None and Path(path).expanduser().exists()):
-            _count(plan, recipe, source, spec, path, tokenizer)
+            read[role] = _count(plan, recipe, source, spec, path, tokenizer)
         elif path is not None and path != source.hub_id:
             _ask_hub(plan, source, spec, path, task.revision if spec.task is None else None)
         else:
             _published(plan, recipe, source, spec, options)
-    except (OSError, ValueError) as error:
+    except _Unknown as error:
         plan.basis = "unknown"
-        plan.notes.append(str(error).strip().splitlines()[0])
+        plan.notes.append(str(error))
+    except (OSError, ValueError) as error:
+        plan.basis, plan.problem = "unknown", str(error).strip()
     _limit(plan, recipe, role)
     return plan
 
 
-def _count(plan: SplitPlan, recipe: Recipe, source: Task, spec: SplitSpec, path: str | None, tokenizer: Any) -> None:
+def _count(
+    plan: SplitPlan, recipe: Recipe, source: Task, spec: SplitSpec, path: str | None, tokenizer: Any
+) -> TaskSplit:
     task = recipe.task
     split = source.load(
         spec.split,
@@ -101,6 +119,7 @@ def _count(plan: SplitPlan, recipe: Recipe, source: Task, spec: SplitSpec, path:
     text = plan.role == "pretrain"
     sample = rows.select(range(0, len(rows), max(1, len(rows) // _SAMPLE)))
     unlabelled = not text and all(completion is None for completion in sample["completion"])
+    answers = any(sample["choices"])
     if tokenizer is not None:
         supervise = "all" if text else "answer_position" if unlabelled else "completion"
         tokens = _tokenize(sample, tokenizer, supervise, task.append_eos and not text and not unlabelled)
@@ -111,13 +130,18 @@ def _count(plan: SplitPlan, recipe: Recipe, source: Task, spec: SplitSpec, path:
         plan.tokens, plan.positions = sum(lengths) / len(lengths), sum(scored) / len(scored)
         plan.longest = max(*lengths, *(len(row) for row in widest["input_ids"]))
         plan.basis += f", {len(sample)} rows tokenised"
-        return
+        if answers and plan.role in recipe.evaluation.splits:
+            try:
+                answer_token_ids_of_rows(tokenizer, rows)
+            except ValueError as error:
+                plan.problem = str(error)
+        return split
     prompts = [len(prompt) for prompt in sample["prompt"]]
     completions = [len(completion or "") for completion in sample["completion"]]
-    answers = any(sample["choices"])
     _from_chars(plan, recipe, sum(prompts) / len(prompts), sum(completions) / len(completions), answers, text)
     plan.longest = round(max(_chars(_widest(rows))) / CHARS_PER_TOKEN) + 1
     plan.basis += f", {CHARS_PER_TOKEN:g} characters a token"
+    return split
 
 
 def _widest(rows: Dataset) -> Dataset:
@@ -156,7 +180,7 @@ def _published(plan: SplitPlan, recipe: Recipe, source: Task, spec: SplitSpec, o
     other = sorted(set(options) - set(_TEXT_OPTIONS))
     if size is None or other:
         why = f"the option {other[0]!r} changes which rows there are" if other else "no size of this split is known"
-        raise ValueError(f"{why}; give a local copy: task.path=FOLDER")
+        raise _Unknown(f"{why}; give a local copy: task.path=FOLDER")
     plan.rows = _slice(size.rows, name, spec.split)
     if spec.limit is not None:
         plan.rows = min(plan.rows, spec.limit)
@@ -213,7 +237,7 @@ def _slice(rows: int, name: str, split: str) -> int:
 
 def _ask_hub(plan: SplitPlan, source: Task, spec: SplitSpec, path: str, revision: str | None) -> None:
     """Sizes from the card of a dataset on the Hub: its metadata is read, no rows."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.removesuffix(".gz").endswith(_DATA_FILES):
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or file_kind(path)[1:] != (None, None):
         raise ValueError(f"there is no file or folder {path!r}")
     name = spec.split.partition("[")[0]
     level = logging.getLogger("datasets").level
@@ -223,11 +247,11 @@ def _ask_hub(plan: SplitPlan, source: Task, spec: SplitSpec, path: str, revision
         found = (info.splits or {}).get(source.splits[name])
     except Exception as error:
         # The kinds of failure are many: no network, no such repository, gated
-        raise ValueError(f"{path} cannot be asked ({type(error).__name__}); give a local copy as path") from None
+        raise _Unknown(f"{path} cannot be asked ({type(error).__name__}); give a local copy as path") from None
     finally:
         logging.getLogger("datasets").setLevel(level)
     if found is None or not found.num_examples:
-        raise ValueError(f"the card of {path} states no size of split {name!r}; give a local copy as path")
+        raise _Unknown(f"the card of {path} states no size of split {name!r}; give a local copy as path")
     plan.rows = _slice(found.num_examples, name, spec.split)
     if spec.limit is not None:
         plan.rows = min(plan.rows, spec.limit)

@@ -49,6 +49,7 @@ class SplitPlan:
         key_bytes (`float`): Bytes of `id` and `group` in a compressed row.
         basis (`str`): Where the numbers come from.
         notes (`list[str]`): What they leave out.
+        problem (`str`, *optional*): Why a run would refuse the rows.
     """
 
     role: str
@@ -61,6 +62,7 @@ class SplitPlan:
     key_bytes: float = 3.0
     basis: str = ""
     notes: list[str] = field(default_factory=list)
+    problem: str | None = None
 
     @property
     def all_tokens(self) -> int | None:
@@ -191,3 +193,8 @@ class Plan:
     settings: list[SettingPlan]
     runs: list[RunPlan]
     merged: str | None = None
+
+    @property
+    def problems(self) -> list[str]:
+        """Why a run of this recipe would stop at its rows, each once."""
+        return list(dict.fromkeys(s.problem for setting in self.settings for s in setting.splits if s.problem))

@@ -93,7 +93,9 @@ def _splits(setting: SettingPlan) -> list[str]:
     ]
     header = ["role", "split", "rows", "tokens/row", "supervised/row", "longest", "tokens", "from"]
     lines = _table(header, rows, right=(2, 3, 4, 5, 6))
-    return lines + [f"  {split.role}: {note}" for split in setting.splits for note in split.notes]
+    lines += [f"  {split.role}: {note}" for split in setting.splits for note in split.notes]
+    refused = [(split.role, split.problem.splitlines()[0]) for split in setting.splits if split.problem]
+    return lines + [f"  {role}: a run would stop here: {problem}" for role, problem in refused]
 
 
 def _models(models: list[ModelPlan]) -> list[str]:

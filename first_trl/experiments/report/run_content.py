@@ -134,7 +134,13 @@ def _row_table(counts: Mapping[str, Any]) -> Table:
         numbers = (count["read"], count["rows"], count["not_selected"], count.get("cut", 0))
         rows.append([role, *map(str, numbers), dropped])
     header = ["role", "read", "used", "left out by limit", "cut", "dropped"]
-    return Table("What became of the rows that were read.", header, rows)
+    shared = [
+        f"{number} questions of `{role}` stand in `{other}` too"
+        for role, count in counts.items()
+        for other, number in count.get("shared", {}).items()
+    ]
+    caption = "What became of the rows that were read." + (f" {'; '.join(shared)}." if shared else "")
+    return Table(caption, header, rows)
 
 
 def _picture(run: RunContent, name: str) -> list[Part]:

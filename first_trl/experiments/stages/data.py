@@ -7,11 +7,12 @@ from typing import Any, cast
 
 from datasets import Dataset
 
-from ...tasks import get_task, tokenize_rows
+from ...tasks import Task, answer_token_ids_of_rows, get_task, tokenize_rows
 from ...tasks.base import TaskSplit
+from ...tasks.copies import drop_copies
 from ...tasks.overlap import drop_overlap
 from ...utils.files import write_json
-from ..recipe import SplitSpec
+from ..recipe import Recipe, SplitSpec
 from ..run_folder import DATA
 from .context import RunContext
 from .units import Unit, content_key, path_fingerprint
@@ -31,18 +32,49 @@ def data_units(run: RunContext) -> list[Unit]:
         role: content_key({**common, "split": spec, "files": path_fingerprint(_path(run, spec))})
         for role, spec in task.splits.items()
     }
+    used = used_roles(recipe)
     unseen = [key for role, key in keys.items() if task.splits[role].unseen is not None]
-    for role in _used(run):
-        keys[role] = content_key([keys[role], unseen])
+    copied = {role: keys[role] for role in honest_roles(recipe) if _drops_copies(recipe, task.splits[role])}
+    for role in used:
+        # Which of its rows stay depends on the rows of the roles that it yields to
+        others = [key for other, key in copied.items() if other not in used or other == "validation" != role]
+        keys[role] = content_key([keys[role], unseen, *([others] if role in copied and others else [])])
     run.role_keys = keys
     inputs = {"roles": keys, "evaluated": recipe.evaluation.splits}
     return [Unit(DATA, inputs, partial(_write, run))]
 
 
-def _used(run: RunContext) -> list[str]:
+def used_roles(recipe: Recipe) -> list[str]:
     """Roles that students train on, and that temperatures and epochs are chosen on."""
-    roles = dict.fromkeys(["train", "validation", *(role for arm in run.recipe.arms.values() for role in arm.data)])
-    return list(roles)
+    return list(dict.fromkeys(["train", "validation", *(role for arm in recipe.arms.values() for role in arm.data)]))
+
+
+def honest_roles(recipe: Recipe) -> list[str]:
+    """
+    Roles in which one question must not stand twice: those that are used, and those that are evaluated, except where one
+    of these is the rows of `validation` on purpose.
+    """
+    splits, used = recipe.task.splits, used_roles(recipe)
+    chosen = dataclasses.replace(splits["validation"], limit=None, unseen=None)
+    return [
+        role
+        for role, spec in splits.items()
+        if role in used
+        or (role in recipe.evaluation.splits and dataclasses.replace(spec, limit=None, unseen=None) != chosen)
+    ]
+
+
+def _source(recipe: Recipe, spec: SplitSpec) -> Task:
+    if spec.task is None:
+        return get_task(recipe.task.name, **{**recipe.task.options, **(spec.options or {})})
+    return get_task(spec.task, **(spec.options or {}))
+
+
+def _drops_copies(recipe: Recipe, spec: SplitSpec) -> bool:
+    try:
+        return _source(recipe, spec).drop_copies
+    except ValueError:
+        return True  # A wrong option is refused where the rows are read
 
 
 def _path(run: RunContext, spec: SplitSpec) -> str | None:
@@ -51,11 +83,7 @@ def _path(run: RunContext, spec: SplitSpec) -> str | None:
 
 def _load(run: RunContext, spec: SplitSpec) -> TaskSplit:
     task = run.recipe.task
-    if spec.task is None:
-        source = get_task(task.name, **{**task.options, **(spec.options or {})})
-    else:
-        source = get_task(spec.task, **(spec.options or {}))
-    return source.load(
+    return _source(run.recipe, spec).load(
         spec.split,
         path=_path(run, spec),
         revision=task.revision if spec.task is None else None,
@@ -70,13 +98,16 @@ def _write(run: RunContext, folder: Path) -> None:
     splits, evaluated = run.recipe.task.splits, run.recipe.evaluation.splits
     loaded = {role: _load(run, spec) for role, spec in splits.items()}
     rows = {role: split.dataset for role, split in loaded.items()}
-    used = _used(run)
+    used = used_roles(run.recipe)
     overlapping: dict[str, dict[str, int]] = {role: {} for role in used}
     for role, spec in splits.items():
         for other in used if spec.unseen is not None else ():
             rows[other], dropped = drop_overlap(rows[other], rows[role], by=str(spec.unseen))
             if dropped:
                 overlapping[other][f"shares a {spec.unseen} with {role}"] = dropped
+    rows, copies = drop_copies({role: loaded[role] for role in honest_roles(run.recipe)}, rows, used)
+    for role, dropped_copies in copies.dropped.items():
+        overlapping[role] |= dropped_copies
     tokenizer = run.tokenizer()
     counts = {}
     for role, split in loaded.items():
@@ -86,9 +117,16 @@ def _write(run: RunContext, folder: Path) -> None:
             "not_selected": split.n_not_selected,
             "rows": len(rows[role]),
             "dropped": reasons,
+            "shared": copies.shared.get(role, {}),
             "choices": any(rows[role]["choices"]),
             "domain": _domain(run, role),
         }
+        if role in evaluated and counts[role]["choices"]:
+            # What evaluation would refuse after all trainings
+            try:
+                answer_token_ids_of_rows(tokenizer, rows[role])
+            except ValueError as error:
+                raise ValueError(f"Role {role!r}, {error}") from None
         # Multiple choice is evaluated on the text of the rows, everything else works on tokens
         if role in ("train", "validation") or role not in evaluated or not counts[role]["choices"]:
             counts[role] |= _tokenize(run, role, rows[role], reasons, tokenizer)
@@ -141,5 +179,6 @@ def _describe(count: dict[str, Any]) -> str:
         parts.append(f"{count['not_selected']} left out by limit")
     if count.get("cut"):
         parts.append(f"{count['cut']} cut to max_length")
+    parts += [f"{number} also in {role}" for role, number in count["shared"].items()]
     parts += [f"{number} dropped ({reason})" for reason, number in count["dropped"].items()]
     return ", ".join(parts)

@@ -253,9 +253,7 @@ def _excel(data: bytes, path: Path, header: bool) -> Table:
     try:
         import openpyxl
     except ImportError:
-        raise ValueError(
-            f"{path} needs openpyxl to be read: pip install 'first_trl[excel]', or save it as .csv."
-        ) from None
+        raise ValueError(f"{path} needs openpyxl: `pip install 'first_trl[excel]'`, or save it as .csv.") from None
 
     def sheets(**options: bool) -> dict[str, list[tuple[Any, ...]]]:
         with warnings.catch_warnings():
