@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 TEXTS = [
     "Which river runs past the old mill?\nAnswer Choices:\n(A) Tarn\n(B) Lune\nAnswer: A B C D",
     "user assistant system tool think Name the metal that is liquid. mercury iron",
-] + [" A B C D" * 5]
+    " A B C D" * 5,
+]
 SPECIAL = ["<|pad|>", "<|end|>", "<|begin|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 
 CHAT = (
