@@ -206,7 +206,7 @@ def add_teacher_topk(
     )
     folder = Path(output_dir) if output_dir is not None else default_folder(manifest)
     if not is_finished(folder, manifest, backend, state):
-        with open_capture(folder, manifest, backend, shard_size, state) as capture:
+        with open_capture(folder, manifest, backend, rows, shard_size, state) as capture:
             started = time.perf_counter()
             # A capture that goes on keeps the shards it began with
             options = replace(options, shard_size=capture.shard_size)
