@@ -14,7 +14,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from .evaluation.loading import load_model
 from .evaluation.next_token import context_length, cut_to_length, next_token_logits
 from .tasks.answers import answer_token_ids
-from .tasks.tokenize import encode_prompts
+from .tasks.encode import encode_texts, prompt_texts
 
 
 TASK = "calibrated-multiple-choice"
@@ -28,8 +28,8 @@ class AnswerPipeline(Pipeline):
     Importing this module registers it: `transformers.pipeline("calibrated-multiple-choice", model=...)`. Shorter, and
     also for adapters of any revision, is [`answer_pipeline`].
 
-    Call it with a prompt (`str`), a row (`dict` with `prompt` and, where they differ from row to row, `choices`), a
-    list of these, or a dataset of rows; a list or [`~datasets.Dataset`] gives a list, an iterator or streamed dataset
+    Call it with a prompt (`str`, or a conversation: a list of messages), a row (`dict` with `prompt` and, where they
+    differ from row to row, `choices` and `tools`), a list of these, or a dataset of rows; a list or [`~datasets.Dataset`] gives a list, an iterator or streamed dataset
     gives an iterator. `batch_size` changes the speed only: prompts are padded on the right and read at their last
     token.
 
@@ -55,6 +55,10 @@ class AnswerPipeline(Pipeline):
         max_length (`int`, *optional*):
             Longer prompts lose tokens at the front, with a warning. Defaults to the context length of the model.
 
+        chat_template_kwargs (`dict`, *optional*):
+            Arguments of the chat template for conversations, such as `enable_thinking`: those that the student was
+            trained with.
+
     All of these can be given when the pipeline is made or when it is called. The result of one prompt is a `dict`:
 
     - **answer** (`str` or `None`): the chosen text as it was given; `None` when the model abstains, or when its most
@@ -79,6 +83,7 @@ class AnswerPipeline(Pipeline):
         temperature: float | None = None,
         abstain_below: float | None = None,
         confidence: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         if temperature is not None and not (temperature > 0.0 and np.isfinite(temperature)):
             raise ValueError(f"`temperature` must be a finite number above 0, got {temperature}.")
@@ -87,7 +92,7 @@ class AnswerPipeline(Pipeline):
         if confidence is not None and confidence not in CONFIDENCES:
             raise ValueError(f"`confidence` must be one of {', '.join(CONFIDENCES)}; got {confidence!r}.")
         steps = (
-            {"choices": choices, "max_length": max_length},
+            {"choices": choices, "max_length": max_length, "chat_template_kwargs": chat_template_kwargs},
             {"temperature": temperature},
             {"abstain_below": abstain_below, "confidence": confidence},
         )
@@ -100,9 +105,13 @@ class AnswerPipeline(Pipeline):
         """Answers of the inputs, see the class."""
         if isinstance(inputs, Dataset | tuple):
             inputs = list(inputs)
+        if _is_conversation(inputs):
+            inputs = {"prompt": inputs}
+        elif isinstance(inputs, list):
+            inputs = [{"prompt": entry} if _is_conversation(entry) else entry for entry in inputs]
         elif isinstance(inputs, IterableDataset) or (isinstance(inputs, Iterable) and hasattr(inputs, "__next__")):
             # Generators are what the base class streams
-            inputs = (row for row in inputs)
+            inputs = ({"prompt": row} if _is_conversation(row) else row for row in inputs)
         if isinstance(inputs, list) and not inputs:
             return []
         return super().__call__(inputs, *args, **kwargs)
@@ -116,19 +125,28 @@ class AnswerPipeline(Pipeline):
             self.tokenizer = tokenizer
 
     def preprocess(  # type: ignore[override]
-        self, row: str | Mapping[str, Any], choices: Sequence[str] | None = None, max_length: int | None = None
+        self,
+        row: str | Mapping[str, Any],
+        choices: Sequence[str] | None = None,
+        max_length: int | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Tokens of a prompt and of its choices."""
         assert self.tokenizer is not None
-        prompt = row
+        prompt: Any = row
         if isinstance(row, Mapping):
             if "prompt" not in row:
                 raise ValueError(f"A row needs a 'prompt'; this one has {', '.join(row) or 'nothing'}.")
             prompt, choices = row["prompt"], row.get("choices") or choices
         if not isinstance(prompt, str):
-            raise ValueError(
-                f"A prompt is a text, got {type(prompt).__name__}. For a conversation, apply the tokenizer's chat "
-                "template first (tokenize=False)."
+            if not _is_conversation(prompt):
+                raise ValueError(
+                    f"A prompt is a text, got {type(prompt).__name__}. A conversation is a list of messages with `role` and "
+                    "`content`."
+                )
+            tools = row.get("tools") if isinstance(row, Mapping) else None
+            (prompt,) = prompt_texts(
+                self.tokenizer, [prompt], tools=[tools], chat_template_kwargs=chat_template_kwargs
             )
         if not prompt:
             raise ValueError("The prompt is empty: there is nothing to answer.")
@@ -136,7 +154,7 @@ class AnswerPipeline(Pipeline):
             raise ValueError(f"`choices` is a list of texts, got the text {choices!r}.")
         tokens = None if not choices else answer_token_ids(self.tokenizer, prompt, list(choices))
         limit = context_length(self.model) if max_length is None else max_length
-        (ids,), (cut,) = cut_to_length(encode_prompts(self.tokenizer, [prompt]), limit, self.tokenizer.all_special_ids)
+        (ids,), (cut,) = cut_to_length(encode_texts(self.tokenizer, [prompt]), limit, self.tokenizer.all_special_ids)
         if cut:
             warnings.warn(
                 f"A prompt is longer than {limit} tokens and loses its beginning: {prompt[:40]!r}... Shorten it.",
@@ -200,6 +218,15 @@ class AnswerPipeline(Pipeline):
         }
 
 
+def _is_conversation(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and isinstance(value[0], Mapping)
+        and bool({"role", "from"} & set(value[0]))
+    )
+
+
 class _Unpadded:
     """Stands for the tokenizer where batches are collated, which asks for a padding token and pads nothing here."""
 
@@ -222,6 +249,7 @@ def answer_pipeline(
     choices: Sequence[str] | None = None,
     abstain_below: float | None = None,
     max_length: int | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     batch_size: int = 1,
     device: Any = None,
     dtype: Any = "auto",
@@ -238,7 +266,7 @@ def answer_pipeline(
             Branch, tag or commit on the Hub.
         tokenizer (`str` or [`~transformers.PreTrainedTokenizerBase`], *optional*):
             Defaults to the one saved with the model. For a loaded model, to the one of the place it was loaded from.
-        temperature, confidence, choices, abstain_below, max_length:
+        temperature, confidence, choices, abstain_below, max_length, chat_template_kwargs:
             Defaults of every call, see [`AnswerPipeline`].
         batch_size (`int`, *optional*, defaults to `1`):
             Prompts per forward.
@@ -292,7 +320,12 @@ def answer_pipeline(
             device = model.device
     if isinstance(tokenizer, str | Path):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer, token=token)
-    defaults: dict[str, Any] = {"choices": choices, "abstain_below": abstain_below, "max_length": max_length}
+    defaults: dict[str, Any] = {
+        "choices": choices,
+        "abstain_below": abstain_below,
+        "max_length": max_length,
+        "chat_template_kwargs": chat_template_kwargs,
+    }
     return AnswerPipeline(
         model=loaded,
         tokenizer=tokenizer,

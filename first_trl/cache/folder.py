@@ -1,5 +1,6 @@
 """The cache on disk and on the Hub: parquet shards in `data/`, one manifest a split in `manifest/`."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -88,8 +89,8 @@ def load_teacher_cache(
         [`~datasets.Dataset`] or [`~datasets.IterableDataset`].
 
     Raises:
-        `ValueError`: The folder holds no finished cache of that split, a shard is missing, or the manifest is of
-            another format.
+        `ValueError`: The folder holds no finished cache of that split, a shard is missing or not as it was written
+            (SHA-256, which a stream from the Hub leaves out), or the manifest is of another format.
 
     Example:
 
@@ -123,7 +124,7 @@ def load_teacher_cache(
         homepage = f"https://huggingface.co/datasets/{path_or_repo}/tree/{pulled.commit}"
     manifest = load_manifest(folder, split)
     if not streaming or not options:
-        files = complete_shards(folder, split)
+        files = intact_shards(folder, split, manifest)
         options = {"path": "parquet", "data_files": {split: [str(file) for file in files]}}
     dataset = datasets.load_dataset(split=split, streaming=streaming, **options)
     dataset.info.homepage = homepage
@@ -149,10 +150,44 @@ def complete_shards(folder: str | os.PathLike[str], split: str) -> list[Path]:
     surplus = sorted({file.name for file in files} - {file.name for file in expected})
     if missing or surplus:
         raise ValueError(
-            f"Shards of split {split!r} in {folder}: missing {missing}, not of this capture {surplus}. Run the capture "
-            "again to finish it, or pull the cache again."
+            f"Shards of split {split!r} in {folder}: missing {missing}, not of this capture {surplus}. Remove what is "
+            "not of this capture and run it again to finish it, or pull the cache again."
         )
     return expected
+
+
+def intact_shards(folder: str | os.PathLike[str], split: str, manifest: Manifest) -> list[Path]:
+    """
+    Every shard of a finished split in order, each byte as it was written: a shard that is cut, changed or exchanged
+    with another one is sound Parquet at times, so nothing but its SHA-256 tells.
+
+    Raises:
+        `ValueError`: A shard is missing, damaged or not listed in the manifest, or this is another split's manifest.
+    """
+    if manifest.split != split:
+        raise ValueError(
+            f"{manifest_path(folder, split)} is the manifest of split {manifest.split!r}. Restore the original file name."
+        )
+    files = complete_shards(folder, split)
+    listed = manifest.counts["shards"]
+    if [file.name for file in files] != sorted(listed):
+        raise ValueError(
+            f"The manifest of split {split!r} in {folder} lists {len(listed)} shards, the folder holds the {len(files)} "
+            "of another capture. Pull or capture the cache again."
+        )
+    for file in files:
+        if sha256(file) != listed[file.name]["sha256"]:
+            raise ValueError(
+                f"{file} is damaged: its SHA-256 differs from the manifest's. Run the capture again, which computes "
+                "this shard again and keeps the others, or pull the cache again."
+            )
+    return files
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cache_size(folder: str | os.PathLike[str], split: str) -> dict[str, float]:

@@ -104,8 +104,7 @@ def write_shard(rows: ShardRows, scores: list[Scores | None], manifest: Manifest
     per_row = [len(tail) for tail in tails]
     per_position = np.full(sum(per_row), manifest.k)
     columns: dict[str, Any] = {
-        INPUT_IDS: _lists([len(row) for row in rows.input_ids], np.concatenate(rows.input_ids)),
-        LABELS: _lists([len(row) for row in rows.labels], np.concatenate(rows.labels)),
+        **_source_columns(rows),
         TOPK_IDS: _lists(per_row, _lists(per_position, np.concatenate(ids).ravel())),
         TOPK_LOGPROBS: _lists(per_row, _lists(per_position, np.concatenate(logprobs).ravel())),
         TAIL_LOGPROB: _lists(per_row, np.concatenate(tails)),
@@ -116,10 +115,6 @@ def write_shard(rows: ShardRows, scores: list[Scores | None], manifest: Manifest
         lengths, drawn, counts = (np.concatenate(parts) for parts in zip(*draws, strict=True))
         columns[DRAW_IDS] = _lists(per_row, _lists(lengths, drawn))
         columns[DRAW_COUNTS] = _lists(per_row, _lists(lengths, counts))
-    if rows.has_gold is not None:
-        columns[TEACHER_HAS_GOLD] = pa.array(rows.has_gold)
-    if rows.carried is not None:
-        columns = {name: rows.carried.column(name) for name in rows.carried.column_names} | columns
     schema = Features({**rows.carried_features, **features}).arrow_schema
     table = pa.table({name: columns[name] for name in schema.names}).cast(schema)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -129,6 +124,19 @@ def write_shard(rows: ShardRows, scores: list[Scores | None], manifest: Manifest
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def _source_columns(rows: ShardRows) -> dict[str, Any]:
+    """What a shard holds before the teacher is asked: tokens, labels, whether these are an answer, carried columns."""
+    columns: dict[str, Any] = {
+        INPUT_IDS: _lists([len(row) for row in rows.input_ids], np.concatenate(rows.input_ids)),
+        LABELS: _lists([len(row) for row in rows.labels], np.concatenate(rows.labels)),
+    }
+    if rows.has_gold is not None:
+        columns[TEACHER_HAS_GOLD] = pa.array(rows.has_gold)
+    if rows.carried is not None:
+        columns |= {name: rows.carried.column(name) for name in rows.carried.column_names}
+    return columns
 
 
 def parquet_options(schema: pa.Schema) -> dict[str, Any]:
@@ -172,17 +180,35 @@ def _count_draws(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return lengths.astype(np.int32), ids[order].astype(np.int32), counts[order].astype(np.uint16)
 
 
-def whole_shard(path: Path, rows: int, manifest: Manifest) -> bool:
-    """Whether a shard left by an earlier run can be kept: readable, with all its rows, and every digest right."""
+def whole_shard(path: Path, rows: ShardRows, manifest: Manifest) -> bool:
+    """
+    Whether a shard left by an earlier run can be kept: readable, of this cache, every digest right, and holding these
+    very rows. The digests alone would take any shard of the cache, and any carried column.
+    """
+    features = cache_features(manifest.logprob_dtype, draws=manifest.num_draws > 0, has_gold=rows.has_gold is not None)
+    schema = Features({**rows.carried_features, **features}).arrow_schema
     try:
         batch = shard_batch(path)
+        with pq.ParquetFile(path) as file:
+            stored = file.read()
         return (
-            batch.num_rows == rows
+            batch.num_rows == len(rows)
+            and stored.schema.names == schema.names
             and set(batch.cache_ids) == {manifest.cache_id}
+            and all(
+                _equal(stored.column(name), pa.table({name: values}).column(0), schema.field(name).type)
+                for name, values in _source_columns(rows).items()
+            )
             and np.array_equal(batch.row_digests(), batch.digests)
         )
     except (OSError, ValueError, KeyError, IndexError, pa.ArrowException):
         return False
+
+
+def _equal(stored: pa.ChunkedArray, wanted: pa.ChunkedArray, kind: pa.DataType) -> bool:
+    stored, wanted = stored.cast(kind).combine_chunks(), wanted.cast(kind).combine_chunks()
+    # To Arrow, NaN differs from itself
+    return bool(stored.equals(wanted)) or repr(stored.to_pylist()) == repr(wanted.to_pylist())
 
 
 def shard_batch(path: Path) -> CacheBatch:

@@ -1,6 +1,5 @@
 """Checks on a stored cache as a whole: nothing missing, nothing surplus, every byte as it was written."""
 
-import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from .folder import finished_splits, load_manifest, manifest_path, shard_paths
+from .folder import finished_splits, load_manifest, manifest_path, sha256, shard_paths
 from .manifest import Manifest
 from .shards import shard_batch
 from .verify import RowStatistics, check_rows
@@ -93,8 +92,7 @@ def _verify_split(folder: Path, split: str) -> Manifest:
 
 
 def _verify_shard(path: Path, entry: dict[str, Any], manifest: Manifest) -> RowStatistics:
-    with open(path, "rb") as file:
-        intact = hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"]
+    intact = sha256(path) == entry["sha256"]
     detail = ""
     try:
         statistics = check_rows([shard_batch(path)], manifest)

@@ -4,7 +4,7 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 
 if TYPE_CHECKING:
@@ -151,15 +151,17 @@ def reliability_diagram(
     return figure
 
 
-def save_figure(figure: "Figure", path: str | Path, *, formats: Sequence[str] = (), dpi: int = 150) -> list[Path]:
+def save_figure(
+    figure: "Figure", path: str | Path | BinaryIO, *, formats: Sequence[str] = (), dpi: int = 150
+) -> list[Path]:
     """
     Write a figure; the bytes depend on nothing but what is drawn: no date, no version.
 
     Args:
         figure (`matplotlib.figure.Figure`):
             The figure.
-        path (`str` or `Path`):
-            File to write, for example `reliability.png`; its suffix is the format.
+        path (`str`, `Path` or binary file):
+            File to write, for example `reliability.png`; its suffix is the format. An open file gets a PNG.
         formats (`Sequence[str]`, *optional*):
             Further formats, each in a file of the same name: `"png"`, `"pdf"` or `"svg"`. Text in a PDF is in TrueType
             fonts (Type 42), since many journals refuse Type 3.
@@ -171,6 +173,9 @@ def save_figure(figure: "Figure", path: str | Path, *, formats: Sequence[str] = 
     """
     from matplotlib import rc_context
 
+    if not isinstance(path, (str, Path)):
+        figure.savefig(path, format="png", dpi=dpi, metadata={"Software": None})
+        return []
     path = Path(path)
     files = [path, *(path.with_suffix(f".{name}") for name in formats if path.suffix != f".{name}")]
     nothing: dict[str, dict[str, Any]] = {

@@ -10,6 +10,7 @@ from .bins import BinTable, tabulate
 from .config import CalibrationConfig, EdgeDtype, Edges, Input, IntervalMethod, Mode, Norm, Strategy, Weighting
 from .errors import bin_error, debiased_l2
 from .examples import CalibrationWarning, Examples, prepare
+from .notebook import CalibrationReport
 from .resampling import bootstrap_interval, locate, null_errors, null_p_value, pure_bins
 from .scores import average, brier_decomposition, brier_score, negative_log_likelihood, rank_scores
 from .smooth import smooth_calibration_error
@@ -156,7 +157,7 @@ def calibration_report(
             Whether to include the per-bin data.
 
     Returns:
-        `dict[str, Any]`:
+        `dict[str, Any]`, which shows itself as tables and a diagram in a notebook:
 
         - `ece`: the error chosen by `norm`, `weighting`, `mode`, `debias`. `mce`, `rmsce`: maximum and l2 error.
           `ece_debiased`: debiased l2 error, `None` where undefined. `smece`: smooth ECE of the top label.
@@ -230,7 +231,7 @@ def calibration_report(
     }
     for message in cautions:
         warnings.warn(message, CalibrationWarning, stacklevel=2)
-    return report
+    return CalibrationReport(report)
 
 
 def _prepare(predictions: Any, references: Any, config: CalibrationConfig, sample_weight: Any) -> Examples:

@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from ..tasks.tokenize import encode_pairs, encode_prompts
+from ..tasks.encode import encode_pairs, encode_prompts, prompt_texts
 from .confidence import Confidences, answers_to_confidences, choice_scores
 from .next_token import context_length, cut_to_length, evaluation_mode
 
@@ -83,6 +83,7 @@ def score_choices(
     batch_size: int = 32,
     max_length: int | None = None,
     prefix_cache: bool = True,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     disable_tqdm: bool = False,
 ) -> ChoiceScores:
     """
@@ -97,7 +98,7 @@ def score_choices(
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             Its tokenizer.
         dataset ([`~datasets.Dataset`]):
-            Rows with `prompt`, `choices` (as appended to the prompt) and `gold` (-1 = hidden), and `id` where there is one.
+            Rows with `prompt` (texts or conversations), `choices` (as appended to the prompt) and `gold` (-1 = hidden), and `id` where there is one.
         unconditional_prompt (`str`, *optional*):
             Also score each choice behind this text, for the definition `"unconditional"`: `""` (the begin-of-sequence token
             alone, as lm-evaluation-harness does) or for example `"Answer:"`.
@@ -109,6 +110,8 @@ def score_choices(
         prefix_cache (`bool`, *optional*, defaults to `True`):
             `False` reads the question anew for each choice, as is always done for models with recurrent or
             convolutional layers.
+        chat_template_kwargs (`dict`, *optional*):
+            Arguments of the chat template where prompts are conversations, such as `enable_thinking`.
         disable_tqdm (`bool`, *optional*, defaults to `False`):
             No progress bar.
 
@@ -126,7 +129,9 @@ def score_choices(
         raise ValueError("The dataset is empty: there is no row to score. Check the split and its filters.")
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-    prompts, choices = list(dataset["prompt"]), [list(row) for row in dataset["choices"]]
+    tools = dataset["tools"] if "tools" in dataset.column_names else None
+    prompts = prompt_texts(processing_class, dataset["prompt"], tools=tools, chat_template_kwargs=chat_template_kwargs)
+    choices = [list(row) for row in dataset["choices"]]
     gold = np.array(dataset["gold"], dtype=np.int64)
     ids = [str(name) for name in (dataset["id"] if "id" in dataset.column_names else range(len(dataset)))]
     for name, row, answer in zip(ids, choices, gold, strict=True):

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..calibration import calibration_report
 from ..calibration.arrays import first_boolean
+from ..calibration.notebook import CalibrationReport
 
 
 DEFINITIONS = {
@@ -173,7 +174,9 @@ class Confidences:
     def report(self, **options: Any) -> dict[str, Any]:
         """[`calibration_report`] with `definition`, `extras` and `dropped` beside it."""
         report = calibration_report(self.confidence, self.correct.astype(np.int64), **options)
-        return {"definition": self.definition, **report, "extras": dict(self.extras), "dropped": dict(self.dropped)}
+        return CalibrationReport(
+            {"definition": self.definition, **report, "extras": dict(self.extras), "dropped": dict(self.dropped)}
+        )
 
 
 def answers_to_confidences(

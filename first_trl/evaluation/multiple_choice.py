@@ -1,7 +1,7 @@
 """Multiple choice by the next token: what the model believes at the answer position, and how well calibrated it is."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from ..calibration.arrays import first_boolean
 from ..tasks.answers import answer_token_ids_of_rows
-from ..tasks.tokenize import encode_prompts
+from ..tasks.encode import encode_prompts
 from ..utils.processes import Share
 from .next_token import context_length, cut_to_length, next_token_logits
 from .predictions import MultipleChoiceResult, fill_rows, multiple_choice_report
@@ -34,6 +34,7 @@ def evaluate_multiple_choice(
     n_bins: int = 10,
     top_k: int = 5,
     variants: Callable[[str], Sequence[str]] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     disable_tqdm: bool = False,
     distributed: bool = False,
 ) -> MultipleChoiceResult:
@@ -51,7 +52,7 @@ def evaluate_multiple_choice(
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             Its tokenizer. The padding side does not matter.
         dataset ([`~datasets.Dataset`]):
-            Rows of a task: `prompt`, `choices` (as appended to the prompt, one token each), `gold` (-1 = hidden) and,
+            Rows of a task: `prompt` (texts or conversations), `choices` (as appended to the prompt, one token each), `gold` (-1 = hidden) and,
             where there is one, `id`.
         batch_size (`int`, *optional*, defaults to `32`):
             Prompts per forward; prompts of like length go together.
@@ -67,6 +68,8 @@ def evaluate_multiple_choice(
         variants (`Callable[[str], Sequence[str]]`, *optional*):
             Other spellings of a choice, for example [`spelling_variants`], whose tokens are merged with it. Spellings that
             are not one token are left out. By default every token stands for itself.
+        chat_template_kwargs (`dict`, *optional*):
+            Arguments of the chat template where prompts are conversations, such as `enable_thinking`.
         disable_tqdm (`bool`, *optional*, defaults to `False`):
             No progress bar.
         distributed (`bool`, *optional*, defaults to `False`):
@@ -91,7 +94,9 @@ def evaluate_multiple_choice(
     _check_temperature(temperature)
     if top_k < 1:
         raise ValueError(f"`top_k` must be at least 1, got {top_k}.")
-    rows = read_multiple_choice_rows(model, processing_class, dataset, max_length=max_length)
+    rows = read_multiple_choice_rows(
+        model, processing_class, dataset, max_length=max_length, chat_template_kwargs=chat_template_kwargs
+    )
     groups = _token_groups(processing_class, dataset["choices"], rows.choice_tokens, variants)
     n = len(rows.prompt_ids)
     choice_tokens = fill_rows(rows.choice_tokens, -1, np.int64)
@@ -154,7 +159,12 @@ class MultipleChoiceRows:
 
 
 def read_multiple_choice_rows(
-    model: Any, processing_class: Any, dataset: Dataset, *, max_length: int | None = None
+    model: Any,
+    processing_class: Any,
+    dataset: Dataset,
+    *,
+    max_length: int | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> MultipleChoiceRows:
     """
     Check and tokenise the rows of a multiple-choice dataset.
@@ -179,7 +189,7 @@ def read_multiple_choice_rows(
         raise ValueError(f"Row {row} has gold = {gold[row]} but {n_choices[row]} choices; -1 marks a hidden answer.")
     if not (gold >= 0).any():
         raise ValueError("No row has a gold answer (all are -1): there is nothing to score. Use a labelled split.")
-    choice_tokens = answer_token_ids_of_rows(processing_class, dataset)
+    choice_tokens = answer_token_ids_of_rows(processing_class, dataset, chat_template_kwargs=chat_template_kwargs)
     head_size = model.get_output_embeddings().weight.shape[0]
     largest = max(max(tokens) for tokens in choice_tokens)
     if largest >= head_size:
@@ -188,9 +198,13 @@ def read_multiple_choice_rows(
             "model's."
         )
     limit = context_length(model) if max_length is None else max_length
-    prompt_ids, cut = cut_to_length(
-        encode_prompts(processing_class, dataset["prompt"]), limit, processing_class.all_special_ids
+    encoded = encode_prompts(
+        processing_class,
+        dataset["prompt"],
+        tools=dataset["tools"] if "tools" in dataset.column_names else None,
+        chat_template_kwargs=chat_template_kwargs,
     )
+    prompt_ids, cut = cut_to_length(encoded, limit, processing_class.all_special_ids)
     if any(cut):
         warnings.warn(
             f"{sum(cut)} of {len(cut)} prompts are longer than {limit} tokens and lose their beginning. Use a model with a "

@@ -101,7 +101,7 @@ def _error(cells: Cells, times: np.ndarray, config: CalibrationConfig) -> float:
     """The error of a resample that takes each row `times`."""
     index, gap = cells.index[:, 0], (cells.confidence - cells.outcome)[:, 0]
     sums = [
-        np.bincount(index, weights=weights, minlength=cells.n_cells).astype(np.float64, copy=False)
+        np.bincount(index, weights=weights, minlength=cells.n_cells).astype(np.float64)
         for weights in (times * gap, times)
     ]
     return float(cells.error(sums[0], sums[1], config))

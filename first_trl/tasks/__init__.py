@@ -2,7 +2,8 @@
 
 from .answers import answer_token_ids, answer_token_ids_of_rows
 from .base import Example, Task, TaskSplit, get_task, list_tasks
-from .tokenize import TokenizedSplit, encode_prompts, tokenize_rows
+from .encode import encode_prompts
+from .tokenize import TokenizedSplit, tokenize_rows
 
 
 __all__ = [

@@ -5,12 +5,13 @@ Confidence at the answer position is the probability of one token, so every choi
 its prompt. Whether it is depends on the tokenizer, the choice and the end of the prompt; it is checked on every row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from .tokenize import encode_prompts
+from .encode import encode_texts, prompt_texts
 
 
 _MEND = (
@@ -49,11 +50,17 @@ def answer_token_ids(processing_class: PreTrainedTokenizerBase, prompt: str, cho
     [3763, 645]
     ```
     """
-    return _token_ids(processing_class, [prompt], [list(choices)], ["this prompt"], {})[0]
+    return _token_ids(
+        processing_class, prompt_texts(processing_class, [prompt]), [list(choices)], ["this prompt"], {}
+    )[0]
 
 
 def answer_token_ids_of_rows(
-    processing_class: PreTrainedTokenizerBase, dataset: Dataset, *, batch_size: int = 1000
+    processing_class: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    *,
+    batch_size: int = 1000,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[list[int]]:
     """
     [`answer_token_ids`] for every row of a task's dataset, tokenized in batches. Every prompt is checked with its first
@@ -61,8 +68,9 @@ def answer_token_ids_of_rows(
 
     Args:
         processing_class ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer.
-        dataset ([`~datasets.Dataset`]): Rows with `prompt` and `choices`.
+        dataset ([`~datasets.Dataset`]): Rows with `prompt` (texts or conversations) and `choices`; `tools` are read.
         batch_size (`int`, *optional*, defaults to `1000`): Rows tokenized at a time.
+        chat_template_kwargs (`dict`, *optional*): Arguments of the chat template.
 
     Returns:
         `list[list[int]]`: one list per row, as long as its `choices`.
@@ -78,7 +86,10 @@ def answer_token_ids_of_rows(
     for start in range(0, len(dataset), batch_size):
         batch = dataset[start : start + batch_size]
         names = batch.get("id") or [f"row {start + i}" for i in range(len(batch["prompt"]))]
-        token_ids += _token_ids(processing_class, batch["prompt"], batch["choices"], names, known)
+        prompts = prompt_texts(
+            processing_class, batch["prompt"], tools=batch.get("tools"), chat_template_kwargs=chat_template_kwargs
+        )
+        token_ids += _token_ids(processing_class, prompts, batch["choices"], names, known)
     return token_ids
 
 
@@ -94,7 +105,9 @@ def _token_ids(
             raise ValueError(f"{name}: there are no choices; multiple choice needs a task that has them.")
         if not all(row_choices):
             raise ValueError(f"{name}: a choice is empty; every answer needs a text.")
-    prompt_ids = encode_prompts(processing_class, prompts)
+    if prompts and not any(prompts):
+        raise ValueError("All prompts are empty: there is nothing for the model to read.")
+    prompt_ids = encode_texts(processing_class, prompts)
 
     # Every prompt is tokenized with its first choice. The other choices are looked up by the end of the prompt, text
     # and tokens, once they were seen behind such an end: that saves most of the work on a benchmark of one template.
@@ -109,7 +122,7 @@ def _token_ids(
                 texts.append(prompts[row] + choice)
                 wanted.add(key(row, choice))
     first: dict[int, list[int] | None] = {}
-    for (row, choice), joint in zip(rows, encode_prompts(processing_class, texts), strict=True):
+    for (row, choice), joint in zip(rows, encode_texts(processing_class, texts), strict=True):
         n = len(prompt_ids[row])
         behind = joint[n:] if joint[:n] == prompt_ids[row] else None
         known[key(row, choice)] = behind

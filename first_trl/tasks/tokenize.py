@@ -2,15 +2,14 @@
 Rows of text -> `input_ids` and `labels`.
 
 A prompt always gets the tokens it has when it stands alone, because that is what the model reads at evaluation; the
-completion gets the tokens that follow when both are tokenized together. Special tokens that the tokenizer puts in
-front (`<bos>`) are kept once; those it puts behind a text are left off, since a prompt is not the end of a text.
+completion gets the tokens that follow when both are tokenized together. [`~first_trl.tasks.encode`] says what becomes
+of special tokens.
 
 A prompt without an answer becomes a row whose last token is a filler: the position it stands at is where an answer
 would begin. A causal model's distribution there does not depend on it.
 """
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from ..vocabulary import HAS_GOLD, IGNORE_INDEX
+from .encode import encode_pairs, encode_prompts, filler_token_id, front_tokens
 
 
 Supervise = Literal["completion", "all", "answer_position"]
@@ -68,75 +68,6 @@ class TokenizedSplit:
         return sum(self.reasons.values())
 
 
-def encode_prompts(processing_class: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-    """
-    Token ids of prompts as the model reads them: leading special tokens once, no trailing ones.
-
-    Args:
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer.
-        prompts (`Sequence[str]`): Texts.
-
-    Returns:
-        `list[list[int]]`: one list of ids per prompt, without padding.
-
-    Raises:
-        `ValueError`: when all prompts are empty.
-    """
-    if not prompts:
-        return []
-    probe = next((prompt for prompt in prompts if prompt), None)
-    if probe is None:
-        raise ValueError("All prompts are empty: there is nothing for the model to read.")
-    return _encode(processing_class, prompts, _leading_special_tokens(processing_class, probe))
-
-
-def filler_token_id(processing_class: PreTrainedTokenizerBase) -> int:
-    """
-    The token that stands where the answer of a prompt without one would begin: the end-of-sequence token, else the
-    padding token.
-
-    Raises:
-        `ValueError`: when the tokenizer has neither.
-    """
-    for token_id in (processing_class.eos_token_id, processing_class.pad_token_id):
-        if token_id is not None:
-            return int(token_id)
-    raise ValueError(
-        "A prompt without an answer ends with a filler token, and the tokenizer has neither an `eos_token` nor a "
-        "`pad_token`. Set one of them."
-    )
-
-
-def encode_pairs(
-    processing_class: PreTrainedTokenizerBase, prompts: Sequence[str], completions: Sequence[str]
-) -> tuple[list[list[int]], list[list[int] | None]]:
-    """
-    Token ids of prompts, and of what each completion adds to its prompt.
-
-    Args:
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer.
-        prompts (`Sequence[str]`): Texts, as many as `completions`.
-        completions (`Sequence[str]`): Texts appended to the prompts.
-
-    Returns:
-        `tuple`: ids of the prompts, and ids of the completions; `None` where the ids of prompt + completion do not
-        begin with those of the prompt, so that no boundary between the two exists.
-    """
-    joint = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-    if not all(completions):
-        raise ValueError("A completion is empty; remove the row.")
-    if not joint:
-        return [], []
-    front = _leading_special_tokens(processing_class, joint[0])
-    prompt_ids = _encode(processing_class, prompts, front)
-    joint_ids = _encode(processing_class, joint, front)
-    completion_ids = [
-        both[len(prompt) :] if both[: len(prompt)] == prompt else None
-        for prompt, both in zip(prompt_ids, joint_ids, strict=True)
-    ]
-    return prompt_ids, completion_ids
-
-
 def tokenize_rows(
     dataset: Dataset,
     processing_class: PreTrainedTokenizerBase,
@@ -163,7 +94,7 @@ def tokenize_rows(
         supervise (`str`, *optional*, defaults to `"completion"`):
             `"completion"` masks the prompt's labels with -100, `"all"` masks none. The first token of a row is never
             a target either way. `"answer_position"` reads no completion, whether there is one or not: a row is its
-            prompt and a filler token (see [`filler_token_id`]), whose position alone is supervised, for a teacher that
+            prompt and a filler token (see [`~first_trl.tasks.encode.filler_token_id`]), whose position alone is supervised, for a teacher that
             tells what could stand there. The column `has_gold` says that the label is no answer.
         on_overflow (`str`, *optional*, defaults to `"drop"`):
             What happens to a row longer than `max_length`: `"error"`, `"drop"`, `"truncate_prompt_left"` (cut the
@@ -257,7 +188,7 @@ def _tokenize_batch(
                 "cannot be trained on; use a labelled split or remove them. For a teacher to answer them, tokenize "
                 "with `supervise='answer_position'`."
             )
-    n_front = len(_leading_special_tokens(processing_class, prompts[0] + completions[0]))
+    front = front_tokens(processing_class, [prompts[0] + completions[0]])
     all_completion_ids: list[list[int] | None]
     if without_answer:
         all_prompt_ids = encode_prompts(processing_class, prompts)
@@ -283,6 +214,7 @@ def _tokenize_batch(
                     f"{name}: {len(prompt_ids) + len(completion_ids)} tokens, `max_length` is {max_length}. Raise it, "
                     "or choose another `on_overflow`."
                 )
+            n_front = len(front) if prompt_ids[: len(front)] == front else 0
             prompt_ids, completion_ids, fate = _shorten(prompt_ids, completion_ids, excess, n_front, on_overflow)
         labels = prompt_ids if supervise == "all" else [IGNORE_INDEX] * len(prompt_ids)
         output["input_ids"].append([*prompt_ids, *completion_ids])
@@ -307,23 +239,3 @@ def _shorten(
             return prompt_ids, completion_ids, _NOTHING_LEFT
         return prompt_ids, completion_ids[:-excess], _TRUNCATED
     return prompt_ids, completion_ids, _OVERFLOW
-
-
-def _encode(processing_class: PreTrainedTokenizerBase, texts: Sequence[str], front: list[int]) -> list[list[int]]:
-    encoded = processing_class(list(texts), add_special_tokens=False)["input_ids"]
-    # A prompt written with a chat template may already start with <bos>.
-    return [list(ids) if front and ids[: len(front)] == front else front + list(ids) for ids in encoded]
-
-
-def _leading_special_tokens(processing_class: PreTrainedTokenizerBase, probe: str) -> list[int]:
-    """Special tokens put in front of a text; `probe` is a non-empty text that the tokenizer can read."""
-    with_special = list(processing_class(probe, add_special_tokens=True)["input_ids"])
-    bare = list(processing_class(probe, add_special_tokens=False)["input_ids"])
-    for start in range(len(with_special) - len(bare) + 1):
-        if with_special[start : start + len(bare)] == bare:
-            return with_special[:start]
-    raise ValueError(
-        f"Cannot tell which special tokens this tokenizer puts in front of a text: {probe[:40]!r} has the tokens "
-        f"{with_special[:20]} with them and {bare[:20]} without. Use a tokenizer whose special tokens leave the text's "
-        "own alone."
-    )

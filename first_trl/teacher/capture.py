@@ -78,6 +78,7 @@ def add_teacher_topk(
     max_length: int | None = None,
     truncation_mode: str = "keep_start",
     dataset_text_field: str = "text",
+    chat_template_kwargs: dict[str, Any] | None = None,
     num_proc: int | None = None,
     model_init_kwargs: dict[str, Any] | None = None,
     disable_tqdm: bool = False,
@@ -120,7 +121,11 @@ def add_teacher_topk(
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
             Dtype the teacher is loaded in, when it is a name.
         completion_only_loss, assistant_only_loss, max_length, truncation_mode, dataset_text_field, num_proc:
-            Tokenisation and masks, as in [`~trl.SFTConfig`].
+            Tokenisation and masks, as in [`~trl.SFTConfig`]. A `completion_mask` of tokenised rows is honoured unless
+            `completion_only_loss` is `False`.
+        chat_template_kwargs (`dict`, *optional*):
+            Arguments of the chat template for all conversations, such as `enable_thinking`; a column of that name goes
+            before them. Give the same to whoever asks the student.
         model_init_kwargs (`dict`, *optional*):
             Passed to `from_pretrained` when the teacher is a name: `revision`, `quantization_config`, `device_map`,
             `tp_plan`, ...
@@ -162,6 +167,7 @@ def add_teacher_topk(
         completion_only_loss=completion_only_loss,
         assistant_only_loss=assistant_only_loss,
         dataset_text_field=dataset_text_field,
+        chat_template_kwargs=chat_template_kwargs,
         num_proc=num_proc,
     )
     backend: TeacherBackend
@@ -200,7 +206,7 @@ def add_teacher_topk(
     )
     folder = Path(output_dir) if output_dir is not None else default_folder(manifest)
     if not is_finished(folder, manifest, backend, state):
-        with open_capture(folder, manifest, backend, shard_size, state) as capture:
+        with open_capture(folder, manifest, backend, rows, shard_size, state) as capture:
             started = time.perf_counter()
             # A capture that goes on keeps the shards it began with
             options = replace(options, shard_size=capture.shard_size)

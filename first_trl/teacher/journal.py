@@ -11,7 +11,8 @@ import numpy as np
 from .backends import Scores
 
 
-# Record: payload length, digest, payload. The digest is keyed with the cache's id: a journal of other inputs is empty.
+# Record: payload length, digest, payload. The digest is keyed with the cache's id and the shard's name: a journal of other
+# inputs is empty, and so is that of another shard, whose rows have the same numbers.
 _HEADER = struct.Struct("<Q16s")
 
 
@@ -29,7 +30,7 @@ class ShardJournal:
 
     def __init__(self, shard: Path, cache_id: str) -> None:
         self.path = journal_path(shard)
-        self._key = cache_id.encode()[:64]
+        self._key = hashlib.blake2b(f"{cache_id} {shard.name}".encode()).digest()
         self._end = 0
 
     def read(self) -> dict[tuple[int, ...], list[Scores]]:

@@ -1,6 +1,7 @@
 """From any dataset SFTTrainer accepts, and from prompts alone, to the token rows the teacher scores."""
 
-import json
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,8 +9,11 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from .._trl_compat import get_training_chat_template, has_generation_markers, prepare_as_sft_trainer
 from ..cache.schema import INPUT_IDS, LABELS, refuse_transform
-from ..tasks.tokenize import encode_prompts, filler_token_id
+from ..tasks.conversation import check_template_arguments
+from ..tasks.encode import encode_prompts, filler_token_id
 from ..vocabulary import IGNORE_INDEX, TEACHER_HAS_GOLD
+from .conversations import CHAT_TEMPLATE_KWARGS, DIVERGED, MESSAGES, tokenize_conversations, writable_columns
+from .padding import COMPLETION_MASK, check_padding, remove_padding
 from .text_cells import text_columns
 
 
@@ -22,12 +26,15 @@ def prepare_rows(
     max_length: int | None = None,
     truncation_mode: str = "keep_start",
     dataset_text_field: str = "text",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     num_proc: int | None = None,
 ) -> Dataset:
     """
-    Tokenise and label rows exactly as [`~trl.SFTTrainer`] would, so that the cached text is the text a student would
-    be fine-tuned on: chat templates, end-of-sequence token, completion-only and assistant-only masks, truncation.
-    Rows that already have `input_ids` (and `labels`) pass through.
+    Tokenise and label rows as [`~trl.SFTTrainer`] would, so that the cached text is the text a student would be
+    fine-tuned on: chat templates, end-of-sequence token, completion-only and assistant-only masks, truncation. Where
+    SFTTrainer would train on a text that no model is asked with, the prompt is read as
+    [`~first_trl.tasks.encode.encode_prompts`] reads it: special tokens once, the thinking block of a template before
+    the answer. Rows that already have `input_ids` (and `labels`) pass through, without their padding.
 
     A row with a `prompt` and no `completion`, or a null one, is a prompt without an answer. It becomes the prompt's
     tokens, as a model reads them when it answers, and a filler token, whose position is the only one supervised;
@@ -40,12 +47,16 @@ def prepare_rows(
             The teacher's tokenizer.
         completion_only_loss (`bool`, *optional*), assistant_only_loss (`bool`), max_length (`int`, *optional*),
         truncation_mode (`str`), dataset_text_field (`str`):
-            As in [`~trl.SFTConfig`].
+            As in [`~trl.SFTConfig`]. A `completion_mask` of tokenised rows is honoured unless `completion_only_loss` is
+            `False`.
+        chat_template_kwargs (`dict`, *optional*):
+            Arguments of the chat template, such as `enable_thinking`; a column of that name goes before them.
         num_proc (`int`, *optional*):
             Processes of the `map` calls.
 
     Returns:
-        [`~datasets.Dataset`] with `input_ids` and `labels` and the other columns as they were.
+        [`~datasets.Dataset`] with `input_ids` and `labels` and the other columns as they were; tools, and objects
+        without a key, as JSON text.
     """
     if not isinstance(dataset, Dataset):
         raise ValueError(
@@ -55,19 +66,49 @@ def prepare_rows(
     refuse_transform(dataset)
     if len(dataset) == 0:
         raise ValueError("The dataset is empty: there is no row to score. Check the path, split and filters.")
+    arguments = check_template_arguments(chat_template_kwargs)
     columns = dataset.column_names
-    if INPUT_IDS in columns and LABELS in columns and max_length is None:
-        return dataset
-    if INPUT_IDS not in columns and not {"prompt", "messages", "conversations", dataset_text_field} & set(columns):
+    if completion_only_loss is None:
+        completion_only_loss = ("prompt" in columns and "completion" in columns) or (
+            INPUT_IDS in columns and COMPLETION_MASK in columns
+        )
+    if INPUT_IDS in columns:
+        dataset = remove_padding(dataset, num_proc)
+        if LABELS in columns:
+            check_padding(dataset, processing_class)
+        if LABELS not in columns or max_length is not None:
+            dataset = prepare_as_sft_trainer(
+                dataset,
+                processing_class,
+                completion_only_loss=completion_only_loss,
+                chat_template=None,
+                dataset_num_proc=num_proc,
+                dataset_text_field=dataset_text_field,
+                assistant_only_loss=assistant_only_loss,
+                max_length=max_length,
+                truncation_mode=truncation_mode,
+            )
+            if LABELS not in columns:
+                check_padding(dataset, processing_class)
+        return writable_columns(dataset, num_proc)
+    if not {"prompt", *MESSAGES, dataset_text_field} & set(columns):
         raise ValueError(
             f"Cannot tokenise a dataset with columns {columns}: give `input_ids` and `labels`, `prompt` and "
             f"`completion`, `messages`, or a text column `{dataset_text_field}`."
         )
-    if INPUT_IDS not in columns:
-        required = ["prompt"] if "prompt" in columns else [dataset_text_field] if dataset_text_field in columns else []
-        dataset = text_columns(dataset, required, ["completion"])
-    if INPUT_IDS not in columns and "prompt" in columns:
-        other = sorted({"messages", "conversations", dataset_text_field} & set(columns))
+    required = ["prompt"] if "prompt" in columns else [dataset_text_field] if dataset_text_field in columns else []
+    dataset = writable_columns(text_columns(dataset, required, ["completion"]), num_proc)
+    options: dict[str, Any] = {
+        "completion_only_loss": completion_only_loss,
+        "assistant_only_loss": assistant_only_loss,
+        "max_length": max_length,
+        "truncation_mode": truncation_mode,
+        "dataset_text_field": dataset_text_field,
+        "chat_template_kwargs": arguments,
+        "num_proc": num_proc,
+    }
+    if "prompt" in columns:
+        other = sorted({*MESSAGES, dataset_text_field} & set(columns))
         if "completion" not in columns and other:
             raise ValueError(
                 f"The dataset has `prompt` without `completion`, and {other}: remove the column that is not to be "
@@ -75,38 +116,48 @@ def prepare_rows(
             )
         answered = _answered(dataset)
         if len(answered) < len(dataset):
-            return _prepare_prompts(
-                dataset,
-                answered,
-                processing_class,
-                completion_only_loss=completion_only_loss,
-                assistant_only_loss=assistant_only_loss,
-                max_length=max_length,
-                truncation_mode=truncation_mode,
-                dataset_text_field=dataset_text_field,
-                num_proc=num_proc,
-            )
-    if INPUT_IDS not in columns and getattr(processing_class, "eos_token", None) is None:
+            return _prepare_prompts(dataset, answered, processing_class, options)
+    if getattr(processing_class, "eos_token", None) is None:
         raise ValueError(
             "The tokenizer has no end-of-sequence token, which ends every training row. Set `tokenizer.eos_token`, or "
             "give tokenised rows with `input_ids` and `labels`."
         )
+    return _prepare_answered(dataset, processing_class, options)
+
+
+def _prepare_answered(dataset: Dataset, processing_class: Any, options: dict[str, Any]) -> Dataset:
     chat_template = None
     template = getattr(processing_class, "chat_template", None)
-    if assistant_only_loss and (template is None or not has_generation_markers(template)):
+    if options["assistant_only_loss"] and (template is None or not has_generation_markers(template)):
         chat_template = _marked_template(processing_class)
-    if completion_only_loss is None:
-        completion_only_loss = "prompt" in columns and "completion" in columns
-    return prepare_as_sft_trainer(
+    rows = tokenize_conversations(
         dataset,
-        processing_class,
-        completion_only_loss=completion_only_loss,
+        getattr(processing_class, "tokenizer", processing_class),
+        text_field=options["dataset_text_field"],
+        assistant_only_loss=options["assistant_only_loss"],
         chat_template=chat_template,
-        dataset_num_proc=num_proc,
-        dataset_text_field=dataset_text_field,
-        assistant_only_loss=assistant_only_loss,
-        max_length=max_length,
-        truncation_mode=truncation_mode,
+        chat_template_kwargs=options["chat_template_kwargs"],
+        num_proc=options["num_proc"],
+    )
+    if DIVERGED in rows.column_names:
+        diverged = int(np.sum(rows[DIVERGED][:]))
+        if diverged:
+            warnings.warn(
+                f"{diverged} of {len(rows)} rows are read by the teacher, and trained on, behind another text than a "
+                "model reads that is asked their prompt: the chat template writes the prompt alone differently (it may "
+                "open a thinking block there). Use a template, or `chat_template_kwargs`, that writes it the same way."
+            )
+        rows = rows.remove_columns(DIVERGED)
+    return prepare_as_sft_trainer(
+        rows,
+        processing_class,
+        completion_only_loss=options["completion_only_loss"],
+        chat_template=None,
+        dataset_num_proc=options["num_proc"],
+        dataset_text_field=options["dataset_text_field"],
+        assistant_only_loss=options["assistant_only_loss"],
+        max_length=options["max_length"],
+        truncation_mode=options["truncation_mode"],
     )
 
 
@@ -136,7 +187,7 @@ def _answered(dataset: Dataset) -> list[int]:
     return np.flatnonzero(valid.to_numpy()).tolist()
 
 
-def _prepare_prompts(dataset: Dataset, answered: list[int], processing_class: Any, **options: Any) -> Dataset:
+def _prepare_prompts(dataset: Dataset, answered: list[int], processing_class: Any, options: dict[str, Any]) -> Dataset:
     """Rows of which some have no answer, in the order they came in."""
     order = np.concatenate([answered, np.setdiff1d(np.arange(len(dataset)), answered)]).astype(np.int64)
     prompts = dataset.select(order[len(answered) :])
@@ -147,9 +198,14 @@ def _prepare_prompts(dataset: Dataset, answered: list[int], processing_class: An
         with_indices=True,
         num_proc=options["num_proc"],
         features=Features({**prompts.features, INPUT_IDS: ids, LABELS: ids, TEACHER_HAS_GOLD: Value("bool")}),
-        fn_kwargs={"processing_class": processing_class, "numbers": order[len(answered) :]},
+        fn_kwargs={
+            "processing_class": processing_class,
+            "numbers": order[len(answered) :],
+            "arguments": options["chat_template_kwargs"],
+        },
         desc="Tokenizing prompts without an answer",
     )
+    rows = writable_columns(rows, options["num_proc"])
     if answered:
         with_answer = prepare_rows(dataset.select(answered), processing_class, **{**options, "max_length": None})
         shared = with_answer.select_columns([name for name in with_answer.column_names if name in rows.column_names])
@@ -160,7 +216,12 @@ def _prepare_prompts(dataset: Dataset, answered: list[int], processing_class: An
 
 
 def _tokenize_prompts(
-    batch: dict[str, list[Any]], indices: list[int], *, processing_class: Any, numbers: np.ndarray
+    batch: dict[str, list[Any]],
+    indices: list[int],
+    *,
+    processing_class: Any,
+    numbers: np.ndarray,
+    arguments: dict[str, Any],
 ) -> dict[str, list[Any]]:
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     for index, prompt in zip(indices, batch["prompt"], strict=True):
@@ -172,24 +233,22 @@ def _tokenize_prompts(
     if isinstance(batch["prompt"][0], str):
         prompts = encode_prompts(tokenizer, batch["prompt"])
     else:
-        prompts = [_apply_chat_template(tokenizer, batch, row) for row in range(len(indices))]
+        prompts = []
+        own = batch.get(CHAT_TEMPLATE_KWARGS) or [None] * len(indices)
+        tools = batch.get("tools") or [None] * len(indices)
+        for index, prompt, row_tools, row_arguments in zip(indices, batch["prompt"], tools, own, strict=True):
+            try:
+                prompts += encode_prompts(
+                    tokenizer,
+                    [prompt],
+                    tools=[row_tools],
+                    chat_template_kwargs={**arguments, **check_template_arguments(row_arguments)},
+                )
+            except ValueError as error:
+                raise ValueError(f"Row {numbers[index]} of the dataset: {error}") from None
     filler = filler_token_id(tokenizer)
     return {
         INPUT_IDS: [[*prompt, filler] for prompt in prompts],
         LABELS: [[IGNORE_INDEX] * len(prompt) + [filler] for prompt in prompts],
         TEACHER_HAS_GOLD: [False] * len(prompts),
     }
-
-
-def _apply_chat_template(tokenizer: Any, batch: dict[str, list[Any]], row: int) -> list[int]:
-    tools = batch["tools"][row] if "tools" in batch else None
-    options = batch["chat_template_kwargs"][row] if "chat_template_kwargs" in batch else None
-    encoded = tokenizer.apply_chat_template(
-        batch["prompt"][row],
-        tools=json.loads(tools) if isinstance(tools, str) else tools,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        **(options or {}),
-    )
-    return list(encoded["input_ids"])

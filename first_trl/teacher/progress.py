@@ -1,6 +1,5 @@
 """The life of a capture's folder: begun, interrupted, continued, finished."""
 
-import hashlib
 import json
 import logging
 import time
@@ -14,11 +13,12 @@ import datasets
 import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from datasets import Dataset
 from filelock import FileLock, Timeout
 
-from ..cache.folder import complete_shards, load_manifest, manifest_path, shard_path, shard_paths
+from ..cache.folder import complete_shards, load_manifest, manifest_path, sha256, shard_path, shard_paths
 from ..cache.manifest import Manifest
-from ..cache.shards import shard_batch, whole_shard
+from ..cache.shards import ShardRows, shard_batch, whole_shard
 from ..cache.verify import check_rows
 from ..utils.files import write_atomically
 from ..utils.versions import code_version
@@ -49,8 +49,9 @@ class OpenCapture:
 _CAPTURE_CODE = tuple(
     f"first_trl.{name}"
     for name in (
-        "tasks.tokenize", "teacher.backends.topk", "teacher.backends.transformers", "teacher.backends.vllm",
-        "teacher.capture", "teacher.prepare", "teacher.rows",
+        "tasks.conversation", "tasks.encode", "tasks.tokenize", "teacher.backends.topk",
+        "teacher.backends.transformers", "teacher.backends.vllm",
+        "teacher.capture", "teacher.conversations", "teacher.padding", "teacher.prepare", "teacher.rows",
     )
 )  # fmt: skip
 
@@ -66,27 +67,37 @@ def in_progress_path(folder: Path, split: str) -> Path:
 
 
 def is_finished(folder: Path, manifest: Manifest, backend: TeacherBackend, state: PartialState) -> bool:
-    """Whether the folder holds this very cache and all its shards; `ValueError` when it holds another one."""
+    """
+    Whether the folder holds this very cache and all its shards as they were written; `ValueError` when it holds
+    another one.
+    """
     if not manifest_path(folder, manifest.split).is_file():
         return False
     stored = load_manifest(folder, manifest.split)
     if stored.id != manifest.id:
         _refuse(folder, stored.identity, manifest)
     backend.confirm(stored.teacher)
-    if not all((folder / "data" / name).is_file() for name in stored.counts["shards"]):
+    shards = sorted(stored.counts["shards"].items())[state.process_index :: state.num_processes]
+    intact = all(_is_intact(folder / "data" / name, entry) for name, entry in shards)
+    if not all(gather_object([intact])):
         return False
     if state.is_main_process:
         in_progress_path(folder, manifest.split).unlink(missing_ok=True)
     return True
 
 
+def _is_intact(path: Path, entry: dict[str, Any]) -> bool:
+    return path.is_file() and sha256(path) == entry["sha256"]
+
+
 @contextmanager
 def open_capture(
-    folder: Path, manifest: Manifest, backend: TeacherBackend, shard_size: int, state: PartialState
+    folder: Path, manifest: Manifest, backend: TeacherBackend, rows: Dataset, shard_size: int, state: PartialState
 ) -> Iterator[OpenCapture]:
     """
     Begin a capture, or continue the one the folder holds: note what is being captured before the first shard, keep
-    the finished shards that are whole, remove what a killed process left.
+    the finished shards that hold the rows they must, remove what a killed process left. The manifest of a finished
+    capture stays until the one of its repair takes its place.
     """
     lock = FileLock(folder / "manifest" / f".{manifest.split}.lock")
     if state.is_main_process:
@@ -103,18 +114,17 @@ def open_capture(
         if state.is_main_process:
             for stale in folder.glob(f"*/.{manifest.split}*.tmp"):
                 stale.unlink()
-            if not path.is_file():
+            if not path.is_file() or manifest_path(folder, manifest.split).is_file():
                 record = _begin(folder, manifest, shard_size)
                 write_atomically(path, json.dumps(record, sort_keys=True, default=str))
-            manifest_path(folder, manifest.split).unlink(missing_ok=True)
         state.wait_for_everyone()
-        begun = json.loads(path.read_text(encoding="utf-8"))
+        begun = _read_record(path)
         if begun["identity"] != json.loads(json.dumps(manifest.identity, default=str)):
             _refuse(folder, begun["identity"], manifest)
         backend.confirm(begun["teacher"])
         manifest.recalibration = begun["recalibration"]
         capture = OpenCapture(begun["shard_size"], [], -(-manifest.counts["rows"] // begun["shard_size"]))
-        _remove_damaged(folder, manifest, capture, state)
+        _remove_damaged(folder, manifest, rows, capture, state)
         state.wait_for_everyone()
         paths = [shard_path(folder, manifest.split, index, capture.total) for index in range(capture.total)]
         capture.missing = [index for index, path in enumerate(paths) if not path.is_file()]
@@ -148,14 +158,36 @@ def _begin(folder: Path, manifest: Manifest, shard_size: int) -> dict[str, Any]:
     }
 
 
-def _remove_damaged(folder: Path, manifest: Manifest, capture: OpenCapture, state: PartialState) -> None:
-    rows = manifest.counts["rows"]
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if record.keys() >= {"identity", "teacher", "shard_size", "recalibration"}:
+            return record
+    except (ValueError, AttributeError):
+        pass
+    raise ValueError(
+        f"{path} is damaged, so nothing says which capture the shards beside it are of. Delete the folder and run the "
+        "capture again."
+    )
+
+
+def _remove_damaged(
+    folder: Path, manifest: Manifest, rows: Dataset, capture: OpenCapture, state: PartialState
+) -> None:
+    listed: dict[str, Any] = {}
+    if manifest_path(folder, manifest.split).is_file():
+        listed = load_manifest(folder, manifest.split).counts["shards"]
     for index in range(state.process_index, capture.total, state.num_processes):
         path = shard_path(folder, manifest.split, index, capture.total)
         if not path.is_file():
             continue
-        expected = min(rows, (index + 1) * capture.shard_size) - index * capture.shard_size
-        if not whole_shard(path, expected, manifest):
+        if path.name in listed:
+            keep = _is_intact(path, listed[path.name])
+        else:
+            start = index * capture.shard_size
+            span = ShardRows.read(rows, start, min(len(rows), start + capture.shard_size))
+            keep = whole_shard(path, span, manifest)
+        if not keep:
             logger.warning("%s is damaged and is computed again.", path)
             path.unlink()
 
@@ -169,9 +201,7 @@ def close_capture(
     for name in names[state.process_index :: state.num_processes]:
         path = folder / "data" / name
         rows = check_rows([shard_batch(path)], manifest)
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        found.append((name, rows.rows, rows.kept_mass, digest))
+        found.append((name, rows.rows, rows.kept_mass, sha256(path)))
     # Summed in the order of the shards, so that the number of processes leaves no trace
     gathered = sorted(gather_object(found))
     all_tokens = sum(gather_object([tokens]))

@@ -1,0 +1,331 @@
+"""
+Conversations -> the text that a chat template makes of them.
+
+Whoever reads a conversation (capture, evaluation, inference) reads it through this file: roles as the template knows
+them, no nulls that Arrow filled in, and no thinking block left open in front of an answer.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+
+
+class Rendered(str):
+    """Text made by a chat template. It holds its special tokens already: a tokenizer puts nothing in front of it."""
+
+    def __add__(self, other: str) -> "Rendered":
+        return Rendered(str.__add__(self, other))
+
+
+_STANDARD_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+# ShareGPT and its relatives
+_ROLES = {
+    "human": "user", "prompter": "user",
+    "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant", "bing": "assistant", "bot": "assistant",
+    "model": "assistant",
+    "observation": "tool", "function_response": "tool", "tool_response": "tool",
+}  # fmt: skip
+# Arguments of `apply_chat_template` that say what is done with the text, not how it is written
+_RESERVED = (
+    "add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "return_tensors",
+    "return_assistant_tokens_mask", "padding", "truncation", "max_length", "conversation",
+)  # fmt: skip
+_TAG = "(?:think|thinking|thought|reasoning)"
+_OPEN = re.compile(rf"<{_TAG}>\s*\Z")
+_EMPTY_BLOCK = re.compile(rf"\s*(?:<{_TAG}>\s*)?</{_TAG}>\s*")
+_BLOCK_AT_END = re.compile(rf"<{_TAG}>\s*(?:</{_TAG}>\s*)?\Z")
+
+
+def check_template_arguments(arguments: Mapping[str, Any] | None) -> dict[str, Any]:
+    """
+    A copy of chat template arguments, without those that are null.
+
+    Raises:
+        `ValueError`: for what is no mapping, cannot be stored as JSON, or says what is done with the text.
+    """
+    if arguments is None:
+        return {}
+    if not isinstance(arguments, Mapping):
+        raise ValueError(
+            f"`chat_template_kwargs` is a mapping such as {{'enable_thinking': False}}, got {arguments!r}."
+        )
+    for name in arguments:
+        if name in _RESERVED:
+            raise ValueError(f"`chat_template_kwargs` cannot set {name!r}, which decides what is done with the text.")
+    try:
+        json.dumps(dict(arguments))
+    except TypeError as error:
+        raise ValueError(
+            f"`chat_template_kwargs` must be JSON values, to be stored with the result: {error}."
+        ) from None
+    return {str(name): value for name, value in arguments.items() if value is not None}
+
+
+def without_nulls(value: Any) -> Any:
+    """
+    `value` without the keys whose value is null. Arrow gives all objects of a column the same keys and fills them with
+    nulls, which nobody can tell from nulls of the source.
+    """
+    if isinstance(value, Mapping):
+        return {key: without_nulls(entry) for key, entry in value.items() if entry is not None}
+    if isinstance(value, list | tuple):
+        return [without_nulls(entry) for entry in value]
+    return value
+
+
+def read_tools(tools: Any) -> list[Any] | None:
+    """
+    Tools of one row: objects, whose nulls are left out, or JSON text, which is taken as it is.
+
+    Raises:
+        `ValueError`: when they are neither a list nor the JSON text of one.
+    """
+    if isinstance(tools, str):
+        if not tools.strip():
+            return None
+        try:
+            read = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"`tools` is not the JSON text of a list: {error}.") from None
+    else:
+        read = tools if tools is None else [json.loads(t) if isinstance(t, str) else without_nulls(t) for t in tools]
+    if read is not None and not isinstance(read, list):
+        raise ValueError(f"`tools` must be a list of tools, got {type(read).__name__}.")
+    return read or None
+
+
+def read_messages(messages: Any, template: str) -> list[dict[str, Any]]:
+    """
+    Messages with `role` and `content`, in the roles that `template` knows.
+
+    Roles of ShareGPT (`human`, `gpt`, with `from` and `value`) become `user` and `assistant`, unless the template names
+    them itself.
+
+    Raises:
+        `ValueError`: for a message without a role, or with one that neither the template nor this function knows.
+    """
+    if not isinstance(messages, list | tuple) or not messages:
+        raise ValueError(f"a conversation is a list of messages with `role` and `content`, got {messages!r}.")
+    return [_message(message, template) for message in messages]
+
+
+def _message(message: Any, template: str) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise ValueError(f"a message is {message!r}, not an object with `role` and `content`.")
+    # A content of null is what a message that only calls tools has
+    read = {key: without_nulls(value) for key, value in message.items() if value is not None or key == "content"}
+    for name, other in (("role", "from"), ("content", "value")):
+        if read.get(name) is None and other in read:
+            read[name] = read.pop(other)
+    role = read.get("role")
+    if not isinstance(role, str) or not role.strip():
+        raise ValueError(f"a message has no `role` (it has {', '.join(read) or 'nothing'}).")
+    read["role"] = _role(role, template)
+    return read
+
+
+def _role(role: str, template: str) -> str:
+    if role in _STANDARD_ROLES or f"'{role}'" in template or f'"{role}"' in template:
+        return role
+    plain = role.strip().lower()
+    if plain in _STANDARD_ROLES:
+        return plain
+    if plain in _ROLES:
+        return _ROLES[plain]
+    raise ValueError(
+        f"the role {role!r} is none that the chat template names. Rename it to one of {', '.join(_STANDARD_ROLES)} (a "
+        "function call is an `assistant` message with `tool_calls`), or use a template that knows it."
+    )
+
+
+def render(
+    processing_class: Any,
+    messages: Any,
+    *,
+    tools: Any = None,
+    chat_template: str | None = None,
+    add_generation_prompt: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> Rendered:
+    """
+    The text of a conversation.
+
+    Args:
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer.
+        messages (`list[dict]`): See [`read_messages`].
+        tools (`list[dict]` or `str`, *optional*): See [`read_tools`].
+        chat_template (`str`, *optional*): Instead of the tokenizer's.
+        add_generation_prompt (`bool`, *optional*, defaults to `False`): Whether the text ends where an answer begins.
+        chat_template_kwargs (`dict`, *optional*): Further arguments of the template, such as `enable_thinking`.
+
+    Raises:
+        `ValueError`: The tokenizer has no template, or it cannot write this conversation.
+    """
+    options = {"tools": read_tools(tools), **check_template_arguments(chat_template_kwargs)}
+    template = _template(processing_class, options.pop("chat_template", chat_template), options["tools"])
+    try:
+        return Rendered(
+            processing_class.apply_chat_template(
+                read_messages(messages, template),
+                chat_template=template,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **options,
+            )
+        )
+    except TemplateError as error:
+        raise ValueError(f"the chat template cannot write this conversation: {error}") from None
+
+
+def _template(processing_class: Any, chat_template: str | None, tools: Any) -> str:
+    if chat_template is None and getattr(processing_class, "chat_template", None) is None:
+        raise ValueError(
+            "The tokenizer has no chat template, so a conversation has no text. Set `tokenizer.chat_template`, or give "
+            "texts."
+        )
+    return str(processing_class.get_chat_template(chat_template, tools))
+
+
+def template_starts(processing_class: Any) -> tuple[str, ...]:
+    """What the tokenizer's chat template writes in front of a conversation; a text that begins so was written by it."""
+    if getattr(processing_class, "chat_template", None) is None:
+        return ()
+    starts = []
+    for first in ([], [{"role": "system"}]):
+        texts = []
+        for content in ("a", "b"):
+            messages = [{**message, "content": content} for message in [*first, {"role": "user"}]]
+            try:
+                texts.append(str(render(processing_class, messages)))
+            except (ValueError, TypeError, AttributeError, KeyError):  # a template need not take every conversation
+                break
+        start = _common_start(*texts) if len(texts) == 2 else ""
+        if start.strip():
+            starts.append(start)
+    return tuple(dict.fromkeys(starts))
+
+
+def _common_start(one: str, other: str) -> str:
+    n = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return one[:n]
+
+
+def opens_thinking(text: str) -> bool:
+    """Whether the text ends inside a thinking block, so that what follows is a thought and not an answer."""
+    return _OPEN.search(text) is not None
+
+
+def prompt_text(
+    processing_class: Any, prompt: Any, *, tools: Any = None, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> str:
+    """
+    The text of a prompt up to where its answer begins. A text is itself; a conversation ends with the generation
+    prompt. Where that opens a thinking block, the template is asked to close it with `enable_thinking=False`, unless
+    `chat_template_kwargs` says otherwise.
+
+    Raises:
+        `ValueError`: as [`render`]; also when the thinking block cannot be closed.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    options = check_template_arguments(chat_template_kwargs)
+    text, options = _generation_prompt(processing_class, prompt, tools, None, options)
+    if opens_thinking(text) and "enable_thinking" not in options:
+        raise ValueError(
+            f"the chat template ends the prompt with {text[-20:]!r}: what follows is a thought, not the answer. Turn "
+            "thinking off with the template's argument in `chat_template_kwargs`, or give the prompt as a text that "
+            "ends behind the closed block."
+        )
+    return text
+
+
+def _generation_prompt(
+    processing_class: Any, prompt: Any, tools: Any, chat_template: str | None, options: dict[str, Any]
+) -> tuple[Rendered, dict[str, Any]]:
+    """Text of the prompt with a closed thinking block where the template can close it, and the arguments it needs."""
+
+    def write(arguments: dict[str, Any]) -> Rendered:
+        return render(
+            processing_class,
+            prompt,
+            tools=tools,
+            chat_template=chat_template,
+            add_generation_prompt=True,
+            chat_template_kwargs=arguments,
+        )
+
+    text = write(options)
+    if opens_thinking(text) and "enable_thinking" not in options:
+        closed = write(options | {"enable_thinking": False})
+        if not opens_thinking(closed):
+            return closed, options | {"enable_thinking": False}
+    return text, options
+
+
+def answered_text(
+    processing_class: Any,
+    prompt: Sequence[Mapping[str, Any]],
+    completion: Sequence[Mapping[str, Any]] | str,
+    *,
+    tools: Any = None,
+    chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[Rendered, str, bool]:
+    """
+    The text of an answered conversation, cut where the answer begins.
+
+    An empty thinking block that the template writes in front of an answer belongs to the prompt. A completion with
+    reasoning of its own is supervised from there.
+
+    Returns:
+        `tuple`: the text before the answer, the answer, and whether a model that is asked the prompt reads that text.
+    """
+    if isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    options = check_template_arguments(chat_template_kwargs)
+    reasons = any(_has_reasoning(message) for message in completion)
+    if reasons:
+        head = render(
+            processing_class,
+            prompt,
+            tools=tools,
+            chat_template=chat_template,
+            add_generation_prompt=True,
+            chat_template_kwargs=options,
+        )
+    else:
+        head, options = _generation_prompt(processing_class, prompt, tools, chat_template, options)
+    whole = render(
+        processing_class,
+        [*prompt, *completion],
+        tools=tools,
+        chat_template=chat_template,
+        chat_template_kwargs=options,
+    )
+    bare = _BLOCK_AT_END.sub("", head)
+    served = True
+    if whole.startswith(head):
+        tail = whole[len(head) :]
+    elif not reasons and bare != head and whole.startswith(bare):
+        # The template leaves the block out of an answer that it writes itself
+        tail = whole[len(bare) :]
+        if opens_thinking(head):
+            head, served = Rendered(bare), False
+    else:
+        head = Rendered(_common_start(head, whole))
+        tail, served = whole[len(head) :], False
+    block = None if reasons else _EMPTY_BLOCK.match(tail)
+    if block is not None and block.group().strip():
+        served = served and not opens_thinking(head)
+        head, tail = head + block.group(), tail[block.end() :]
+    return head, str(tail), served
+
+
+def _has_reasoning(message: Mapping[str, Any]) -> bool:
+    if any(message.get(name) for name in ("reasoning_content", "reasoning", "thinking")):
+        return True
+    content = message.get("content", message.get("value"))
+    return isinstance(content, str) and re.search(rf"</?{_TAG}>", content) is not None
