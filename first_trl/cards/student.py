@@ -90,6 +90,7 @@ class StudentCard:
         cache_repo (`str`, *optional*): The cache on the Hub; goes into the metadata.
         facts (`list[tuple[str, str]]`): Further rows of the table of origins.
         arguments (`dict`): Training arguments; those that decide the result are shown.
+        own_arguments (`tuple[str, ...]`): Those of `arguments` that are options of this package and decide it too.
         datasets (`list[str]`): Hub ids of the training data.
         evaluations (`list[Evaluation]`): Empty when nothing was evaluated.
         baseline (`str`, *optional*): Label drawn beside the student in the diagram.
@@ -117,6 +118,7 @@ class StudentCard:
     estimator: str | None = None
     facts: list[tuple[str, str]] = field(default_factory=list)
     arguments: dict[str, Any] = field(default_factory=dict)
+    own_arguments: tuple[str, ...] = ()
     datasets: list[str] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     baseline: str | None = None
@@ -236,7 +238,7 @@ class StudentCard:
             card=self,
             repo_id=self.repo_id or "path/or/repo",
             origins=[(name, text) for name, text in origins if text],
-            arguments=shown_arguments(self.arguments),
+            arguments=shown_arguments(self.arguments, self.own_arguments),
             metrics=METRICS,
             tables=[(evaluation, _table(evaluation), _remarks(evaluation)) for evaluation in self.evaluations],
             figure=DIAGRAM,

@@ -18,6 +18,10 @@ from ..recalibration import Recalibration
 from ..utils.names import nearest
 
 
+# What decides the result, in the order of a card; recalibration has a line of its own there
+CARD_OPTIONS = ("estimator", "top_k", "ce_weight", "student_temperature", "token_dropout", "token_dropout_id")
+
+
 @dataclass(frozen=True)
 class For:
     """Marks an option with the kinds of arm that it means something for; without the mark, `distill` only."""

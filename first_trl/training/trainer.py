@@ -1,6 +1,7 @@
 """[`FirstDistillTrainer`]: TRL's SFTTrainer with a cached, recalibrated teacher as the target."""
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from .card import ModelCardMixin
 from .collator import DataCollatorForDistillation
 from .config import FirstDistillConfig
 from .streaming import verify_stream
-from .token_dropout import TokenDropoutMixin
+from .token_dropout import TokenDropoutMixin, TokenDropoutSFTTrainer
 
 
 logger = get_logger(__name__)
@@ -370,6 +371,17 @@ class FirstDistillTrainer(ModelCardMixin, TokenDropoutMixin, SFTTrainer):  # typ
             self._tokens_since_log = 0
             means["num_tokens"] = float(self._total_train_tokens)
         return means
+
+
+def label_trainer(options: Mapping[str, Any], model: Any, **kwargs: Any) -> SFTTrainer:
+    """
+    The trainer on labels alone, [`~trl.SFTTrainer`], with those of the options (as [`TrainerOptions`] names them) that
+    mean something without a teacher.
+    """
+    if not options.get("token_dropout"):
+        return SFTTrainer(model, **kwargs)
+    own = {name: options.get(name) for name in ("token_dropout", "token_dropout_id")}
+    return TokenDropoutSFTTrainer(model, **own, **kwargs)
 
 
 def resolve_recalibration(args: FirstDistillConfig, train_dataset: Any) -> Recalibration:

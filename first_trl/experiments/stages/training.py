@@ -12,12 +12,11 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from ...training.config import FirstDistillConfig
 from ...training.options import DistillOptions
-from ...training.token_dropout import TokenDropoutSFTTrainer
-from ...training.trainer import FirstDistillTrainer
+from ...training.trainer import FirstDistillTrainer, label_trainer
 from ...utils.files import write_atomically, write_json
 from ...utils.processes import process_state
 from ...utils.versions import training_versions
@@ -85,13 +84,8 @@ def train_sft(
         "processing_class": tokenizer,
         "peft_config": _lora(lora),
     }
-    trainer: SFTTrainer
-    if options is not None and options.token_dropout:
-        given |= {"token_dropout": options.token_dropout, "token_dropout_id": training.get("token_dropout_id")}
-        trainer = TokenDropoutSFTTrainer(model, **given)
-    else:
-        trainer = SFTTrainer(model, **given)
-    _train_and_save(trainer, folder)
+    own = {} if options is None else options.options()
+    _train_and_save(label_trainer({**training, **own}, model, **given), folder)
 
 
 def train_distill(
