@@ -9,10 +9,10 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ..calibration import reliability_diagram
 from ..utils.versions import __version__
-from ..vocabulary import FEW_ROWS, METRICS
+from ..vocabulary import FEW_ROWS, Metric
 from .license import License
 from .render import render
-from .scores import Scored
+from .scores import Scored, shown_metrics
 from .wording import legend, limits, shown_arguments
 
 
@@ -131,6 +131,10 @@ class StudentCard:
     versions: dict[str, str] = field(default_factory=dict)
     cache_versions: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def _metrics(self) -> tuple[Metric, ...]:
+        return shown_metrics(scored for evaluation in self.evaluations for scored in evaluation.models.values())
+
     def metadata(self) -> ModelCardData:
         """The header, as the Hub's client writes and reads it."""
         kind = ["distillation"] if self.distilled else []
@@ -144,7 +148,7 @@ class StudentCard:
             library_name="peft" if self.adapter else "transformers",
             pipeline_tag="text-generation",
             datasets=datasets or None,
-            metrics=[metric.key for metric in METRICS] if results else None,
+            metrics=[metric.key for metric in self._metrics] if results else None,
             tags=["first_trl", *kind, "calibration", "trl", *(["lora"] if self.adapter else []), *self.tags],
             model_name=self.name if results else None,
             eval_results=results or None,
@@ -165,7 +169,7 @@ class StudentCard:
             )
             places.add(place)
             task = _TASKS[evaluation.scored.unit]
-            for metric in METRICS:
+            for metric in self._metrics:
                 score = evaluation.scored.scores.get(metric.key)
                 if score is None:
                     continue
@@ -184,7 +188,7 @@ class StudentCard:
                         dataset_split=split,
                         dataset_revision=evaluation.dataset_revision,
                         metric_type=metric.key,
-                        metric_name=_METRIC_NAMES[metric.key],
+                        metric_name=_METRIC_NAMES.get(metric.key, metric.title.removesuffix(" %")),
                         metric_value=score.value,
                         metric_args=arguments or None,
                     )
@@ -239,8 +243,11 @@ class StudentCard:
             repo_id=self.repo_id or "path/or/repo",
             origins=[(name, text) for name, text in origins if text],
             arguments=shown_arguments(self.arguments, self.own_arguments),
-            metrics=METRICS,
-            tables=[(evaluation, _table(evaluation), _remarks(evaluation)) for evaluation in self.evaluations],
+            metrics=self._metrics,
+            tables=[
+                (evaluation, _table(evaluation, self._metrics), _remarks(evaluation))
+                for evaluation in self.evaluations
+            ],
             figure=DIAGRAM,
             legend=legend(units, n_bins),
             limits=limits(units, self.distilled),
@@ -259,10 +266,10 @@ def _libraries(versions: dict[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
-def _table(evaluation: Evaluation) -> list[list[str]]:
+def _table(evaluation: Evaluation, metrics: tuple[Metric, ...]) -> list[list[str]]:
     rows = []
     for label, scored in evaluation.models.items():
-        cells = [scored.scores[m.key].shown(m) if m.key in scored.scores else "" for m in METRICS]
+        cells = [scored.scores[m.key].shown(m) if m.key in scored.scores else "" for m in metrics]
         rows.append([f"**{label}** (this model)" if label == evaluation.student else label, *cells])
     return rows
 
