@@ -380,7 +380,7 @@ def label_trainer(options: Mapping[str, Any], model: Any, **kwargs: Any) -> SFTT
     """
     if not options.get("token_dropout"):
         return SFTTrainer(model, **kwargs)
-    own = {name: options.get(name) for name in ("token_dropout", "token_dropout_id")}
+    own: dict[str, Any] = {name: options.get(name) for name in ("token_dropout", "token_dropout_id")}
     return TokenDropoutSFTTrainer(model, **own, **kwargs)
 
 
