@@ -187,7 +187,8 @@ class RunFolder:
         found = yaml.safe_load(self.recipe.read_text(encoding="utf-8")) if self.recipe.is_file() else None
         if not isinstance(found, dict):
             return {}
-        load_plugins(found.get("plugins") or [], [self.root])
+        if found.get("plugins"):
+            load_plugins(found["plugins"])
         return found
 
     def marker(self, unit: str) -> Path:

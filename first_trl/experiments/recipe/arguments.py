@@ -68,24 +68,15 @@ def lora_fields() -> Mapping[str, str]:
 
 def training_problems(training: Mapping[str, Any], place: str) -> Iterator[str]:
     """What is wrong with training arguments, one sentence each."""
-    known = training_fields()
-    for key, value in training.items():
-        if key not in known:
-            yield f"{place}: unknown training argument {key!r}.{nearest(str(key), known, list_known=False)}"
-        elif key in DistillOptions.__dataclass_fields__:
-            yield f"{place}.{key} is a key of the arm itself: arms.NAME.{key}."
-        else:
-            yield from _value(key, value, known[key], place)
+    arms = DistillOptions.__dataclass_fields__
+    yield from (f"{place}.{key} is a key of the arm itself: arms.NAME.{key}." for key in training if key in arms)
+    others = {key: value for key, value in training.items() if key not in arms}
+    yield from _judged(others, training_fields(), place, "training argument")
 
 
 def lora_problems(lora: Mapping[str, Any], place: str) -> Iterator[str]:
     """What is wrong with the arguments of an adapter, one sentence each."""
-    known = lora_fields()
-    for key, value in lora.items():
-        if key not in known:
-            yield f"{place}: unknown argument {key!r} of LoraConfig.{nearest(str(key), known, list_known=False)}"
-        else:
-            yield from _value(key, value, known[key], place)
+    yield from _judged(lora, lora_fields(), place, "argument", " of LoraConfig")
 
 
 def init_problems(given: Mapping[str, Any], place: str) -> Iterator[str]:
@@ -102,22 +93,24 @@ def config_problems(architecture: str, config: Mapping[str, Any], place: str) ->
     a word, and the model gets its default size.
     """
     known = _config_fields(architecture)
-    if known is None:
-        return
-    for key, value in config.items():
+    if known is not None:
+        yield from _judged(config, known, place, "key", f" of the architecture {architecture!r}")
+
+
+def _judged(
+    given: Mapping[str, Any], known: Mapping[str, str], place: str, what: str, whose: str = ""
+) -> Iterator[str]:
+    for key, value in given.items():
         if key not in known:
-            hint = nearest(str(key), known, list_known=False)
-            yield f"{place}: unknown key {key!r} of the architecture {architecture!r}.{hint}"
+            yield f"{place}: unknown {what} {key!r}{whose}.{nearest(str(key), known, list_known=False)}"
+        elif wrong := list(_type(key, value, known[key], place)):
+            yield from wrong
         else:
-            yield from _type(key, value, known[key], place)
+            yield from _outside(key, value, place)
 
 
-def _value(key: str, value: Any, annotation: str, place: str) -> Iterator[str]:
-    wrong = list(_type(key, value, annotation, place))
-    yield from wrong
+def _outside(key: str, value: Any, place: str) -> Iterator[str]:
     limits = [*_LIMITS.get(key, ()), *marks(TrainerOptions).get(key, ())]
-    if wrong:
-        return
     if limits and value is not None and not inside(value, limits):
         yield f"{place}.{key} must be {limits_text(limits)}, got {value!r}."
     if key == "max_steps" and value != -1 and not inside(value, [Ge(1)]):
