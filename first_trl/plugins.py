@@ -291,7 +291,8 @@ def load_plugins(modules: Iterable[str], folders: Iterable[Path | str] = ()) -> 
         except Exception as error:
             if isinstance(error, ModuleNotFoundError) and error.name == module.split(".")[0]:
                 raise ValueError(
-                    f"There is no plugin module {module!r} in {' or '.join(dict.fromkeys(places))}, and none is installed."
+                    f"There is no plugin module {module!r} in {' or '.join(dict.fromkeys(places))}, and none is installed. "
+                    "Start the command in the folder that holds it, or name that folder in PYTHONPATH."
                 ) from None
             raise ValueError(f"The plugin {module!r} cannot be loaded ({type(error).__name__}: {error}).") from error
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 
 from ..vocabulary import IGNORE_INDEX, TEACHER_HAS_GOLD
+from .arrow import column, flat_column, flat_values, list_column, list_offsets
 
 
 INPUT_IDS = "input_ids"
@@ -108,12 +109,12 @@ class DrawBatch:
 
     @classmethod
     def from_arrow(cls, table: pa.Table) -> "DrawBatch":
-        offsets, ids = _flat_list(table, DRAW_IDS)
-        count_offsets, counts = _flat_list(table, DRAW_COUNTS)
-        lengths = np.diff(_offsets(ids))
-        if not np.array_equal(offsets, count_offsets) or not np.array_equal(lengths, np.diff(_offsets(counts))):
+        offsets, ids = list_column(table, DRAW_IDS)
+        count_offsets, counts = list_column(table, DRAW_COUNTS)
+        lengths = np.diff(list_offsets(ids))
+        if not np.array_equal(offsets, count_offsets) or not np.array_equal(lengths, np.diff(list_offsets(counts))):
             raise ValueError(f"`{DRAW_IDS}` and `{DRAW_COUNTS}` differ in length; capture or pull the cache again.")
-        return cls(offsets, lengths, _values(ids), _values(counts))
+        return cls(offsets, lengths, flat_values(ids), flat_values(counts))
 
     def row(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Lengths, ids and counts of one row."""
@@ -148,11 +149,11 @@ class CacheBatch:
 
     @classmethod
     def from_arrow(cls, table: pa.Table) -> "CacheBatch":
-        offsets, input_ids = _flat(table, INPUT_IDS)
-        label_offsets, labels = _flat(table, LABELS)
-        entry_offsets, topk = _flat_list(table, TOPK_IDS)
-        logprob_offsets, logprobs = _flat_list(table, TOPK_LOGPROBS)
-        tail_offsets, tail = _flat(table, TAIL_LOGPROB)
+        offsets, input_ids = flat_column(table, INPUT_IDS)
+        label_offsets, labels = flat_column(table, LABELS)
+        entry_offsets, topk = list_column(table, TOPK_IDS)
+        logprob_offsets, logprobs = list_column(table, TOPK_LOGPROBS)
+        tail_offsets, tail = flat_column(table, TAIL_LOGPROB)
         return cls(
             input_ids=input_ids,
             labels=labels,
@@ -161,13 +162,13 @@ class CacheBatch:
             entry_offsets=entry_offsets,
             logprob_offsets=logprob_offsets,
             tail_offsets=tail_offsets,
-            topk_lengths=np.diff(_offsets(topk)),
-            logprob_lengths=np.diff(_offsets(logprobs)),
-            ids=_values(topk),
-            logprobs=_values(logprobs),
+            topk_lengths=np.diff(list_offsets(topk)),
+            logprob_lengths=np.diff(list_offsets(logprobs)),
+            ids=flat_values(topk),
+            logprobs=flat_values(logprobs),
             tail_logprob=tail,
-            cache_ids=_column(table, CACHE_ID).to_pylist(),
-            digests=_values(_column(table, ROW_DIGEST)),
+            cache_ids=column(table, CACHE_ID).to_pylist(),
+            digests=flat_values(column(table, ROW_DIGEST)),
             has_gold=gold_flags(table),
             draws=DrawBatch.from_arrow(table) if DRAW_IDS in table.column_names else None,
         )
@@ -288,14 +289,14 @@ def gold_flags(table: pa.Table) -> np.ndarray:
     """Whether the labels of each row are an answer, bool."""
     if TEACHER_HAS_GOLD not in table.column_names:
         return np.ones(table.num_rows, bool)
-    column = _column(table, TEACHER_HAS_GOLD)
-    if pa.types.is_null(column.type):
+    flags = column(table, TEACHER_HAS_GOLD)
+    if pa.types.is_null(flags.type):
         return np.ones(table.num_rows, bool)
-    if not pa.types.is_boolean(column.type):
+    if not pa.types.is_boolean(flags.type):
         raise ValueError(
-            f"`{TEACHER_HAS_GOLD}` has type {column.type} instead of bool; capture or pull the cache again."
+            f"`{TEACHER_HAS_GOLD}` has type {flags.type} instead of bool; capture or pull the cache again."
         )
-    return column.fill_null(True).to_numpy(zero_copy_only=False)
+    return flags.fill_null(True).to_numpy(zero_copy_only=False)
 
 
 def count_without_gold(dataset: Dataset) -> int:
@@ -326,40 +327,3 @@ def iterate_batches(dataset: Dataset, batch_size: int = 1000) -> Iterator[CacheB
     arrow = dataset.select_columns(columns).with_format("arrow")
     for table in arrow.iter(batch_size=batch_size):
         yield CacheBatch.from_arrow(table)
-
-
-def _column(table: pa.Table, name: str) -> pa.Array:
-    column = table.column(name).combine_chunks()
-    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-
-
-def _offsets(array: pa.ListArray) -> np.ndarray:
-    offsets = np.asarray(array.offsets).astype(np.int64)
-    return offsets - (offsets[0] if len(offsets) else 0)
-
-
-def _values(array: pa.Array) -> np.ndarray:
-    # `flatten` honours the slice of a sliced list array, `values` does not
-    values = array.flatten() if hasattr(array, "flatten") and hasattr(array, "offsets") else array
-    if values.null_count:
-        raise ValueError("A cache column holds null values; capture or pull the cache again.")
-    return values.to_numpy(zero_copy_only=False)
-
-
-def _flat_list(table: pa.Table, name: str) -> tuple[np.ndarray, pa.ListArray]:
-    column = _lists(table, name)
-    return _offsets(column), column.flatten()
-
-
-def _flat(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
-    column = _lists(table, name)
-    return _offsets(column), _values(column)
-
-
-def _lists(table: pa.Table, name: str) -> pa.ListArray:
-    column = _column(table, name)
-    if column.null_count:
-        raise ValueError(f"Column `{name}` holds null rows; capture or pull the cache again.")
-    if not hasattr(column, "offsets"):
-        raise ValueError(f"Column `{name}` has type {column.type} instead of a list; capture or pull the cache again.")
-    return column

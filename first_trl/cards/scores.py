@@ -1,7 +1,7 @@
 """Scores on a card: every figure with its 95 % interval, from the predictions of an evaluation."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import numpy as np
 from ..calibration import CalibrationWarning, calibration_report
 from ..calibration.intervals import clustered_intervals, normal_interval, wilson_interval
 from ..evaluation.predictions import MultipleChoiceResult, brier_scores
+from ..plugins import report_metrics
 from ..vocabulary import METRICS, Metric, number
 
 
@@ -82,6 +83,8 @@ def score_result(result: MultipleChoiceResult, *, seed: int = 0) -> Scored:
         "ece": Score(ece, calibration["ci_low"], calibration["ci_high"]),
         "trust": Score(accuracy - ece, *trust),
         **{name: _mean(values) for name, values in rows.items()},
+        # Of a plugin's column nothing is known but its value
+        **_stated(report["full_vocab"], report_metrics()[len(METRICS) :]),
     }
     options = {name: float(report["options"][name]) for name in ("accuracy", "ece")}
     return Scored(len(correct), n_bins, scores, calibration, options)
@@ -108,11 +111,21 @@ def scores_of_report(report: Mapping[str, Any]) -> Scored | None:
     return Scored(
         int(report["n"]),
         int(values["calibration"]["config"]["n_bins"]),
-        {metric.key: Score(float(values[metric.key])) for metric in METRICS if values.get(metric.key) is not None},
+        _stated(values, report_metrics()),
         dict(values["calibration"]) | null_of_report(report),
         {name: float(options[name]) for name in ("accuracy", "ece")} if isinstance(options, Mapping) else {},
         str(report.get("unit", "row")),
     )
+
+
+def shown_metrics(models: Iterable[Scored]) -> tuple[Metric, ...]:
+    """Columns of a table of these models: the built-in ones, and those of plugins that one of them has."""
+    found = {key for scored in models for key in scored.scores}
+    return tuple(metric for metric in report_metrics() if metric in METRICS or metric.key in found)
+
+
+def _stated(values: Mapping[str, Any], metrics: Iterable[Metric]) -> dict[str, Score]:
+    return {metric.key: Score(float(values[metric.key])) for metric in metrics if values.get(metric.key) is not None}
 
 
 def null_of_report(report: Mapping[str, Any]) -> dict[str, float]:

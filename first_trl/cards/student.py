@@ -9,10 +9,10 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ..calibration import reliability_diagram, save_figure
 from ..utils.versions import __version__
-from ..vocabulary import FEW_ROWS, METRICS
+from ..vocabulary import FEW_ROWS, Metric
 from .license import License
 from .render import render
-from .scores import Scored
+from .scores import Scored, shown_metrics
 from .wording import legend, limits, shown_arguments
 
 
@@ -90,6 +90,7 @@ class StudentCard:
         cache_repo (`str`, *optional*): The cache on the Hub; goes into the metadata.
         facts (`list[tuple[str, str]]`): Further rows of the table of origins.
         arguments (`dict`): Training arguments; those that decide the result are shown.
+        own_arguments (`tuple[str, ...]`): Those of `arguments` that are options of this package and decide it too.
         datasets (`list[str]`): Hub ids of the training data.
         evaluations (`list[Evaluation]`): Empty when nothing was evaluated.
         baseline (`str`, *optional*): Label drawn beside the student in the diagram.
@@ -117,6 +118,7 @@ class StudentCard:
     estimator: str | None = None
     facts: list[tuple[str, str]] = field(default_factory=list)
     arguments: dict[str, Any] = field(default_factory=dict)
+    own_arguments: tuple[str, ...] = ()
     datasets: list[str] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     baseline: str | None = None
@@ -128,6 +130,10 @@ class StudentCard:
     choices: list[str] = field(default_factory=lambda: [" A", " B"])
     versions: dict[str, str] = field(default_factory=dict)
     cache_versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def _metrics(self) -> tuple[Metric, ...]:
+        return shown_metrics(scored for evaluation in self.evaluations for scored in evaluation.models.values())
 
     def metadata(self) -> ModelCardData:
         """The header, as the Hub's client writes and reads it."""
@@ -142,7 +148,7 @@ class StudentCard:
             library_name="peft" if self.adapter else "transformers",
             pipeline_tag="text-generation",
             datasets=datasets or None,
-            metrics=[metric.key for metric in METRICS] if results else None,
+            metrics=[metric.key for metric in self._metrics] if results else None,
             tags=["first_trl", *kind, "calibration", "trl", *(["lora"] if self.adapter else []), *self.tags],
             model_name=self.name if results else None,
             eval_results=results or None,
@@ -163,7 +169,7 @@ class StudentCard:
             )
             places.add(place)
             task = _TASKS[evaluation.scored.unit]
-            for metric in METRICS:
+            for metric in self._metrics:
                 score = evaluation.scored.scores.get(metric.key)
                 if score is None:
                     continue
@@ -182,7 +188,7 @@ class StudentCard:
                         dataset_split=split,
                         dataset_revision=evaluation.dataset_revision,
                         metric_type=metric.key,
-                        metric_name=_METRIC_NAMES[metric.key],
+                        metric_name=_METRIC_NAMES.get(metric.key, metric.title.removesuffix(" %")),
                         metric_value=score.value,
                         metric_args=arguments or None,
                     )
@@ -236,9 +242,12 @@ class StudentCard:
             card=self,
             repo_id=self.repo_id or "path/or/repo",
             origins=[(name, text) for name, text in origins if text],
-            arguments=shown_arguments(self.arguments),
-            metrics=METRICS,
-            tables=[(evaluation, _table(evaluation), _remarks(evaluation)) for evaluation in self.evaluations],
+            arguments=shown_arguments(self.arguments, self.own_arguments),
+            metrics=self._metrics,
+            tables=[
+                (evaluation, _table(evaluation, self._metrics), _remarks(evaluation))
+                for evaluation in self.evaluations
+            ],
             figure=DIAGRAM,
             legend=legend(units, n_bins),
             limits=limits(units, self.distilled),
@@ -257,10 +266,10 @@ def _libraries(versions: dict[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
-def _table(evaluation: Evaluation) -> list[list[str]]:
+def _table(evaluation: Evaluation, metrics: tuple[Metric, ...]) -> list[list[str]]:
     rows = []
     for label, scored in evaluation.models.items():
-        cells = [scored.scores[m.key].shown(m) if m.key in scored.scores else "" for m in METRICS]
+        cells = [scored.scores[m.key].shown(m) if m.key in scored.scores else "" for m in metrics]
         rows.append([f"**{label}** (this model)" if label == evaluation.student else label, *cells])
     return rows
 

@@ -1,6 +1,6 @@
 """Sentences that the cards of students share, whoever writes them: a trainer or a finished run."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..cache.manifest import Manifest
@@ -13,10 +13,10 @@ _ARGUMENTS = (
     "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "num_train_epochs", "max_steps", "global_batch_size",
     "per_device_train_batch_size", "gradient_accumulation_steps", "average_tokens_across_devices", "max_length",
     "truncation_mode", "packing", "packing_strategy", "padding_free", "group_by_length", "bf16", "fp16", "tf32",
-    "label_smoothing_factor", "neftune_noise_alpha", "estimator", "top_k", "ce_weight", "student_temperature",
-    "token_dropout", "token_dropout_id", "seed", "data_seed", "full_determinism",
+    "label_smoothing_factor", "neftune_noise_alpha",
 )  # fmt: skip
 PROCESSES = "number of processes"
+_LAST = ("seed", "data_seed", "full_determinism", PROCESSES)
 _ESTIMATORS = {
     "topk": "the kept probabilities, scaled to sum to one, against the student's whole vocabulary",
     "bucket": "the kept probabilities and one bucket for all other tokens",
@@ -27,9 +27,12 @@ _ESTIMATORS = {
 }
 
 
-def shown_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The training arguments that a card tells, in a fixed order: never a token, an address or a path."""
-    values = {name: arguments[name] for name in (*_ARGUMENTS, PROCESSES) if arguments.get(name) is not None}
+def shown_arguments(arguments: Mapping[str, Any], own: Iterable[str] = ()) -> dict[str, Any]:
+    """
+    The training arguments that a card tells, in a fixed order: never a token, an address or a path. `own` are options
+    of a trainer that decide the result too.
+    """
+    values = {name: arguments[name] for name in (*_ARGUMENTS, *own, *_LAST) if arguments.get(name) is not None}
     return {name: getattr(value, "value", value) for name, value in values.items()}
 
 

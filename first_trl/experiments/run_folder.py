@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from ..plugins import load_plugins
 from ..utils.versions import VERSIONS
 
 
@@ -187,9 +188,13 @@ class RunFolder:
         return self.root / "recipe.yaml"
 
     def load_recipe(self) -> dict[str, Any]:
-        """The recipe as it was run; empty where there is none."""
+        """The recipe as it was run, its plugins loaded; empty where there is none."""
         found = yaml.safe_load(self.recipe.read_text(encoding="utf-8")) if self.recipe.is_file() else None
-        return found if isinstance(found, dict) else {}
+        if not isinstance(found, dict):
+            return {}
+        if found.get("plugins"):
+            load_plugins(found["plugins"])
+        return found
 
     def marker(self, unit: str) -> Path:
         """Key, inputs and state of a unit."""

@@ -15,6 +15,7 @@ import pyarrow as pa
 from datasets import Dataset, IterableDataset
 from trl import pack_dataset
 
+from ..cache.arrow import column, list_column
 from ..cache.schema import (
     DRAW_COLUMNS,
     DRAW_COUNTS,
@@ -99,7 +100,7 @@ def count_cuts(dataset: Dataset, max_length: int | None, truncation_mode: str) -
     """Rows longer than `max_length`, and rows without a supervised position once they are cut."""
     cut, dropped = 0, 0
     for table in dataset.select_columns([LABELS]).with_format("arrow").iter(batch_size=1000):
-        offsets, labels = _lists(table, LABELS)
+        offsets, labels = list_column(table, LABELS)
         starts, ends = _window(offsets, max_length, truncation_mode)
         mask = np.asarray(labels) != IGNORE_INDEX
         mask[starts[starts < ends]] = False
@@ -127,8 +128,8 @@ def _align_table(
 
 def _spread(table: pa.Table, columns: tuple[str, ...], window: tuple[int | None, str], version: str = "") -> pa.Table:
     """Cut the rows and give every token of them its entry, null where there is none."""
-    offsets, input_ids = _lists(table, INPUT_IDS)
-    _, label_values = _lists(table, LABELS)
+    offsets, input_ids = list_column(table, INPUT_IDS)
+    _, label_values = list_column(table, LABELS)
     labels = np.array(label_values)
     labels[offsets[:-1][np.diff(offsets) > 0]] = IGNORE_INDEX
     mask = labels != IGNORE_INDEX
@@ -154,29 +155,29 @@ def _spread(table: pa.Table, columns: tuple[str, ...], window: tuple[int | None,
             row_of_token = np.repeat(np.arange(table.num_rows), np.diff(offsets))
             values = pa.array(gold_flags(table)[row_of_token[tokens]])
         else:
-            values = _lists(table, name)[1].take(entries)
+            values = list_column(table, name)[1].take(entries)
         arrays.append(pa.ListArray.from_arrays(row_offsets, values))
     return pa.table(arrays, names=[INPUT_IDS, LABELS, *columns])
 
 
 def _gather(table: pa.Table, columns: tuple[str, ...], version: str = "") -> pa.Table:
     """Inverse of `_spread`, for packed rows too, with inner lists flattened."""
-    offsets, label_values = _lists(table, LABELS)
+    offsets, label_values = list_column(table, LABELS)
     labels = np.array(label_values)
     documents = offsets[:-1]
     if SEQ_LENGTHS in table.column_names:
-        lengths = np.asarray(_lists(table, SEQ_LENGTHS)[1])
+        lengths = np.asarray(list_column(table, SEQ_LENGTHS)[1])
         documents = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     labels[documents] = IGNORE_INDEX
     mask = labels != IGNORE_INDEX
     entry_offsets = np.concatenate([[0], np.cumsum(mask)])[offsets]
 
     arrays: dict[str, pa.Array] = {
-        INPUT_IDS: _column(table, INPUT_IDS),
+        INPUT_IDS: column(table, INPUT_IDS),
         LABELS: pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(labels)),
     }
     for name in columns:
-        values = _lists(table, name)[1].filter(pa.array(mask))
+        values = list_column(table, name)[1].filter(pa.array(mask))
         value_offsets = entry_offsets
         if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
             inner = np.asarray(values.offsets) - np.asarray(values.offsets)[0]
@@ -186,7 +187,7 @@ def _gather(table: pa.Table, columns: tuple[str, ...], version: str = "") -> pa.
             values, value_offsets = values.flatten(), inner[entry_offsets]
         arrays[name] = pa.ListArray.from_arrays(pa.array(value_offsets.astype(np.int32)), values)
     if SEQ_LENGTHS in table.column_names:
-        arrays[SEQ_LENGTHS] = _column(table, SEQ_LENGTHS)
+        arrays[SEQ_LENGTHS] = column(table, SEQ_LENGTHS)
     return pa.table(arrays)
 
 
@@ -195,15 +196,3 @@ def _ranges(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
     lengths = ends - starts
     before = np.concatenate([[0], np.cumsum(lengths)])
     return np.arange(before[-1]) + np.repeat(starts - before[:-1], lengths)
-
-
-def _lists(table: pa.Table, name: str) -> tuple[np.ndarray, pa.Array]:
-    """Offsets from 0 and values of a list column."""
-    column = _column(table, name)
-    offsets = np.asarray(column.offsets).astype(np.int64)
-    return offsets - (offsets[0] if len(offsets) else 0), column.flatten()
-
-
-def _column(table: pa.Table, name: str) -> pa.Array:
-    column = table.column(name).combine_chunks()
-    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column

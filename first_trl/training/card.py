@@ -17,6 +17,7 @@ from ..cards.student import Evaluation, StudentCard
 from ..cards.wording import PROCESSES, cache_text, estimator_text, recalibration_text, shared_cache_text
 from ..evaluation.predictions import MultipleChoiceResult
 from ..utils.versions import training_versions
+from .options import CARD_OPTIONS
 
 
 _STUDENT = "This student"
@@ -113,6 +114,7 @@ class ModelCardMixin:
             estimator=estimator_text(args.estimator),
             facts=[*_adapter_facts(model, adapter), *_log_facts()],
             arguments={**vars(args), PROCESSES: args.world_size},
+            own_arguments=CARD_OPTIONS,
             evaluations=list(self._evaluations.values()),
             license=license,
             license_source="as its base model"

@@ -4,11 +4,13 @@ arm of a recipe. What an option is, which values it may have and which others it
 """
 
 import operator
+import re
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import cache
-from typing import Annotated, Any
+from types import MappingProxyType
+from typing import Annotated, Any, TypeVar
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import Strict
@@ -16,6 +18,12 @@ from pydantic import Strict
 from ..plugins import ESTIMATORS, RECALIBRATIONS, estimator_target
 from ..recalibration import Recalibration
 from ..utils.names import nearest
+
+
+T = TypeVar("T")
+
+# What decides the result, in the order of a card; recalibration has a line of its own there
+CARD_OPTIONS = ("estimator", "top_k", "ce_weight", "student_temperature", "token_dropout", "token_dropout_id")
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,16 @@ def recalibrations() -> tuple[str, ...]:
     return tuple(RECALIBRATIONS)
 
 
+def _documented(cls: type[T]) -> type[T]:
+    """The help of every field, as command lines print it, from its entry in the docstring."""
+    texts = dict(re.findall(r"^ {8}(\w+) \(.*\):\n((?: {12}.+\n)+)", cls.__doc__ or "", re.MULTILINE))
+    for f in fields(cls):  # type: ignore[arg-type]
+        if f.name in texts:
+            f.metadata = MappingProxyType({"help": " ".join(texts[f.name].split())})
+    return cls
+
+
+@_documented
 @dataclass
 class DistillOptions:
     r"""
@@ -83,35 +101,15 @@ class DistillOptions:
             that of the whole text (word dropout). Special tokens, padding and supervised tokens are never replaced.
     """
 
-    estimator: Annotated[str, Strict()] = field(
-        default="topk",
-        metadata={
-            "help": "How the KL divergence to the teacher is estimated from its cached entries. `topk`: target "
-            "renormalised over the k ids, student's full softmax. `bucket`: target over the k ids and one entry for "
-            "all other tokens, with the teacher's exact tail mass. `renormalized`: teacher and student both "
-            "renormalised over the k ids; constrains ratios only, for students that were fine-tuned before. "
-            "`sampled`: draws from the teacher stored at capture; unbiased for the full KL. `probability_softmax`: "
-            "softmax of the student's probabilities over `student_temperature`, as in the authors' code; for "
-            "replication only.",
-        },
-    )
+    estimator: Annotated[str, Strict()] = "topk"
     ce_weight: Annotated[
         float,
         Strict(),
         Ge(0.0),
         Le(1.0),
         Fact("Weight of the labels", "{value:g} (cross-entropy), the rest is the teacher's"),
-    ] = field(
-        default=0.0,
-        metadata={"help": "Weight `w` of the hard-label cross-entropy: the loss is `(1 - w) * KL + w * CE`."},
-    )
-    top_k: Annotated[int, Strict(), Ge(1), Fact("Entries used", "{value} of the {k} in the cache")] | None = field(
-        default=None,
-        metadata={
-            "help": "Number of cached entries to use, from the most likely. The others move into the tail. When not "
-            "set, all are used."
-        },
-    )
+    ] = 0.0
+    top_k: Annotated[int, Strict(), Ge(1), Fact("Entries used", "{value} of the {k} in the cache")] | None = None
     student_temperature: (
         Annotated[
             float,
@@ -121,29 +119,9 @@ class DistillOptions:
             Fact("Student temperature", "{value:g} divides its probabilities in training"),
         ]
         | None
-    ) = field(
-        default=None,
-        metadata={
-            "help": "Divides the student's probabilities at the k ids, for `estimator='probability_softmax'` only, "
-            "where 1 is used when not set. Equal to `c` of `recalibration='probability_temperature'`, the optimum is "
-            "the raw teacher up to a constant: nothing is recalibrated."
-        },
-    )
-    recalibration: Annotated[str, Strict()] = field(
-        default="none",
-        metadata={
-            "help": "Rescale of the cached teacher probabilities, never applied to the student. "
-            "`probability_temperature`: softmax of probabilities over `c`, as in the paper. `logit_temperature`: "
-            "power `1/T`. `label_smoothing`: `delta` moved from rank 1 to the others. `log_label_smoothing`: the same "
-            "between log-probabilities, as in the authors' code, which is far milder.",
-        },
-    )
-    recalibration_value: Annotated[float, Strict()] | None = field(
-        default=None,
-        metadata={
-            "help": "c, T or delta. When not set, the value fitted for this method and stored with the cache is used."
-        },
-    )
+    ) = None
+    recalibration: Annotated[str, Strict()] = "none"
+    recalibration_value: Annotated[float, Strict()] | None = None
     token_dropout: Annotated[
         float,
         Strict(),
@@ -151,14 +129,7 @@ class DistillOptions:
         Lt(1.0),
         For(("sft", "distill")),
         Fact("Token dropout", "{value:g} of the input tokens, in training only"),
-    ] = field(
-        default=0.0,
-        metadata={
-            "help": "Probability that a token of the student's input is replaced in training, while the teacher's "
-            "target stays that of the whole text (word dropout). Special tokens, padding and supervised tokens are "
-            "never replaced."
-        },
-    )
+    ] = 0.0
 
     def options(self) -> dict[str, Any]:
         """The options by name, without what a subclass adds."""
@@ -207,6 +178,7 @@ class DistillOptions:
             )
 
 
+@_documented
 @dataclass
 class TrainerOptions(DistillOptions):
     r"""
@@ -220,19 +192,8 @@ class TrainerOptions(DistillOptions):
             padding and end-of-sequence token.
     """
 
-    loss_chunk_size: Annotated[int, Ge(1)] | None = field(
-        default=None,
-        metadata={
-            "help": "Supervised tokens per chunk of the fused loss. When not set, chosen from the vocabulary size."
-        },
-    )
-    token_dropout_id: int | None = field(
-        default=None,
-        metadata={
-            "help": "Token put in place of dropped ones. When not set, the first that the tokenizer has of unknown, "
-            "mask, padding and end-of-sequence token."
-        },
-    )
+    loss_chunk_size: Annotated[int, Ge(1)] | None = None
+    token_dropout_id: int | None = None
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """As in [`DistillOptions`]."""

@@ -1,5 +1,6 @@
 """Fine-tuning on labels: what the teacher and the baselines of a study are trained with."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -62,3 +63,11 @@ class FirstSFTTrainer(MasterWeightsMixin, FusedHeadMixin, TokenMeansMixin, Token
         labels = following[following != IGNORE_INDEX][:, None]
         targets = {"teacher_ids": labels, "teacher_log_target": torch.zeros_like(labels, dtype=torch.float32)}
         return self.fused_loss(model, {**inputs, **targets}, num_items_in_batch)[0]
+
+
+def label_trainer(options: Mapping[str, Any], model: Any, **kwargs: Any) -> FirstSFTTrainer:
+    """[`FirstSFTTrainer`] with those of the options of a recipe that mean something without a teacher."""
+    own = {name: options[name] for name in ("token_dropout", "fused_loss") if name in options}
+    if own.get("token_dropout"):
+        own["token_dropout_id"] = options.get("token_dropout_id")
+    return FirstSFTTrainer(model, **own, **kwargs)

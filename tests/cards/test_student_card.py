@@ -123,6 +123,8 @@ def test_only_arguments_that_decide_the_result_are_shown():
     for name, value in shown.items():
         assert f"| `{name}` | {value} |" in text
     assert shown_arguments({"optim": SimpleNamespace(value="adamw_torch")}) == {"optim": "adamw_torch"}
+    own = shown_arguments({"seed": 1, "token_dropout": 0.1, "optim": "sgd"}, own=["token_dropout"])
+    assert list(own.items()) == [("optim", "sgd"), ("token_dropout", 0.1), ("seed", 1)]
 
 
 def test_names_of_files_are_no_repositories(tmp_path):

@@ -15,8 +15,13 @@ import first_trl
 PACKAGE = Path(first_trl.__file__).parent
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn"}
-# wandb: asked for only where transformers finds it. gradio: the Space's own requirement.
-ELSEWHERE = {"training/card.py": {"wandb"}, "metrics/ece/app.py": {"gradio"}}
+# wandb: asked for only where transformers finds it. gradio: the Space's own requirement. triton: comes with torch for GPUs.
+ELSEWHERE = {
+    "training/card.py": {"wandb"},
+    "metrics/ece/app.py": {"gradio"},
+    "losses/kernels.py": {"triton"},
+    "losses/tiles.py": {"triton"},
+}
 
 
 def names(requirements: list[str]) -> set[str]:

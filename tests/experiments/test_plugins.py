@@ -1,15 +1,23 @@
 """A recipe that names a user's task, estimator, recalibration, teacher backend and report metric, up to its report."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from datasets import load_dataset
+from huggingface_hub import ModelCard
 
+from first_trl import plugins
 from first_trl.cli import main
+from first_trl.experiments.share.cards import write_student_cards
 
 
+ROOT = Path(__file__).parents[2]
 LLAMA = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32}
 RECIPE = {
     "name": "plugged",
@@ -32,6 +40,20 @@ RECIPE = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def only_here():
+    """What these tests register is gone for the next ones."""
+    registries = (plugins.TASKS, plugins.ESTIMATORS, plugins.RECALIBRATIONS, plugins.BACKENDS, plugins.METRICS)
+    kept = [registry._objects for registry in registries] + [plugins._COLUMNS, plugins._TARGETS]
+    before = [dict(mapping) for mapping in kept]
+    yield
+    for mapping, old in zip(kept, before, strict=True):
+        mapping.clear()
+        mapping.update(old)
+    for name in [name for name in sys.modules if name.startswith("tests.support.plugins")]:
+        del sys.modules[name]
+
+
 @pytest.fixture
 def recipe(tmp_path):
     path = tmp_path / "plugged.yaml"
@@ -52,6 +74,62 @@ def test_a_recipe_runs_with_all_five(recipe, tmp_path):
         assert report["results"][arm]["test"]["full_vocab"]["sure_and_wrong"] == pytest.approx(expected)
     text = (folder / "report" / "report.md").read_text()
     assert "Sure and wrong %" in text and "uniform_mix" in text
+    card = ModelCard.load(write_student_cards(folder)["mixed"])
+    value = report["results"]["mixed"]["test"]["full_vocab"]["sure_and_wrong"]
+    assert "Sure and wrong %" in card.text and f"{100 * value:.1f}" in card.text
+    (stated,) = (result for result in card.data.eval_results if result.metric_type == "sure_and_wrong")
+    assert stated.metric_value == pytest.approx(value) and stated.metric_name == "Sure and wrong"
+    # A process that has not read the recipe learns of the plugin from the run
+    done = python("-m", "first_trl", "report", str(folder), "--output-dir", str(tmp_path / "merged"))
+    assert done.returncode == 0, done.stderr
+    assert "Sure and wrong %" in (tmp_path / "merged" / "report.md").read_text()
+
+
+PLUGIN = """
+from first_trl import register_metric
+
+@register_metric("zeros", title="Zeros")
+def zeros(**predictions):
+    return 0.0
+"""
+
+
+def python(*words, cwd=None, path=()):
+    places = os.pathsep.join([str(place) for place in (*path, ROOT)])
+    env = {**os.environ, "PYTHONPATH": places}
+    return subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, timeout=120, cwd=cwd or ROOT, env=env
+    )
+
+
+def test_an_installed_distribution_names_its_plugin(tmp_path):
+    (tmp_path / "zeros_plugin.py").write_text(PLUGIN)
+    info = tmp_path / "zeros_plugin-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: zeros-plugin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[first_trl.plugins]\nzeros = zeros_plugin\n")
+    code = "from first_trl.plugins import report_metrics; print([metric.key for metric in report_metrics()][-1])"
+    done = python("-c", code, path=[tmp_path])
+    assert done.stdout.strip() == "zeros", done.stderr
+    (tmp_path / "zeros_plugin.py").write_text("import no_such_thing")
+    done = python("-c", code, path=[tmp_path])
+    assert "'zeros_plugin' of the installed distribution 'zeros-plugin' cannot be loaded" in done.stderr
+
+
+def test_a_plugin_beside_its_recipe_is_found_from_elsewhere(recipe, tmp_path):
+    (tmp_path / "zeros_plugin.py").write_text(PLUGIN)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    code = (
+        "import sys; from first_trl import load_recipe; load_recipe(sys.argv[1], sys.argv[2:]); "
+        "from first_trl.plugins import METRICS; print(list(METRICS))"
+    )
+    both = "plugins=[tests.support.plugins,zeros_plugin]"
+    done = python("-c", code, recipe, both, cwd=elsewhere)
+    assert done.stdout.strip() == "['sure_and_wrong', 'zeros']", done.stderr
+    (tmp_path / "zeros_plugin.py").unlink()
+    done = python("-c", code, recipe, both, cwd=elsewhere)
+    assert f"There is no plugin module 'zeros_plugin' in {tmp_path}" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from ...plugins import BACKENDS, TASKS, estimator_target
 from ...training.options import DistillOptions, For, marks
 from ...utils.names import nearest
 from ...vocabulary import BAYES
-from .arguments import init_problems, lora_problems, training_problems
+from .arguments import config_problems, init_problems, lora_problems, training_problems
 from .models import ArmSpec, Recipe
 from .parse import refuse
 
@@ -185,6 +185,8 @@ def _arguments(recipe: Recipe) -> Iterator[str]:
     for role, model in (("teacher", recipe.teacher), ("student", recipe.student)):
         trainings |= {f"{role}.{part}": getattr(model, part) or {} for part in ("pretrain", "sft")}
         yield from init_problems(model.init_kwargs, f"{role}.init_kwargs")
+        if model.name_or_path is None and model.architecture is not None:
+            yield from config_problems(model.architecture, model.config, f"{role}.config")
     for place, training in trainings.items():
         yield from training_problems(training, place)
         for key in _REFUSED:

@@ -14,40 +14,15 @@ MERGED_FORMAT = "first_trl.merged_report"
 
 # Keys of a recipe that two runs of one experiment may differ in: what tells runs apart, where things lie, what is said
 # about them, and how the work is cut into pieces. Arms are compared one by one, since a run may lack some.
-_FREE = frozenset(
-    [
-        "seed",
-        "seeds",
-        "grid",
-        "cases",
-        "cell",
-        "output_dir",
-        "num_threads",
-        "report",
-        "report_to",
-        "description",
-        "reproduces",
-        "hub",
-        "arms",
-    ]
-)
-_FREE_LEAVES = frozenset(
-    [
-        "label",
-        "batch_size",
-        "max_tokens_per_batch",
-        "shard_size",
-        "vllm_url",
-        "vllm_model",
-        "per_device_eval_batch_size",
-        "gradient_checkpointing",
-        "dataloader_num_workers",
-        "logging_steps",
-        "save_strategy",
-        "save_steps",
-        "save_total_limit",
-    ]
-)
+_FREE = frozenset((
+    "seed", "seeds", "grid", "cases", "cell", "output_dir", "num_threads", "report", "report_to", "description",
+    "reproduces", "hub", "arms",
+))  # fmt: skip
+_FREE_LEAVES = frozenset((
+    "label", "batch_size", "max_tokens_per_batch", "shard_size", "vllm_url", "vllm_model",
+    "per_device_eval_batch_size", "gradient_checkpointing", "dataloader_num_workers", "logging_steps",
+    "save_strategy", "save_steps", "save_total_limit",
+))  # fmt: skip
 # Where one number says how many rows make a step, how they are cut into pieces changes nothing
 _STEP_SIZE = "global_batch_size"
 _PIECES = frozenset({"per_device_train_batch_size", "gradient_accumulation_steps"})

@@ -9,7 +9,7 @@ from ...cards.license import License, find_license
 from ...cards.render import hub_id
 from ...cards.student import Evaluation, StudentCard
 from ...cards.wording import cache_text, estimator_text, recalibration_text, shared_cache_text
-from ...training.options import DistillOptions, Fact, marks
+from ...training.options import CARD_OPTIONS, DistillOptions, Fact, marks
 from ...vocabulary import BAYES
 from .run import Run
 
@@ -91,6 +91,7 @@ def _card(run: Run, arm: str, license: str | None, licence_of: Callable[[str | N
         base_description=_base_text(run, base),
         facts=_facts(run, arm),
         arguments=run.unit(arm).get("training") or {**recipe["training"], **spec["training"]},
+        own_arguments=CARD_OPTIONS,
         datasets=[name for name in dict.fromkeys(datasets) if name],
         evaluations=_evaluations(run, arm),
         baseline=_baseline(run, arm),

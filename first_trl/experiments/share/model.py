@@ -6,8 +6,8 @@ from huggingface_hub import ModelCardData
 
 from ...cards.license import License, find_license
 from ...cards.render import hub_id, render
+from ...cards.scores import shown_metrics
 from ...cards.wording import legend
-from ...vocabulary import METRICS
 from .run import Run
 
 
@@ -49,10 +49,11 @@ def run_model_card(
     )
     units: set[str] = set()
     tables, n_bins = [], 10
-    for name in run.roles if arm is not None else []:
-        scored = run.score(str(arm), name)
+    found = {name: run.score(arm, name) for name in run.roles} if arm is not None else {}
+    metrics = shown_metrics(scored for scored in found.values() if scored is not None)
+    for name, scored in found.items():
         if scored is not None:
-            cells = [scored.scores[m.key].shown(m) if m.key in scored.scores else "" for m in METRICS]
+            cells = [scored.scores[m.key].shown(m) if m.key in scored.scores else "" for m in metrics]
             tables.append((name, run.domain(name), f"{scored.n:,} {scored.unit}s", cells))
             units, n_bins = units | {scored.unit}, scored.n_bins
     return render(
@@ -63,7 +64,7 @@ def run_model_card(
         origin=run.model_text(role) if arm is None else run.teacher_text(arm),
         recipe=run.recipe["name"],
         seed=run.recipe.get("seed"),
-        metrics=METRICS,
+        metrics=metrics,
         tables=tables,
         legend=legend(units, n_bins, in_metadata=False),
         license=stated,

@@ -19,7 +19,7 @@ from trl import SFTConfig
 
 from ...training.config import FirstDistillConfig
 from ...training.options import DistillOptions
-from ...training.sft import FirstSFTTrainer
+from ...training.sft import label_trainer
 from ...training.trainer import FirstDistillTrainer
 from ...utils.files import write_atomically, write_json
 from ...utils.names import nearest
@@ -103,19 +103,15 @@ def train_sft(
     rows it is the epoch with the lowest negative log-likelihood on them, and `folder.selection` says which.
     """
     args = training_arguments(SFTConfig, recipe, training, folder, select=validation is not None)
-    dropout = 0.0 if options is None else options.token_dropout
-    trainer = FirstSFTTrainer(
-        model,
-        args=args,
-        train_dataset=rows,
-        eval_dataset=validation,
-        processing_class=tokenizer,
-        peft_config=_lora(lora),
-        token_dropout=dropout,
-        token_dropout_id=training.get("token_dropout_id") if dropout else None,
-        fused_loss=training.get("fused_loss", False),
-    )
-    _train_and_save(trainer, folder)
+    given: dict[str, Any] = {
+        "args": args,
+        "train_dataset": rows,
+        "eval_dataset": validation,
+        "processing_class": tokenizer,
+        "peft_config": _lora(lora),
+    }
+    own = {} if options is None else options.options()
+    _train_and_save(label_trainer({**training, **own}, model, **given), folder)
 
 
 def train_distill(
