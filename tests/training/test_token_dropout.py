@@ -58,7 +58,7 @@ def read(cache, tokenizer, folder, **options):
         student, tiny_config(folder, **options), cache, eval_dataset=cache, processing_class=tokenizer
     )
     # The head is compared with the model's own logits once; that is no training
-    trainer._head_checked = True
+    trainer._student_checked = True
     trainer.train()
     trainer.evaluate()
     return reader
