@@ -23,9 +23,12 @@ from ..cache.folder import load_teacher_cache, shard_path
 from ..cache.manifest import Manifest, chat_template_hash, tokenizer_fingerprint
 from ..cache.schema import INPUT_IDS, LOGPROB_DTYPES
 from ..cache.shards import ShardRows, write_shard
+from ..tasks.conversation import check_template_arguments
+from ..tasks.encode import front_tokens
 from ..utils.in_order import in_order
 from ..utils.processes import process_state
 from .backends import Scores, TeacherBackend, TransformersBackend
+from .conversations import is_from_template
 from .journal import ShardJournal
 from .prepare import prepare_rows
 from .progress import close_capture, default_folder, is_finished, open_capture
@@ -194,6 +197,9 @@ def add_teacher_topk(
             "fingerprint": tokenizer_fingerprint(processing_class),
             "chat_template": chat_template_hash(processing_class),
             "size": len(processing_class),
+            "front": _front(processing_class),
+            "from_template": is_from_template(dataset, dataset_text_field),
+            "template_arguments": check_template_arguments(chat_template_kwargs),
         },
         head_size=head_size,
         k=k,
@@ -246,6 +252,15 @@ def _cut(
     if len(cut) == 0:
         raise ValueError(f"No row keeps a supervised position within max_length={max_length}. Raise it.")
     return cut, {"truncated": long, "dropped_by_truncation": dropped}
+
+
+def _front(processing_class: Any) -> list[str] | None:
+    """Special tokens that stand in front of a text; `None` where the tokenizer does not tell."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    try:
+        return list(tokenizer.convert_ids_to_tokens(front_tokens(tokenizer)))
+    except ValueError:
+        return None
 
 
 def _public_name(name: str) -> str:
