@@ -47,7 +47,9 @@ class Manifest:
     Args:
         teacher (`dict`): `{"name", "revision", "weights_digest", "parameters"}`.
         backend (`dict`): `{"name", "version", "dtype", "quantization"}`.
-        tokenizer (`dict`): `{"name", "fingerprint", "chat_template", "size"}`.
+        tokenizer (`dict`): `{"name", "fingerprint", "chat_template", "size", "front", "from_template",
+            "template_arguments"}`: hash of the chat template, special tokens in front of a text, whether the template
+            wrote the rows (`None` for rows that came as ids), and the arguments it was given.
         head_size (`int`): Rows of the teacher's output head; may exceed the tokenizer's size (padded heads).
         k (`int`): Entries kept per supervised position.
         logprob_dtype (`str`): `"float16"` or `"float32"`.

@@ -63,6 +63,11 @@ def debiased_l2(table: BinTable) -> tuple[float | None, str | None]:
     return float(np.sqrt(max(0.0, float((count * squares).sum() / count.sum())))), None
 
 
+def equal_width_bins(confidence: npt.NDArray[np.float64], n_bins: int) -> npt.NDArray[np.intp]:
+    """Right-closed bin of equal width of each confidence. Checks nothing."""
+    return assign(np.minimum(confidence, 1.0), width_edges(n_bins), "right", uniform=n_bins)
+
+
 def equal_width_gaps(
     confidence: npt.NDArray[np.float64],
     correct: npt.NDArray[Any],
@@ -74,7 +79,7 @@ def equal_width_gaps(
     Sums of confidence minus outcome in each right-closed bin of equal width, of shape `(n_bins,)`, or `(n_groups, n_bins)`
     for groups of rows. Checks nothing: for loops over values known to be float64 in [0, 1 + rounding].
     """
-    bins = assign(np.minimum(confidence, 1.0), width_edges(n_bins), "right", uniform=n_bins)
+    bins = equal_width_bins(confidence, n_bins)
     cell = bins if group is None else group * n_bins + bins
     gaps = np.bincount(cell, weights=confidence - correct, minlength=n_groups * n_bins).astype(np.float64, copy=False)
     return gaps if group is None else gaps.reshape(n_groups, n_bins)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import equal_width_gaps
+from .errors import equal_width_bins, equal_width_gaps
 
 
 LEVEL = 0.95
@@ -155,6 +155,12 @@ def clustered_intervals(
     Means get percentile intervals. ECE and trust (accuracy less ECE) are reflected around their estimate: resampling adds
     to the noise in an ECE, and percentiles would keep that.
 
+    Resampling takes a bin whose outcomes are all equal for certain. Its accuracy is drawn from Jeffreys' posterior instead,
+    each cluster counted as one observation, and the limits of ECE and trust are then the wider of the reflected ones and
+    the percentiles. The ECE's and the trust's still cover less often than they say where few answers are wrong (confidence
+    .99, 100 rows: 58 to 91 % in simulations of 300 runs). For rows that stand alone take the `"inversion"` interval of
+    [`calibration_report`] for the ECE, which holds there.
+
     Args:
         cluster (`numpy.ndarray` of shape `(N,)`): What belongs together; any labels.
         confidence, correct (`numpy.ndarray` of shape `(N,)`): Confidences in [0, 1], and 1 where right.
@@ -175,20 +181,55 @@ def clustered_intervals(
         [np.bincount(row, weights=v, minlength=n_rows) for v in (np.ones(len(row)), *means_of.values())], 1
     )
     gaps = equal_width_gaps(confidence, correct, n_bins, group=row, n_groups=n_rows)
+    shift = _pure_bin_noise(row, confidence, correct, n_bins, n_resamples, seed)
     rng = np.random.default_rng(seed)
     means, errors = np.empty((n_resamples, len(means_of))), np.empty(n_resamples)
     for i in range(n_resamples):
         times = np.bincount(rng.integers(0, n_rows, n_rows), minlength=n_rows)
         total = times @ sums
         means[i] = total[1:] / total[0]
-        errors[i] = np.abs(times @ gaps).sum() / total[0]
+        means[i, 0] -= shift[i].sum()
+        errors[i] = np.abs(times @ gaps + total[0] * shift[i]).sum() / total[0]
+    pure = bool(shift.any())
     tails = [(1.0 - level) / 2.0, (1.0 + level) / 2.0]
     limits = np.quantile(means, tails, axis=0)
     intervals = {name: (float(limits[0, i]), float(limits[1, i])) for i, name in enumerate(means_of)}
-    ece = float(np.abs(gaps.sum(axis=0)).sum() / len(row))
-    low, high = np.quantile(errors, tails)
-    intervals["ece"] = (float(max(2.0 * ece - high, 0.0)), float(min(max(2.0 * ece - low, 0.0), 1.0)))
-    trust = float(correct.mean()) - ece
-    low, high = np.quantile(means[:, 0] - errors, tails)
-    intervals["trust"] = (float(max(2.0 * trust - high, -1.0)), float(min(2.0 * trust - low, 1.0)))
+    accuracy, ece = float(correct.mean()), float(np.abs(gaps.sum(axis=0)).sum() / len(row))
+    if pure:
+        low, high = intervals["accuracy"]
+        intervals["accuracy"] = min(low, accuracy), max(high, accuracy)
+    for name, estimate, draws, least in (
+        ("ece", ece, errors, 0.0),
+        ("trust", accuracy - ece, means[:, 0] - errors, -1.0),
+    ):
+        low, high = np.quantile(draws, tails)
+        reflected = 2.0 * estimate - high, 2.0 * estimate - low
+        low, high = (min(reflected[0], low), max(reflected[1], high)) if pure else reflected
+        intervals[name] = (float(max(low, least)), float(min(max(high, least), 1.0)))
     return intervals
+
+
+def _pure_bin_noise(
+    row: npt.NDArray[np.intp],
+    confidence: npt.NDArray[np.float64],
+    correct: npt.NDArray[np.float64],
+    n_bins: int,
+    n_resamples: int,
+    seed: int,
+) -> npt.NDArray[np.float64]:
+    """
+    By how much the gap of each bin with equal outcomes may be off, as a share of all rows; 0 for other bins.
+
+    Returns:
+        `numpy.ndarray` of shape `(n_resamples, n_bins)`, positive where all are right (the accuracy may be lower).
+    """
+    bins = equal_width_bins(confidence, n_bins)
+    count, right = np.bincount(bins, minlength=n_bins), np.bincount(bins, weights=correct, minlength=n_bins)
+    clusters = np.bincount(np.unique(bins * (int(row.max()) + 1) + row) // (int(row.max()) + 1), minlength=n_bins)
+    noise = np.zeros((n_resamples, n_bins))
+    # A stream of its own: where no bin is pure, the resampled rows stay what they were
+    rng = np.random.default_rng([seed, 1])
+    for index in np.flatnonzero((count > 0) & ((right == 0) | (right == count))):
+        other = rng.beta(0.5, clusters[index] + 0.5, size=n_resamples)
+        noise[:, index] = other * count[index] / len(row) * (1.0 if right[index] else -1.0)
+    return noise

@@ -21,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "files",
         nargs="+",
         metavar="FILE",
-        help="samples_*.jsonl of lm-evaluation-harness (--log_samples), predictions of an evaluation, or a CSV, JSON-lines "
-        "or Parquet table of confidences",
+        help="samples_*.jsonl of lm-evaluation-harness (--log_samples), predictions of an evaluation, or a table of "
+        "confidences (CSV, TSV, JSON lines, Parquet, Excel)",
     )
     parser.add_argument(
         "--output-dir",

@@ -18,6 +18,7 @@ _COMMANDS = {
     "report": ("first_trl.cli.report", "merge the reports of several runs: seeds, sweeps"),
     "push": ("first_trl.cli.push", "share the students and the cache of a finished run, with their cards"),
     "recipes": ("first_trl.cli.recipes", "list the recipes that travel with the package, or check recipe files"),
+    "inspect": ("first_trl.cli.inspect", "print rows token by token, with what is supervised"),
     "precompute": ("first_trl.cli.precompute", "run a teacher once over a dataset and store its top-k"),
     "cache": ("first_trl.cli.cache", "verify, describe, push or pull a teacher cache"),
     "evaluate": ("first_trl.cli.evaluate", "score any model on a task: accuracy, calibration, baselines"),

@@ -12,6 +12,7 @@ from ..teacher.backends import TeacherBackend, VLLMBackend
 from ..teacher.capture import add_teacher_topk
 from ..utils.dataset_rows import load_rows
 from ..utils.processes import process_state
+from .inspect import template_arguments
 
 
 QUANTIZATIONS = ("8bit", "4bit")
@@ -45,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rows.add_argument("--dataset-text-field", default="text")
     rows.add_argument("--completion-only-loss", action=argparse.BooleanOptionalAction, default=None)
     rows.add_argument("--assistant-only-loss", action="store_true")
+    rows.add_argument(
+        "--chat-template-kwargs",
+        type=template_arguments,
+        metavar="JSON",
+        help="arguments of the chat template, e.g. '{\"enable_thinking\": false}'",
+    )
     rows.add_argument("--num-proc", type=int, help="processes for tokenisation")
 
     run = parser.add_argument_group("how the teacher runs")
@@ -96,6 +103,7 @@ def main(args: argparse.Namespace) -> int:
         max_length=args.max_length,
         truncation_mode=args.truncation_mode,
         dataset_text_field=args.dataset_text_field,
+        chat_template_kwargs=args.chat_template_kwargs,
         num_proc=args.num_proc,
         model_init_kwargs=None if args.vllm_url else _init_kwargs(args),
     )

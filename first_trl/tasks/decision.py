@@ -21,7 +21,7 @@ from transformers.decision import DecisionConfig
 
 from .answers import answer_token_ids_of_rows
 from .base import Task
-from .tokenize import encode_prompts
+from .encode import encode_prompts
 
 
 # Question of a request that is made from a row of a task

@@ -1,10 +1,12 @@
 """Run the teacher once over a dataset and store its top-k next-token log-probabilities."""
 
+import contextlib
 import os
 import platform
 import time
 import warnings
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -21,8 +23,12 @@ from ..cache.folder import load_teacher_cache, shard_path
 from ..cache.manifest import Manifest, chat_template_hash, tokenizer_fingerprint
 from ..cache.schema import INPUT_IDS, LOGPROB_DTYPES
 from ..cache.shards import ShardRows, write_shard
+from ..tasks.conversation import check_template_arguments
+from ..tasks.encode import front_tokens
+from ..utils.in_order import in_order
 from ..utils.processes import process_state
 from .backends import Scores, TeacherBackend, TransformersBackend
+from .conversations import is_from_template
 from .journal import ShardJournal
 from .prepare import prepare_rows
 from .progress import close_capture, default_folder, is_finished, open_capture
@@ -191,6 +197,9 @@ def add_teacher_topk(
             "fingerprint": tokenizer_fingerprint(processing_class),
             "chat_template": chat_template_hash(processing_class),
             "size": len(processing_class),
+            "front": _front(processing_class),
+            "from_template": is_from_template(dataset, dataset_text_field),
+            "template_arguments": check_template_arguments(chat_template_kwargs),
         },
         head_size=head_size,
         k=k,
@@ -245,6 +254,15 @@ def _cut(
     return cut, {"truncated": long, "dropped_by_truncation": dropped}
 
 
+def _front(processing_class: Any) -> list[str] | None:
+    """Special tokens that stand in front of a text; `None` where the tokenizer does not tell."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    try:
+        return list(tokenizer.convert_ids_to_tokens(front_tokens(tokenizer)))
+    except ValueError:
+        return None
+
+
 def _public_name(name: str) -> str:
     # A local path is nobody else's business once the cache is shared
     return Path(name).name if os.path.isdir(name) else name
@@ -254,6 +272,19 @@ def _source_name(dataset: Dataset) -> str:
     info = dataset.info
     parts = (info.dataset_name, info.config_name, str(dataset.split or ""))
     return "/".join(part for part in parts if part) or "memory"
+
+
+class _Shard:
+    """A shard being scored: its rows, what an earlier run left in its journal, and the scores that are there."""
+
+    def __init__(self, rows: Dataset, span: tuple[int, int], path: Path, manifest: Manifest) -> None:
+        self.start = span[0]
+        self.rows = ShardRows.read(rows, *span)
+        self.path = path
+        self.journal = ShardJournal(path, manifest.cache_id)
+        self.recorded = self.journal.read()
+        self.scores: list[Scores | None] = [None] * len(self.rows)
+        self.left = len(self.rows)
 
 
 def _score_shards(
@@ -273,11 +304,33 @@ def _score_shards(
     spans = {
         index: (index * shard_size, min(len(rows), (index + 1) * shard_size)) for index in missing[replica::replicas]
     }
+
+    def work() -> Iterator[tuple[_Shard, list[int]]]:
+        for index, span in spans.items():
+            shard = _Shard(rows, span, shard_path(folder, manifest.split, index, count), manifest)
+            lengths = shard.rows.input_ids
+            for batch in batches_by_length(lengths, options.max_tokens_per_batch, options.max_rows_per_batch):
+                yield shard, batch
+
+    def score(item: tuple[_Shard, list[int]]) -> list[Scores]:
+        shard, batch = item
+        if tuple(batch) in shard.recorded:
+            return shard.recorded[tuple(batch)]
+        uniforms = [_uniforms(manifest, shard.start + i, len(shard.rows.positions[i])) for i in batch]
+        return teacher.score(
+            [shard.rows.input_ids[i] for i in batch],
+            [shard.rows.positions[i] for i in batch],
+            manifest.k,
+            num_tokens,
+            uniforms if manifest.num_draws else None,
+        )
+
     tokens = 0
     pending: deque[Future[None]] = deque()
     # One writer thread: journal and compression of a finished shard run beside the next forwards
     with (
         ThreadPoolExecutor(1) as writer,
+        contextlib.closing(in_order(score, work(), getattr(teacher, "concurrency", 1))) as results,
         tqdm(
             total=sum(stop - start for start, stop in spans.values()),
             desc=f"Teacher top-{manifest.k} ({manifest.split})",
@@ -286,47 +339,32 @@ def _score_shards(
         ) as progress,
     ):
         started = time.perf_counter()
-        for index, (start, stop) in spans.items():
-            shard = ShardRows.read(rows, start, stop)
-            path = shard_path(folder, manifest.split, index, count)
-            journal = ShardJournal(path, manifest.cache_id)
-            recorded = journal.read()
-            scores: list[Scores | None] = [None] * len(shard)
-            for batch in batches_by_length(shard.input_ids, options.max_tokens_per_batch, options.max_rows_per_batch):
-                scored = recorded.get(tuple(batch))
-                if scored is None:
-                    uniforms = [_uniforms(manifest, start + i, len(shard.positions[i])) for i in batch]
-                    scored = teacher.score(
-                        [shard.input_ids[i] for i in batch],
-                        [shard.positions[i] for i in batch],
-                        manifest.k,
-                        num_tokens,
-                        uniforms if manifest.num_draws else None,
-                    )
-                    tokens += sum(len(shard.input_ids[i]) for i in batch)
-                    if rank_in_teacher == 0 and len(batch) < len(shard):
-                        pending.append(writer.submit(journal.append, batch, scored))
-                for i, score in zip(batch, scored, strict=True):
-                    scores[i] = score
-                progress.update(len(batch))
-                progress.set_postfix_str(f"{tokens / (time.perf_counter() - started):,.0f} tokens/s", refresh=False)
-                while pending and pending[0].done():
-                    pending.popleft().result()
-            # A slow disk holds at most one finished shard in memory
-            while pending:
+        for (shard, batch), scored in results:
+            if tuple(batch) not in shard.recorded:
+                tokens += sum(len(shard.rows.input_ids[i]) for i in batch)
+                if rank_in_teacher == 0 and len(batch) < len(shard.rows):
+                    pending.append(writer.submit(shard.journal.append, batch, scored))
+            for i, row_scores in zip(batch, scored, strict=True):
+                shard.scores[i] = row_scores
+            shard.left -= len(batch)
+            progress.update(len(batch))
+            progress.set_postfix_str(f"{tokens / (time.perf_counter() - started):,.0f} tokens/s", refresh=False)
+            while pending and pending[0].done():
                 pending.popleft().result()
-            if rank_in_teacher == 0:  # the other processes hold parts of the same teacher
-                pending.append(writer.submit(_finish_shard, shard, scores, manifest, path, journal))
+            if shard.left == 0:
+                # A slow disk holds at most one finished shard in memory
+                while pending:
+                    pending.popleft().result()
+                if rank_in_teacher == 0:  # the other processes hold parts of the same teacher
+                    pending.append(writer.submit(_finish_shard, shard, manifest))
         while pending:
             pending.popleft().result()
     return tokens if rank_in_teacher == 0 else 0
 
 
-def _finish_shard(
-    shard: ShardRows, scores: list[Scores | None], manifest: Manifest, path: Path, journal: ShardJournal
-) -> None:
-    write_shard(shard, scores, manifest, path)
-    journal.remove()
+def _finish_shard(shard: _Shard, manifest: Manifest) -> None:
+    write_shard(shard.rows, shard.scores, manifest, shard.path)
+    shard.journal.remove()
 
 
 def _uniforms(manifest: Manifest, row: int, positions: int) -> np.ndarray:

@@ -75,6 +75,14 @@ def _as_json(batch: dict[str, list[Any]], *, names: list[str]) -> dict[str, list
     }
 
 
+def is_from_template(dataset: Dataset, text_field: str) -> bool | None:
+    """Whether a chat template writes the text of the rows; `None` for rows that are tokenised already."""
+    if INPUT_IDS in dataset.column_names:
+        return None
+    field = next(name for name in ("prompt", *MESSAGES, text_field) if name in dataset.column_names)
+    return not _is_text(dataset.data.schema.field(field).type)
+
+
 def tokenize_conversations(
     dataset: Dataset,
     tokenizer: Any,

@@ -110,6 +110,8 @@ def refuse_resized(model: Any, peft_config: Any) -> None:
     Raises `ValueError` for an adapter on a model whose embeddings were resized after it was loaded: the adapter names
     that model as its base, and would not load on it again.
     """
+    if isinstance(model, str):
+        return  # loaded by the trainer, and resized by no one since
     base = model.get_base_model() if is_peft_model(model) else model
     name = str(getattr(getattr(base, "config", None), "name_or_path", "") or "")
     if (peft_config is None and not is_peft_model(model)) or not name:

@@ -13,7 +13,7 @@ from trl import SFTTrainer
 
 from .._trl_compat import fingerprint, get_dataset_column_names, global_then_local_main_first
 from ..cache.manifest import read_manifests
-from ..cache.schema import DRAW_COLUMNS, TEACHER_COLUMNS, count_without_gold, refuse_transform
+from ..cache.schema import DRAW_COLUMNS, INPUT_IDS, TEACHER_COLUMNS, count_without_gold, refuse_transform
 from ..cache.verify import verify_teacher_cache
 from ..losses.head import SUMS, check_causal
 from ..losses.inputs import get_estimator
@@ -26,6 +26,7 @@ from .collator import DataCollatorForDistillation
 from .config import FirstDistillConfig
 from .fused_head import FusedHeadMixin, refuse_resized
 from .precision import MasterWeightsMixin
+from .served_text import check_served_text
 from .streaming import verify_stream
 from .token_dropout import TokenDropoutMixin
 from .token_means import PLAIN_SUMS, TokenMeansMixin
@@ -217,6 +218,8 @@ class FirstDistillTrainer(  # type: ignore[misc]  # TRL's signature
         lacks_gold = TEACHER_HAS_GOLD in columns and (not map_style or count_without_gold(dataset) > 0)
         if lacks_gold and args.ce_weight > 0:
             raise _hard_labels_without_gold(dataset, dataset_name, args.ce_weight)
+        some = dataset.select(range(min(len(dataset), 100))) if map_style else dataset.take(8)
+        check_served_text([row[INPUT_IDS] for row in some], read_manifests(dataset), processing_class)
         with global_then_local_main_first():
             if map_style:
                 verify_teacher_cache(dataset, processing_class, head_size=self._student_head_size)

@@ -7,6 +7,8 @@ from typing import TypeVar
 
 import tenacity
 
+from .in_order import sleep
+
 
 T = TypeVar("T")
 
@@ -86,6 +88,7 @@ def retry(
         retry=tenacity.retry_if_exception(lambda error: isinstance(error, Exception) and is_transient(error)),
         wait=lambda state: max(wait_seconds(failure(state), state.attempt_number), 0.0),
         stop=stop,
+        sleep=sleep,
         before_sleep=lambda state: before_wait(failure(state), state.attempt_number, state.upcoming_sleep),
         # What the last try ended with travels in `GaveUp`, for the caller to word
         retry_error_callback=_give_up,

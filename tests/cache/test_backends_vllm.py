@@ -1,9 +1,9 @@
 """The vLLM backend: its HTTP habits against a small server of the same protocol, its values against vLLM itself."""
 
 import json
+import os
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -16,94 +16,11 @@ from first_trl.cache.manifest import read_manifest
 from first_trl.cache.schema import flatten_cache
 from first_trl.teacher.backends.vllm import VLLMBackend
 from tests.support.tiny import tiny_llama, tiny_rows, tiny_tokenizer
+from tests.support.vllm.protocol import ProtocolServer
 from tests.support.vllm.server import VLLMServer, free_port, vllm_python
 
 
 TOKENS = 104
-
-
-class ProtocolServer:
-    """
-    Answers like vLLM's `/v1/completions` with `prompt_logprobs`, computed by a real model, and fails on request.
-
-    `script` holds what happens to the next requests: a status code, `"reset"`, or a callable run before the answer.
-    """
-
-    def __init__(self, model, max_logprobs=20, max_model_len=64, port=0, key=None, name="teacher"):
-        self.model, self.max_logprobs, self.max_model_len = model, max_logprobs, max_model_len
-        self.key, self.name = key, name
-        self.script, self.requests = [], []
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *args):
-                pass
-
-            def reply(self, code, data, headers=()):
-                body = json.dumps(data).encode()
-                self.send_response(code)
-                for pair in headers:
-                    self.send_header(*pair)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def refuse(self, code, message):
-                self.reply(code, {"error": {"message": message, "code": code}})
-
-            def do_GET(self):
-                if outer.key and self.headers.get("Authorization") != f"Bearer {outer.key}":
-                    return self.refuse(401, "Unauthorized")
-                if self.path == "/version":
-                    return self.reply(200, {"version": "9.9"})
-                return self.reply(
-                    200,
-                    {"data": [{"id": outer.name, "root": "/models/teacher-x", "max_model_len": outer.max_model_len}]},
-                )
-
-            def do_POST(self):
-                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.requests.append(request)
-                step = outer.script.pop(0) if outer.script else None
-                if step == "reset":
-                    self.connection.close()
-                    return None
-                if isinstance(step, int):
-                    return self.reply(step, {"error": {"message": "not now"}}, [("Retry-After", "0")])
-                if callable(step):
-                    step()
-                k = request["prompt_logprobs"]
-                if k > outer.max_logprobs:
-                    return self.refuse(
-                        400,
-                        f"Requested prompt logprobs of {k}, which is greater than max allowed: {outer.max_logprobs}",
-                    )
-                if request["model"] != outer.name:
-                    return self.refuse(404, f"The model `{request['model']}` does not exist.")
-                choices = [
-                    {"index": i, "prompt_logprobs": outer.answer(p, k)} for i, p in enumerate(request["prompt"])
-                ]
-                return self.reply(200, {"choices": choices[::-1]})
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-
-    def answer(self, prompt, k):
-        with torch.inference_mode():
-            logprobs = self.model(torch.tensor([prompt])).logits[0].log_softmax(-1)
-        entries = [None]
-        for t in range(1, len(prompt)):
-            row = logprobs[t - 1]
-            order = row.argsort(descending=True, stable=True)
-            kept = {int(i): rank for rank, i in enumerate(order[:k], 1)}
-            kept.setdefault(prompt[t], int((row >= row[prompt[t]]).sum()))
-            entries.append({str(i): {"logprob": float(row[i]), "rank": rank} for i, rank in kept.items()})
-        return entries
-
-    def stop(self):
-        self.server.shutdown()
-        self.server.server_close()
 
 
 @pytest.fixture
@@ -212,7 +129,8 @@ def test_a_restarted_server_is_waited_for(serve, tmp_path):
 
 def test_another_model_at_the_same_address_is_refused(serve, tmp_path):
     server = serve(model())
-    backend = VLLMBackend(server.url)
+    # One request after the other: the first shards are finished when the model is exchanged
+    backend = VLLMBackend(server.url, concurrency=1)
 
     def exchange():
         server.model = model(seed=1)
@@ -231,6 +149,78 @@ def test_another_model_at_the_same_address_is_refused(serve, tmp_path):
     server.model = model(seed=1)
     with pytest.raises(ValueError, match="Another model answers at"):
         add_teacher_topk(rows(), VLLMBackend(server.url), tokenizer(), **call)
+
+
+def shard_bytes(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("data/*"))}
+
+
+def test_eight_requests_at_once(serve, tmp_path):
+    """50 ms an answer: at least five times the rows a second, and the same files."""
+    seconds = {}
+    server = serve(model())
+    server.table = {}
+    for run, concurrency in {"filled": 8, "one": 1, "eight": 8}.items():
+        backend = VLLMBackend(server.url, concurrency=concurrency)
+        server.most_at_once, server.latency = 0, 0.0 if run == "filled" else 0.05
+        start = time.perf_counter()
+        add_teacher_topk(
+            rows(240),
+            backend,
+            tokenizer(),
+            output_dir=tmp_path / run,
+            # Shards of few batches: requests go on over their ends
+            shard_size=24,
+            max_rows_per_batch=4,
+            disable_tqdm=True,
+        )
+        seconds[run] = time.perf_counter() - start
+        assert run == "filled" or server.most_at_once == concurrency
+    assert shard_bytes(tmp_path / "eight") == shard_bytes(tmp_path / "one")
+    ratio = seconds["one"] / seconds["eight"]
+    print(f"seconds by requests at once: {seconds}, {ratio:.1f} times as fast")
+    if ratio < 5 and os.getloadavg()[0] > (os.cpu_count() or 1):
+        pytest.skip(f"other work keeps the processors busy: {ratio:.1f} times as fast says nothing about the client")
+    assert ratio >= 5
+
+
+@pytest.mark.parametrize("stop", ["refused", "interrupted", "gone"])
+def test_stopped_with_requests_under_way_and_started_again(serve, tmp_path, stop):
+    call = {"shard_size": 20, "max_rows_per_batch": 2, "disable_tqdm": True}
+    add_teacher_topk(rows(40), VLLMBackend(serve(model()).url), tokenizer(), output_dir=tmp_path / "whole", **call)
+    server = serve(model(), latency=0.02)
+    backend = VLLMBackend(server.url, retry_seconds=1.0 if stop == "gone" else 60)
+    # Requests that wait for a busy server must not keep a failed capture
+    server.script = [None] * 12 + {"refused": [503, 503, 401], "interrupted": [], "gone": [503] * 1000}[stop]
+    seen = len(server.requests)
+
+    class Interrupted(VLLMBackend):
+        def score(self, *args, **kwargs):
+            if stop == "interrupted" and len(server.requests) - seen >= 12:
+                raise KeyboardInterrupt
+            return super().score(*args, **kwargs)
+
+    backend.__class__ = Interrupted
+    error, message = {
+        "refused": (ValueError, "refused: 401"),
+        "interrupted": (KeyboardInterrupt, None),
+        "gone": (ConnectionError, "did not answer within"),
+    }[stop]
+    with pytest.raises(error, match=message):
+        add_teacher_topk(rows(40), backend, tokenizer(), output_dir=tmp_path / "cache", **call)
+    time.sleep(0.3)  # what was on its way arrives
+    server.script, before = [], len(server.requests)
+    time.sleep(0.3)
+    assert len(server.requests) == before  # nobody asks for what nobody waits for
+    add_teacher_topk(rows(40), VLLMBackend(server.url), tokenizer(), output_dir=tmp_path / "cache", **call)
+    # The probe of the new backend is the other request
+    assert 0 < len(server.requests) - before - 1 < 20
+    assert shard_bytes(tmp_path / "cache") == shard_bytes(tmp_path / "whole")
+
+
+def test_concurrency_is_checked():
+    with pytest.raises(ValueError, match="`concurrency` must be at least 1, got 0"):
+        VLLMBackend("http://127.0.0.1:1", concurrency=0)
 
 
 def test_what_cannot_pass_is_said_at_once(serve):

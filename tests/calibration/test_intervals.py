@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from first_trl.calibration import calibration_report
+from first_trl.calibration.intervals import clustered_intervals
 from tests.benchmarks.interval_coverage import LAWS, coverage
 
 
@@ -162,3 +163,23 @@ def test_coverage_with_pure_bins_and_confidences_near_one(law: str, n: int) -> N
     row = coverage(LAWS[law], n, 300)
     assert row["coverage"] + 2 * row["se"] >= 0.92, row
     assert row["contradictions"] == 0
+
+
+def test_clusters_whose_answers_are_all_right_are_not_certain() -> None:
+    confidence, right = np.full(200, 0.99), np.ones(200)
+    alone = clustered_intervals(np.arange(200), confidence, right, {})
+    grouped = clustered_intervals(np.repeat(np.arange(20), 10), confidence, right, {})
+    for name, value in (("accuracy", 1.0), ("ece", 0.01), ("trust", 0.99)):
+        for found in (alone, grouped):
+            low, high = found[name]
+            assert low <= value <= high and high - low > 0.005, (name, found)
+        # Ten tokens of one row are one observation
+        widths = [found[name][1] - found[name][0] for found in (alone, grouped)]
+        assert widths[1] > 3 * widths[0], (name, widths)
+    wrong = clustered_intervals(np.arange(200), np.full(200, 0.05), np.zeros(200), {})
+    assert wrong["accuracy"][0] == 0 and 0.005 < wrong["accuracy"][1] < 0.05
+    # A bin with both outcomes is resampled as before
+    mixed = np.r_[np.zeros(20), np.ones(180)]
+    low, high = clustered_intervals(np.arange(200), confidence, mixed, {})["accuracy"]
+    draws = np.random.default_rng(0).integers(0, 200, (1000, 200))
+    assert (low, high) == pytest.approx(tuple(np.quantile(mixed[draws].mean(axis=1), [0.025, 0.975])))

@@ -16,6 +16,7 @@ from first_trl.experiments.plan.memory import capture_memory, training_memory
 from first_trl.experiments.plan.models import Shape, UnknownModel, config_of, lora_parameters, shape_of
 from first_trl.experiments.plan.steps import device_batch, optimizer_steps
 from first_trl.experiments.recipe import ModelSpec
+from first_trl.training.precision import cast_to_master_weights
 from tests.support.tiny import tiny_llama, tiny_rows, tiny_tokenizer
 
 
@@ -128,6 +129,7 @@ def test_weights_gradients_and_adamw_are_those_of_a_real_step(tmp_path, dtype, l
     parts = training_memory(shape_of(spec, config), {}, tokens=None, trainable=trainable)
     if lora is not None:
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
+    cast_to_master_weights(model, "adamw_torch")
     learned = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(learned)
     ids = torch.tensor([[3, 4, 5, 6]])
@@ -143,10 +145,19 @@ def test_sharding_divides_and_checkpointing_saves():
     model = shape("Qwen/Qwen3-8B")
 
     def total(training=(), **options):
-        return sum(training_memory(model, dict(training), tokens=4096, **options).values())
+        parts = training_memory(model, dict(training), tokens=4096, **options)
+        return sum(value for name, value in parts.items() if name != "head")
 
-    # 2 bytes a weight and gradient and 2 x 2 of AdamW; the activations of 4,096 tokens are small beside it
-    assert 8 * 8.19e9 < total() < 9 * 8.19e9
+    # 4 bytes a weight and gradient, 2 x 4 of AdamW, and 2 of the copy that autocast makes; the gradient of the head
+    # and the activations of 4,096 tokens are small beside it
+    assert 18 * 8.19e9 < total() < 19 * 8.19e9
+    # 2 bytes each with an optimizer for 16-bit weights, which needs no copy
+    assert 8 * 8.19e9 < total({"optim": "stable_adamw"}.items()) < 9 * 8.19e9
+    head = training_memory(model, {}, tokens=None)["head"]
+    assert head == 4 * model.vocabulary * model.hidden > 2e9
+    assert training_memory(model, {}, tokens=None, sharding="zero3", processes=8)["head"] == 1.5 * head
+    assert training_memory(model, {}, tokens=None, sharding="fsdp2", processes=8)["head"] == 2 * head
+    assert training_memory(model, {}, tokens=None, trainable=1000)["head"] == 0
     assert total(processes=8) > total()  # buckets of gradients
     for sharding in ("fsdp2", "zero3"):
         assert total(processes=16, sharding=sharding) < 0.6 * total(processes=8, sharding=sharding)

@@ -18,6 +18,9 @@ class TeacherBackend(Protocol):
         ranks_per_teacher (`int`): Processes that hold one teacher together (tensor parallelism); they score the same
             rows.
         notes (`list[str]`): What a reader of the manifest must know about the values.
+
+    An engine that waits for others more than it computes can have the attribute `concurrency` (`int`): that many calls
+    of `score` are then under way at a time, each in a thread of its own. Without it there is one, in the caller's thread.
     """
 
     head_size: int | None

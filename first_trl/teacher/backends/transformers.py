@@ -2,14 +2,18 @@
 
 import hashlib
 import inspect
+import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+import xxhash
 from accelerate.utils import is_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ...losses.head import check_causal
@@ -147,12 +151,28 @@ class TransformersBackend:
         return logits, column_of
 
 
-def weights_digest(model: PreTrainedModel, samples: int = 1024) -> str:
+# Bytes of a tensor that are copied from its device at once
+_DIGEST_BYTES = 2**26
+# Entries of a configuration that leave the logits as they are: where a model is from, how it is stored, generates, is
+# trained; what a quantisation is stands in the manifest's `backend`
+_NO_PART_OF_LOGITS = re.compile(
+    r"_.*|.*_token_id|architectures|dtype|torch_dtype|transformers_version|use_cache|quantization_config|.*dropout|"
+    r".*_pdrop|id2label|label2id|output_.*|return_dict|problem_type|task_specific_params|tie_word_embeddings|"
+    r"initializer_range|chunk_size_feed_forward|is_encoder_decoder|pretraining_tp|attn_implementation|gradient_.*"
+)
+
+
+def weights_digest(model: PreTrainedModel) -> str:
     """
-    Digest of a model's weights from up to `samples` evenly spaced values of every tensor: cheap for large models, and
-    no fine-tuning leaves all of them as they were.
+    Digest of all that decides a model's logits: every byte of every weight, the configuration (another `rope_theta`
+    is another model), and of adapters which ones are active and how strongly they are scaled. xxHash3 reads faster
+    than weights are loaded; tied weights are read once.
+
+    Raises:
+        `ValueError`: A weight is not in memory.
     """
     digest = hashlib.blake2b(digest_size=8)
+    found: dict[tuple[Any, ...], bytes] = {}
     for name, tensor in sorted(model.state_dict().items()):
         if tensor.device.type == "meta":
             raise ValueError(
@@ -160,9 +180,41 @@ def weights_digest(model: PreTrainedModel, samples: int = 1024) -> str:
                 "say which weights it comes from. Use a `device_map` that fits, or `quantization_config`."
             )
         whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # shards of tensor parallelism
-        flat = whole.detach().reshape(-1)
-        picked = flat[:: max(1, flat.numel() // samples)][:samples]
-        values = picked.float().cpu().numpy() if picked.is_floating_point() else picked.cpu().numpy()
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(np.ascontiguousarray(values).tobytes())
+        place = (whole.device, whole.data_ptr(), whole.shape, whole.stride(), whole.dtype)
+        if whole is not tensor or not whole.data_ptr():  # a passing copy, whose place the next one may take
+            content = _tensor_digest(whole)
+        else:
+            content = found[place] = found.get(place) or _tensor_digest(whole)
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode() + content)
+    adapters = {
+        name: [
+            module.disable_adapters,
+            module.active_adapters,
+            module.merged_adapters,
+            getattr(module, "scaling", None),
+        ]
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+    }
+    digest.update(json.dumps([_of_logits(model.config.to_dict()), adapters], sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+def _of_logits(config: Any) -> Any:
+    if not isinstance(config, dict):
+        return config
+    return {
+        key: _of_logits(value)
+        for key, value in config.items()
+        if not (isinstance(key, str) and _NO_PART_OF_LOGITS.fullmatch(key))
+    }
+
+
+def _tensor_digest(tensor: torch.Tensor) -> bytes:
+    hasher = xxhash.xxh3_128()
+    flat = tensor.detach().reshape(-1)
+    step = max(1, _DIGEST_BYTES // max(1, flat.element_size()))
+    for start in range(0, flat.numel(), step):
+        part = flat[start : start + step].contiguous().cpu()
+        hasher.update(part.view(torch.uint8).numpy())
+    return hasher.digest()

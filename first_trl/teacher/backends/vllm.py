@@ -44,6 +44,10 @@ class VLLMBackend:
     short probe, and its log-probabilities must be those that the capture began with: a batch and the proof of who
     scored it come in the same answer. The tail is derived from the kept values, which the manifest notes.
 
+    Several requests are under way at a time, so that the server always has rows to put into its next forward. What
+    shares a forward depends on when requests arrive, and so may the last digits of a log-probability; a server started
+    with `VLLM_BATCH_INVARIANT=1` gives the same bits each time.
+
     Args:
         url (`str`):
             Address of the server, e.g. `"http://127.0.0.1:8000"`.
@@ -58,6 +62,8 @@ class VLLMBackend:
             How long a server that does not answer is waited for: long enough to restart it.
         timeout (`float`, *optional*, defaults to `600.0`):
             Seconds one request may take.
+        concurrency (`int`, *optional*, defaults to `8`):
+            Requests under way at a time.
     """
 
     ranks_per_teacher = 1
@@ -71,7 +77,10 @@ class VLLMBackend:
         api_key: str | None = None,
         retry_seconds: float = 900.0,
         timeout: float = 600.0,
+        concurrency: int = 8,
     ) -> None:
+        if concurrency < 1:
+            raise ValueError(f"`concurrency` must be at least 1, got {concurrency}.")
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("Give the vLLM server's address as 'http://host:port'.")
@@ -80,7 +89,7 @@ class VLLMBackend:
         self._url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}"
         self._api_key = api_key if api_key is not None else os.environ.get("VLLM_API_KEY")
         self._retry_seconds, self._timeout = retry_seconds, timeout
-        self.head_size = head_size
+        self.head_size, self.concurrency = head_size, concurrency
         served = self._request("/v1/models")["data"]
         names = [entry["id"] for entry in served]
         if model is None and len(names) != 1:
