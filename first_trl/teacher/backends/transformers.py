@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+import logging
 import os
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import transformers
 import xxhash
 from accelerate.utils import is_peft_model
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -21,6 +23,8 @@ from ...utils.processes import process_state
 from .base import Scores
 from .topk import draw_ids, top_k_and_tail
 
+
+logger = logging.getLogger(__name__)
 
 # Elements of the float32 blocks the logits are reduced in: a small share of the logits of the forward, so that peak
 # memory stays the forward's, within bounds that keep the device busy (4 MB) and the block small (128 MB).
@@ -31,6 +35,9 @@ _BLOCK_ELEMENTS = (2**20, 2**25)
 class TransformersBackend:
     """
     Score rows with a transformers model.
+
+    A batch that does not fit into memory is halved until it does, and later ones are cut to that size from the start:
+    the values are those of a smaller `max_tokens_per_batch`, which can differ in the last bits of float32. On a GPU only the hidden states of the wanted positions go through the head.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]):
@@ -61,6 +68,10 @@ class TransformersBackend:
         self.max_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         base = self.model.get_base_model() if is_peft_model(model) else self.model
         self._keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
+        # A CPU rounds a product of few rows otherwise than the same rows among many (float32, up to three rows were
+        # seen): there the head keeps seeing whole columns, and caches stay equal byte for byte
+        self._selects = self.model.get_output_embeddings().weight.device.type != "cpu"
+        self._most_tokens: int | None = None  # of a forward, padding included, once one did not fit
 
     def describe(self) -> tuple[dict[str, Any], dict[str, Any]]:
         config = self.model.config
@@ -86,7 +97,6 @@ class TransformersBackend:
     def confirm(self, teacher: dict[str, Any]) -> None:
         """The weights' digest is part of a capture's identity, which is compared already."""
 
-    @torch.inference_mode()
     def score(
         self,
         rows: list[np.ndarray],
@@ -95,10 +105,51 @@ class TransformersBackend:
         num_tokens: int,
         uniforms: list[np.ndarray] | None = None,
     ) -> list[Scores]:
-        logits, column_of = self._forward(rows, positions)
-        row_index = np.repeat(np.arange(len(rows)), [len(p) for p in positions])
-        # The logits that predict token t are those of position t - 1
-        columns = column_of[np.concatenate(positions) - 1]
+        longest, half = max(len(row) for row in rows), -(-len(rows) // 2)
+        if len(rows) == 1 or self._most_tokens is None or len(rows) * longest <= self._most_tokens:
+            try:
+                return self._score(rows, positions, k, num_tokens, uniforms)
+            except RuntimeError as error:
+                if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
+                    raise
+                # Not the error itself: its traceback holds the tensors of the forward
+                problem = str(error).partition("\n")[0]
+            clear_device_cache(garbage_collection=True)
+            if len(rows) == 1:
+                raise ValueError(
+                    f"The teacher runs out of memory on a single row of {longest} tokens, and no `max_tokens_per_batch` "
+                    "makes that smaller: set `max_length`, load the teacher in fewer bits, or spread it over devices "
+                    f"with `device_map`. ({problem})"
+                )
+            if self.ranks_per_teacher > 1:
+                raise ValueError(
+                    f"The teacher runs out of memory on {len(rows)} rows of up to {longest} tokens. The processes that "
+                    "hold it together cannot cut a batch alone: lower `max_tokens_per_batch` below "
+                    f"{len(rows) * longest}. ({problem})"
+                )
+            self._most_tokens = half * longest
+            logger.warning(
+                "%d rows of up to %d tokens do not fit into memory: going on with at most %d tokens at a time. Set "
+                "`max_tokens_per_batch=%d` to begin with that.",
+                len(rows), longest, self._most_tokens, self._most_tokens,
+            )  # fmt: skip
+        scores = []
+        for part in (slice(half), slice(half, None)):
+            drawn = None if uniforms is None else uniforms[part]
+            scores += self.score(rows[part], positions[part], k, num_tokens, drawn)
+        return scores
+
+    @torch.inference_mode()
+    def _score(
+        self,
+        rows: list[np.ndarray],
+        positions: list[np.ndarray],
+        k: int,
+        num_tokens: int,
+        uniforms: list[np.ndarray] | None,
+    ) -> list[Scores]:
+        row_of = np.repeat(np.arange(len(rows)), [len(p) for p in positions])
+        logits, row_index, columns = self._forward(rows, row_of, np.concatenate(positions) - 1)
         num_draws = uniforms[0].shape[1] if uniforms else 0
         flat_uniforms = torch.from_numpy(np.concatenate(uniforms)) if uniforms else None
         vocabulary = logits.shape[-1]
@@ -116,7 +167,7 @@ class TransformersBackend:
         ids, logprobs, tail, draws = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
         broken = np.isnan(tail) | ~np.isfinite(logprobs[:, 0])
         if broken.any():
-            row = rows[row_index[np.flatnonzero(broken)[0]]]
+            row = rows[row_of[np.flatnonzero(broken)[0]]]
             raise ValueError(
                 f"The teacher's logits are NaN or infinite on the row of {len(row)} tokens that starts with "
                 f"{row[:8].tolist()}. Load it in bfloat16 or float32, and check its weights."
@@ -125,8 +176,10 @@ class TransformersBackend:
         slices = [slice(end - len(p), end) for p, end in zip(positions, ends, strict=True)]
         return [Scores(ids[s], logprobs[s], tail[s], draws[s] if num_draws else None) for s in slices]
 
-    def _forward(self, rows: list[np.ndarray], positions: list[np.ndarray]) -> tuple[torch.Tensor, np.ndarray]:
-        """Logits of shape `(rows, columns, V)`, and the column of each position."""
+    def _forward(
+        self, rows: list[np.ndarray], row_index: np.ndarray, columns: np.ndarray
+    ) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+        """Logits of shape `(., ., V)`, and where in them those of each wanted `(row, column)` are."""
         device = self.model.get_input_embeddings().weight.device
         longest = max(len(row) for row in rows)
         input_ids = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -134,21 +187,45 @@ class TransformersBackend:
         for index, row in enumerate(rows):
             input_ids[index, : len(row)] = torch.from_numpy(row.astype(np.int64))
             attention_mask[index, : len(row)] = 1
-        kwargs: dict[str, Any] = {}
-        column_of = np.arange(longest)
-        if self._keeps_logits:
-            needed = np.unique(np.concatenate(positions)) - 1
-            kwargs["logits_to_keep"] = torch.from_numpy(needed).to(device)
-            column_of[needed] = np.arange(len(needed))
+        inputs: dict[str, Any] = {
+            "input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device), "use_cache": False
+        }  # fmt: skip
         training = self.model.training
         self.model.eval()
         try:
-            logits = self.model(
-                input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False, **kwargs
-            ).logits
+            if self._selects:
+                logits = self._select(inputs, row_index, columns)
+                if logits is not None:
+                    return logits, np.zeros_like(row_index), np.arange(len(columns))
+                self._selects = False
+            if self._keeps_logits:
+                needed, columns = np.unique(columns, return_inverse=True)
+                inputs["logits_to_keep"] = torch.from_numpy(needed).to(device)
+            return self.model(**inputs).logits, row_index, columns
         finally:
             self.model.train(training)
-        return logits, column_of
+
+    def _select(self, inputs: dict[str, Any], row_index: np.ndarray, columns: np.ndarray) -> torch.Tensor | None:
+        """
+        Logits `(1, N, V)` of the wanted positions, which alone go through the head; what the model does to logits it
+        does to these. `None` where the model calls its head in a way of its own.
+        """
+        rows, longest = inputs["input_ids"].shape
+
+        def keep(module: Any, args: tuple[Any, ...]) -> Any:
+            hook.remove()  # a second call would be for something else
+            if not args or args[0].shape[:2] != (rows, longest):
+                return None
+            where = (torch.from_numpy(index).to(args[0].device) for index in (row_index, columns))
+            return (args[0][tuple(where)][None], *args[1:])
+
+        # Before the hooks of tensor parallelism, which split what the head gets
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(keep, prepend=True)
+        try:
+            logits = self.model(**inputs).logits
+        finally:
+            hook.remove()
+        return logits if logits.shape[:2] == (1, len(columns)) else None
 
 
 # Bytes of a tensor that are copied from its device at once
