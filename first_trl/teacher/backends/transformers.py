@@ -293,5 +293,5 @@ def _tensor_digest(tensor: torch.Tensor) -> bytes:
     step = max(1, _DIGEST_BYTES // max(1, flat.element_size()))
     for start in range(0, flat.numel(), step):
         part = flat[start : start + step].contiguous().cpu()
-        hasher.update(part.view(torch.uint8).numpy())
+        hasher.update(part.view(torch.uint8).numpy().data)
     return hasher.digest()
