@@ -121,10 +121,8 @@ def test_missing_file_and_answers_of_two_tokens(tmp_path, capsys, stories):
     assert main(["run", "commonsense_qa", f"task.path={tmp_path}/absent.jsonl", *common]) == 2
     assert "absent.jsonl" in capsys.readouterr().err
     fixture = SMOKE_DATA / "commonsense_qa"
-    assert main(["run", "commonsense_qa", f"task.path={fixture}", *common, "--stage", "data"]) == 0
-    model_options = ["teacher.init_kwargs={}", "student.init_kwargs={}", "teacher.sft=null", "task.max_length=512"]
-    status = main(["run", "commonsense_qa", f"task.path={fixture}", *common, *model_options])
-    assert status == 2
+    # Said before any teacher is trained
+    assert main(["run", "commonsense_qa", f"task.path={fixture}", *common, "--stage", "data"]) == 2
     assert "tokens behind the prompt" in capsys.readouterr().err
 
 
