@@ -130,7 +130,10 @@ def front_tokens(processing_class: PreTrainedTokenizerBase, texts: Sequence[str]
     """
     special = set(processing_class.all_special_ids)
     for probe in texts:
-        bare = list(processing_class(str(probe), add_special_tokens=False)["input_ids"]) if probe else []
+        try:
+            bare = list(processing_class(str(probe), add_special_tokens=False)["input_ids"]) if probe else []
+        except Exception:
+            continue
         # A text of special tokens alone cannot be told from those that are put around it
         if any(token not in special for token in bare):
             break
