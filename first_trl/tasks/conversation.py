@@ -130,7 +130,23 @@ def _message(message: Any, template: str) -> dict[str, Any]:
     if not isinstance(role, str) or not role.strip():
         raise ValueError(f"a message has no `role` (it has {', '.join(read) or 'nothing'}).")
     read["role"] = _role(role, template)
+    if isinstance(read.get("content"), list):
+        read["content"] = _content(read["content"], template)
     return read
+
+
+def _content(parts: list[Any], template: str) -> Any:
+    """Content in parts, as a text for templates that do not look into them: they would write the list itself."""
+    if re.search(r"""['".]text\b""", template):
+        return parts
+    texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
+    known = [text for text in texts if isinstance(text, str)]
+    if len(known) < len(texts):
+        raise ValueError(
+            "a message has content in parts, not all of them texts, and the chat template does not look into parts. Give "
+            "the content as one text, or use a template that reads parts."
+        )
+    return "".join(known)
 
 
 def _role(role: str, template: str) -> str:
