@@ -26,6 +26,7 @@ from .tasks.base import list_tasks as list_tasks
 from .tasks.decision import save_decision_config as save_decision_config
 from .teacher.capture import add_teacher_topk as add_teacher_topk
 from .training.config import FirstDistillConfig as FirstDistillConfig
+from .training.sft import FirstSFTTrainer as FirstSFTTrainer
 from .training.token_dropout import TokenDropoutSFTTrainer as TokenDropoutSFTTrainer
 from .training.trainer import FirstDistillTrainer as FirstDistillTrainer
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,15 @@ def store_recalibration(folder: str | os.PathLike[str], split: str, method: str,
     manifest = load_manifest(folder, split)
     manifest.recalibration[method] = fit
     write_atomically(manifest_path(folder, split), manifest.to_json())
+
+
+def forget_recalibrations(folder: str | os.PathLike[str], split: str, keep: Iterable[str] = ()) -> None:
+    """Remove the fits of other methods than `keep` from a cache's manifest."""
+    manifest = load_manifest(folder, split)
+    kept = {method: fit for method, fit in manifest.recalibration.items() if method in set(keep)}
+    if kept != manifest.recalibration:
+        manifest.recalibration = kept
+        write_atomically(manifest_path(folder, split), manifest.to_json())
 
 
 def load_teacher_cache(

@@ -1,7 +1,7 @@
 """Checks on the rows of a teacher cache: structure, numbers, digests, tokenizer."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -13,7 +13,8 @@ from .schema import CACHE_ID, DRAW_IDS, REQUIRED_COLUMNS, CacheBatch, DrawBatch,
 
 
 # Largest |1 - (kept mass + tail mass)| that rounding explains: float16 keeps 11 bits of a log-probability, so a
-# probability near exp(-1) is off by up to 2^-12 relative, and the errors of k entries can add up.
+# probability near exp(-1) is off by up to 2^-12 relative, and the errors of k entries can add up. A column that was cast
+# to a wider type afterwards is as exact as what was stored.
 _MASS_TOLERANCE = {"float16": 4e-3, "float32": 1e-4, "float64": 1e-4}
 
 
@@ -170,7 +171,13 @@ def check_batch(
             found.k = int(batch.topk_lengths[0])
         wrong = np.flatnonzero((batch.topk_lengths != found.k) | (batch.logprob_lengths != found.k))
         if len(wrong):
-            fail(int(row_of_entry[wrong[0]]), f"a position holds another number of entries than {found.k}.")
+            other = int(batch.topk_lengths[wrong[0]])
+            fail(
+                int(row_of_entry[wrong[0]]),
+                f"a position holds another number of entries than {found.k}: {other}. Caches of different k cannot be "
+                "trained on together, and `top_k` cuts them only when they are apart: capture both with one k, and "
+                "give a smaller `top_k` to the training where that is wanted.",
+            )
         if found.k < 1:
             fail(int(row_of_entry[0]), "a position holds no entry (k = 0).")
         found.kept_mass = found.kept_mass + _check_numbers(batch, found.k, row_of_entry, head_size, fail)
@@ -179,13 +186,31 @@ def check_batch(
     elif found.num_draws:
         fail(0, f"column `{DRAW_IDS}` is gone, the manifest says {found.num_draws} draws. Keep the draw columns.")
 
-    wrong = np.flatnonzero(batch.row_digests() != batch.digests)
+    wrong = np.flatnonzero(~_digests_match(batch))
     if len(wrong):
         fail(
             int(wrong[0]),
             "its contents differ from what was captured (digest mismatch): tokens, labels, ids, log-probabilities or "
             f"`{TEACHER_HAS_GOLD}` were edited, damaged, or exchanged with another row's. Pull or capture the cache again.",
         )
+
+
+def _narrowed(values: np.ndarray, dtype: Any) -> np.ndarray | None:
+    """The values in a narrower type, `None` where that type does not hold them exactly."""
+    with np.errstate(over="ignore"):
+        narrow = values.astype(dtype)
+    return narrow if np.array_equal(narrow.astype(values.dtype), values) else None
+
+
+def _digests_match(batch: CacheBatch) -> np.ndarray:
+    """Whether each row has its digest, in the type of its log-probabilities or in the one they were cast from."""
+    match = np.asarray(batch.row_digests() == batch.digests)
+    for dtype in (np.float16, np.float32):
+        if not match.all() and batch.logprobs.dtype.itemsize > np.dtype(dtype).itemsize:
+            narrow = _narrowed(batch.logprobs, dtype)
+            if narrow is not None:
+                match |= replace(batch, logprobs=narrow).row_digests() == batch.digests
+    return match
 
 
 def _check_draws(
@@ -252,7 +277,8 @@ def _check_numbers(
             fail(int(row_of_entry[entry]), what)
     probabilities = np.exp(logprobs)
     mass = probabilities.sum(axis=1) + np.exp(tail)
-    entry = first(np.abs(mass - 1) > _MASS_TOLERANCE[stored_dtype] * max(1.0, k / 16))
+    written_dtype = "float16" if _narrowed(batch.logprobs, np.float16) is not None else stored_dtype
+    entry = first(np.abs(mass - 1) > _MASS_TOLERANCE[written_dtype] * max(1.0, k / 16))
     if entry is not None:
         fail(
             int(row_of_entry[entry]),

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from ..utils.extras import MissingExtra
+from ..utils.errors import explain
 from ..utils.versions import __version__
 
 
@@ -43,8 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             return module.main(args)
-    except (ValueError, MissingExtra) as error:
-        print(f"first-trl: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\nfirst-trl: interrupted; run the same command again to continue.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        said = explain(error)
+        if said is None:
+            raise
+        print(f"first-trl: {said}", file=sys.stderr)
         return 2
 
 

@@ -24,6 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("cache", "share the teacher cache too (default: the recipe's `hub`, else yes)"),
     ):
         parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=None, help=text)
+    parser.add_argument(
+        "--base",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="upload the base of adapters where it is on this machine alone",
+    )
     parser.add_argument("--prefix", help="name of the repositories, before the arm (default: the recipe's name)")
     parser.add_argument(
         "--license", help="licence of models that inherit none, as the Hub writes it (e.g. apache-2.0)"
@@ -45,6 +51,7 @@ def main(args: argparse.Namespace) -> int:
         args.namespace,
         arms=args.arms,
         cache=args.cache,
+        base=args.base,
         private=args.private,
         prefix=args.prefix,
         license=args.license,

@@ -116,6 +116,11 @@ class TrainingFolder:
         return self.path / "selection.json"
 
     @property
+    def probe(self) -> Path:
+        """Log-probabilities of a few rows, by which a server that holds this model is known."""
+        return self.path / "probe.json"
+
+    @property
     def versions(self) -> Path:
         """Libraries of the training."""
         return self.path / VERSIONS

@@ -33,10 +33,16 @@ _RESERVED = (
     "add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "return_tensors",
     "return_assistant_tokens_mask", "padding", "truncation", "max_length", "conversation",
 )  # fmt: skip
-_TAG = "(?:think|thinking|thought|reasoning)"
-_OPEN = re.compile(rf"<{_TAG}>\s*\Z")
-_EMPTY_BLOCK = re.compile(rf"\s*(?:<{_TAG}>\s*)?</{_TAG}>\s*")
-_BLOCK_AT_END = re.compile(rf"<{_TAG}>\s*(?:</{_TAG}>\s*)?\Z")
+# <think>, <seed:think>, <|START_THINKING|>, <|begin_of_thought|>, [THINK], and how they end
+_NAME = "(?i:think|thinking|thoughts?|reasoning)"
+_START = rf"(?:<\|?(?i:(?:start|begin)_(?:of_)?|\w+:)?{_NAME}\|?>|\[{_NAME}\]|◁{_NAME}▷)"
+_END = rf"(?:<\|?(?i:/(?:\w+:)?|end_(?:of_)?){_NAME}\|?>|\[/{_NAME}\]|◁/{_NAME}▷)"
+_OPEN = re.compile(rf"{_START}\s*\Z")
+_EMPTY_BLOCK = re.compile(rf"\s*(?:{_START}\s*)?{_END}\s*")
+_BLOCK_AT_END = re.compile(rf"{_START}\s*(?:{_END}\s*)?\Z")
+# Arguments by which templates close the block in front of an answer
+_SWITCHES = {"enable_thinking": False, "thinking": False, "reasoning": False, "thinking_budget": 0}
+_PROBE = "answer"
 
 
 def check_template_arguments(arguments: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -124,7 +130,23 @@ def _message(message: Any, template: str) -> dict[str, Any]:
     if not isinstance(role, str) or not role.strip():
         raise ValueError(f"a message has no `role` (it has {', '.join(read) or 'nothing'}).")
     read["role"] = _role(role, template)
+    if isinstance(read.get("content"), list):
+        read["content"] = _content(read["content"], template)
     return read
+
+
+def _content(parts: list[Any], template: str) -> Any:
+    """Content in parts, as a text for templates that do not look into them: they would write the list itself."""
+    if re.search(r"""['".]text\b""", template):
+        return parts
+    texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
+    known = [text for text in texts if isinstance(text, str)]
+    if len(known) < len(texts):
+        raise ValueError(
+            "a message has content in parts, not all of them texts, and the chat template does not look into parts. Give "
+            "the content as one text, or use a template that reads parts."
+        )
+    return "".join(known)
 
 
 def _role(role: str, template: str) -> str:
@@ -223,8 +245,9 @@ def prompt_text(
 ) -> str:
     """
     The text of a prompt up to where its answer begins. A text is itself; a conversation ends with the generation
-    prompt. Where that opens a thinking block, the template is asked to close it with `enable_thinking=False`, unless
-    `chat_template_kwargs` says otherwise.
+    prompt. Where that opens a thinking block, the template is asked to close it (`enable_thinking=False`, or the name
+    that it has for that), unless `chat_template_kwargs` says otherwise. Special tokens that the template writes between
+    the generation prompt and an answer, as the name of a channel, belong to the prompt.
 
     Raises:
         `ValueError`: as [`render`]; also when the thinking block cannot be closed.
@@ -233,7 +256,7 @@ def prompt_text(
         return prompt
     options = check_template_arguments(chat_template_kwargs)
     text, options = _generation_prompt(processing_class, prompt, tools, None, options)
-    if opens_thinking(text) and "enable_thinking" not in options:
+    if opens_thinking(text) and not options.keys() & _SWITCHES.keys():
         raise ValueError(
             f"the chat template ends the prompt with {text[-20:]!r}: what follows is a thought, not the answer. Turn "
             "thinking off with the template's argument in `chat_template_kwargs`, or give the prompt as a text that "
@@ -258,11 +281,34 @@ def _generation_prompt(
         )
 
     text = write(options)
-    if opens_thinking(text) and "enable_thinking" not in options:
-        closed = write(options | {"enable_thinking": False})
-        if not opens_thinking(closed):
-            return closed, options | {"enable_thinking": False}
+    if opens_thinking(text) and not options.keys() & _SWITCHES.keys():
+        for name, off in _SWITCHES.items():
+            closed = write(options | {name: off})
+            if not opens_thinking(closed):
+                text, options = closed, options | {name: off}
+                break
+    if opens_thinking(text):
+        return text, options
+    answer = {"role": "assistant", "content": _PROBE}
+    try:
+        whole = render(
+            processing_class,
+            [*prompt, answer],
+            tools=tools,
+            chat_template=chat_template,
+            chat_template_kwargs=options,
+        )
+    except ValueError:  # a prompt that ends with the assistant's own words
+        return text, options
+    lead, found, _ = whole[len(text) :].partition(_PROBE)
+    if whole.startswith(text) and found and any(token in lead for token in _special_texts(processing_class)):
+        text = text + lead
     return text, options
+
+
+def _special_texts(processing_class: Any) -> set[str]:
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    return {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
 
 
 def answered_text(
@@ -328,4 +374,4 @@ def _has_reasoning(message: Mapping[str, Any]) -> bool:
     if any(message.get(name) for name in ("reasoning_content", "reasoning", "thinking")):
         return True
     content = message.get("content", message.get("value"))
-    return isinstance(content, str) and re.search(rf"</?{_TAG}>", content) is not None
+    return isinstance(content, str) and re.search(rf"{_START}|{_END}", content) is not None

@@ -120,18 +120,20 @@ def encode_texts(processing_class: PreTrainedTokenizerBase, texts: Sequence[str]
     ]
 
 
-def front_tokens(processing_class: PreTrainedTokenizerBase, texts: Sequence[str] = ()) -> list[int]:
+def front_tokens(processing_class: PreTrainedTokenizerBase, texts: Sequence[str] = ("a",)) -> list[int]:
     """
     Special tokens that the tokenizer puts in front of a text.
 
     Args:
         processing_class ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer.
-        texts (`Sequence[str]`, *optional*): Texts that the tokenizer can read; one of them is looked at. Without them,
-            a token of its vocabulary.
+        texts (`Sequence[str]`, *optional*): Texts that the tokenizer can read; one of them is looked at.
     """
     special = set(processing_class.all_special_ids)
-    for probe in texts or _some_texts(processing_class):
-        bare = list(processing_class(str(probe), add_special_tokens=False)["input_ids"]) if probe else []
+    for probe in texts:
+        try:
+            bare = list(processing_class(str(probe), add_special_tokens=False)["input_ids"]) if probe else []
+        except Exception:
+            continue
         # A text of special tokens alone cannot be told from those that are put around it
         if any(token not in special for token in bare):
             break
@@ -146,13 +148,6 @@ def front_tokens(processing_class: PreTrainedTokenizerBase, texts: Sequence[str]
         f"{with_special[:20]} with them and {bare[:20]} without. Use a tokenizer whose special tokens leave the text's "
         "own alone."
     )
-
-
-def _some_texts(processing_class: PreTrainedTokenizerBase) -> list[str]:
-    """Texts that any tokenizer can read, one without an unknown token too: a few of its own tokens."""
-    special = set(processing_class.all_special_ids)
-    ordinary = [token for token in range(min(len(processing_class), 1000)) if token not in special]
-    return [text for token in ordinary[-8:] if (text := str(processing_class.decode([token])).strip())]
 
 
 def _around_nothing(processing_class: PreTrainedTokenizerBase) -> list[int]:

@@ -22,6 +22,26 @@ _PER_TOKEN = (
 )
 
 
+_OF_TOKENIZER = ("special_tokens_mask", "mm_token_type_ids")
+
+
+def refuse_unknown_masks(dataset: Dataset) -> None:
+    """
+    Refuse tokenised rows without labels whose mask has a name that is not read: all their tokens would be supervised.
+
+    Raises:
+        `ValueError`: naming the columns.
+    """
+    columns = dataset.column_names
+    known = (COMPLETION_MASK, ASSISTANT_MASKS, ATTENTION_MASK, *_OF_TOKENIZER)
+    unknown = [name for name in columns if name.endswith(("mask", "masks")) and name not in known]
+    if unknown and LABELS not in columns and not {COMPLETION_MASK, ASSISTANT_MASKS} & set(columns):
+        raise ValueError(
+            f"The rows have `input_ids`, no `labels`, and {unknown}, which is not read as a mask of what is supervised. "
+            f"Rename it to `{COMPLETION_MASK}` or `{ASSISTANT_MASKS}` (1 = supervised), or remove the column."
+        )
+
+
 def remove_padding(dataset: Dataset, num_proc: int | None) -> Dataset:
     """
     Rows without the tokens that `attention_mask` masks, on the left and on the right. Without such a column, or where

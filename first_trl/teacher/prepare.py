@@ -13,7 +13,7 @@ from ..tasks.conversation import check_template_arguments
 from ..tasks.encode import encode_prompts, filler_token_id
 from ..vocabulary import IGNORE_INDEX, TEACHER_HAS_GOLD
 from .conversations import CHAT_TEMPLATE_KWARGS, DIVERGED, MESSAGES, tokenize_conversations, writable_columns
-from .padding import COMPLETION_MASK, check_padding, remove_padding
+from .padding import COMPLETION_MASK, check_padding, refuse_unknown_masks, remove_padding
 from .text_cells import text_columns
 
 
@@ -73,6 +73,7 @@ def prepare_rows(
             INPUT_IDS in columns and COMPLETION_MASK in columns
         )
     if INPUT_IDS in columns:
+        refuse_unknown_masks(dataset)
         dataset = remove_padding(dataset, num_proc)
         if LABELS in columns:
             check_padding(dataset, processing_class)

@@ -8,8 +8,9 @@ import torch
 from datasets import Dataset, concatenate_datasets, load_dataset, load_from_disk
 
 from first_trl import add_teacher_topk, load_teacher_cache, verify_teacher_cache
+from first_trl.cache.folder import forget_recalibrations, load_manifest, store_recalibration
 from first_trl.cache.manifest import Manifest, attach_manifest, read_manifest
-from first_trl.cache.schema import REQUIRED_COLUMNS, flatten_cache
+from first_trl.cache.schema import REQUIRED_COLUMNS, flatten_cache, iterate_batches
 from tests.support.tiny import VOCAB, tiny_cache, tiny_llama, tiny_rows, tiny_tokenizer
 
 
@@ -272,3 +273,41 @@ def test_an_edited_manifest_is_refused(folder, cache, edit, message):
 def test_what_is_no_manifest_says_so(text):
     with pytest.raises(ValueError, match="Not a teacher-cache manifest"):
         Manifest.from_json(text)
+
+
+def test_a_column_widened_after_the_capture_is_as_exact_as_what_was_stored():
+    """`cast` to float32 must not call float16's rounding a wrong softmax."""
+    from datasets import List, Value
+
+    rows = Dataset.from_list(tiny_rows(40, seed=3))
+    cache = add_teacher_topk(rows, tiny_llama(), tiny_tokenizer(), k=VOCAB)
+    for dtype in ("float32", "float64"):
+        features = cache.features.copy()
+        features["teacher_topk_logprobs"] = List(List(Value(dtype)))
+        wide = cache.cast(features)
+        batch = next(iterate_batches(wide, len(wide)))
+        masses = np.exp(batch.logprobs.astype(np.float64)).reshape(-1, VOCAB).sum(1) + np.exp(batch.tail_logprob)
+        assert np.abs(masses - 1).max() > 1e-4
+        verify_teacher_cache(wide)
+        edited = wide.map(
+            lambda row: {
+                "teacher_topk_logprobs": [[v - 1e-6 for v in entry] for entry in row["teacher_topk_logprobs"]]
+            }
+        )
+        with pytest.raises(ValueError, match="Row 0 of the teacher cache"):
+            verify_teacher_cache(edited)
+
+
+def test_concatenated_caches_of_different_k_name_the_mend():
+    rows = Dataset.from_list(tiny_rows(4))
+    caches = [add_teacher_topk(rows, tiny_llama(), tiny_tokenizer(), k=k) for k in (4, 6)]
+    with pytest.raises(ValueError, match=r"Row 4 .*number of entries than 4: 6.*`top_k`"):
+        verify_teacher_cache(concatenate_datasets(caches))
+
+
+def test_fits_of_methods_that_are_no_longer_wanted_leave_the_manifest(tmp_path):
+    add_teacher_topk(Dataset.from_list(tiny_rows(4)), tiny_llama(), tiny_tokenizer(), output_dir=tmp_path)
+    for method in ("temperature", "probability_temperature"):
+        store_recalibration(tmp_path, "train", method, {"value": 1.0})
+    forget_recalibrations(tmp_path, "train", ["temperature"])
+    assert set(load_manifest(tmp_path, "train").recalibration) == {"temperature"}

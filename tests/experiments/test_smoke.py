@@ -257,7 +257,11 @@ def test_models_trainings_and_folder(tmp_path):
         teachers={"cross": TeacherSpec(sft={"num_train_epochs": 9}, folds=8, fold_by="id")},
         capture=CaptureSpec(k=7, vllm_url="http://localhost:8000", vllm_model="m"),
     )
-    assert (recipe.teacher.name_or_path, recipe.teacher.init_kwargs, recipe.teacher.select) == (None, {}, "nll")
+    assert (recipe.teacher.name_or_path, recipe.teacher.init_kwargs, recipe.teacher.select) == (
+        None,
+        {"dtype": "bfloat16"},
+        "nll",
+    )
     assert recipe.teacher.sft is not None and recipe.teacher.sft["max_steps"] == 3 and recipe.student.sft is None
     assert recipe.teacher.lora == {"r": 4, "lora_alpha": 128, "target_modules": ["q_proj"]}
     assert recipe.training == {

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from safetensors.torch import load_file
 
 from first_trl import FirstDistillTrainer
 from tests.support.distributed_steps import DDP_ESTIMATORS, HELD_OUT, SHAPES, SHARDED, held_out, step
@@ -22,12 +23,12 @@ CONFIGS = ROOT / "recipes" / "accelerate"
 torch.set_num_threads(1)
 
 
-def launch(*command, check=True, **variables):
+def launch(*command, check=True, folder=ROOT, **variables):
     environment = {
         **os.environ, "HF_HUB_DISABLE_TELEMETRY": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **variables,
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500
+        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=500
     )
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
@@ -119,6 +120,21 @@ def test_zero3_equals_one_process(name, zero3, tmp_path):
     assert set(two["weights"]) == set(one["weights"])
     for weight, tensor in one["weights"].items():
         torch.testing.assert_close(two["weights"][weight], tensor, rtol=1e-5, atol=1e-5, msg=weight)
+
+
+@pytest.mark.slow
+def test_a_run_completes_under_zero3(tmp_path):
+    """Trainings are split, and captures and evaluations between them read whole models."""
+    pytest.importorskip("deepspeed", reason="ZeRO-3 needs `pip install deepspeed`")
+    launch(
+        "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "zero3.yaml"), "--mixed_precision", "no",
+        "--main_process_port", str(free_port()), "-m", "first_trl", "run", "quickstart", "--smoke",
+        folder=tmp_path, DS_ACCELERATOR="cpu", PYTHONPATH=str(ROOT),
+    )  # fmt: skip
+    run = tmp_path / "outputs" / "smoke" / "quickstart"
+    assert (run / "report" / "report.md").is_file()
+    weights = load_file(run / "students" / "first" / "model" / "model.safetensors")
+    assert all(tensor.numel() > 0 and torch.isfinite(tensor).all() for tensor in weights.values())
 
 
 def train(folder, stop=None, resume=False):

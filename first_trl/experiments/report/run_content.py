@@ -51,7 +51,22 @@ def write_run_parts(run: RunContent) -> list[Part]:
         parts += [Heading(2, "What these numbers show, and what they do not"), Items(notes)]
     parts += [Heading(2, "Rows"), _row_table(run.counts)]
     seconds = sum(entry["seconds"] for entry in run.timings)
-    return [*parts, Paragraph(f"Time of all units, kept ones included: {seconds:.0f} s.")]
+    parts.append(Paragraph(f"Time of all units, kept ones included: {seconds:.0f} s."))
+    if mixed := mixed_units(run.timings):
+        parts.append(Paragraph(mixed))
+    return parts
+
+
+def mixed_units(timings: Sequence[Mapping[str, Any]]) -> str | None:
+    """One line where units were made with different libraries, devices or numbers of processes."""
+    found: dict[str, dict[str, None]] = {}
+    for entry in timings:
+        for name, value in (entry.get("made_with") or {}).items():
+            found.setdefault(name, {})[str(value)] = None
+    differing = [f"{name} {' and '.join(values)}" for name, values in found.items() if len(values) > 1]
+    if not differing:
+        return None
+    return f"Units of this run were not all made alike: {'; '.join(differing)}. Their `unit.json` says which is which."
 
 
 def _role_parts(run: RunContent, role: str, index: int) -> list[Part]:

@@ -37,6 +37,7 @@ def push_run(
     *,
     arms: list[str] | None = None,
     cache: bool | None = None,
+    base: bool = True,
     private: bool | None = None,
     prefix: str | None = None,
     license: str | None = None,
@@ -62,6 +63,9 @@ def push_run(
         cache (`bool`, *optional*):
             Whether to push the teacher cache, and those of further teachers that the students learned from; without a
             word in the recipe it is. Caches made in folds stay with the run.
+        base (`bool`, *optional*, defaults to `True`):
+            Whether the base of adapters, where it is on this machine alone, is pushed too. Without it the adapters
+            name a base that nobody else can load.
         private (`bool`, *optional*):
             Visibility of repositories that are created. `True` for one that exists and is public is an error.
         prefix (`str`, *optional*):
@@ -131,7 +135,12 @@ def push_run(
         )
         record(name, commit)
     adapters = [arm for arm in students if found.student(arm).is_adapter]
-    if adapters and found.base_folder is not None:
+    if adapters and found.base_folder is not None and base:
+        print(
+            f"The base of {', '.join(adapters)} is on this machine alone and is uploaded as {repo_ids['base']} (--no-base "
+            "leaves it out).",
+            flush=True,
+        )
         card = run_model_card(found, None, repo_ids["base"], license, token)
         with _staged(found.base_folder, {"README.md": card}) as folder:
             record("base", push_folder(folder, repo_ids["base"], commit_message="Base of the adapters", **options))

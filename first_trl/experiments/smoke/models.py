@@ -50,7 +50,9 @@ def tiny_model(spec: ModelSpec, place: str) -> ModelSpec:
     family = _text_family(spec.architecture or _cached_family(str(spec.name_or_path), place), place)
     tiny = tiny_config(family)
     kept = {key: value for key, value in spec.config.items() if isinstance(value, bool | float) and key not in tiny}
-    return ModelSpec(architecture=family, config={**kept, **tiny})
+    # A type that is named shows what it does to trainings; "auto" is that of the checkpoint
+    dtype = {key: value for key, value in spec.init_kwargs.items() if key == "dtype" and value != "auto"}
+    return ModelSpec(architecture=family, config={**kept, **tiny}, init_kwargs=dtype)
 
 
 def tiny_config(family: str) -> dict[str, Any]:

@@ -16,7 +16,9 @@ from ...teacher.capture import add_teacher_topk
 from ..recipe import Recipe
 from ..run_folder import cache_unit, read_json, teacher_unit
 from .context import RunContext
-from .teachers import Teacher, fold_numbers, teacher_model, teachers
+from .probe import check_served, probe_rows, token_logprobs, write_probe
+from .teachers import Teacher, base_model, fold_numbers, teacher_model, teachers
+from .training import place
 from .units import Unit
 
 
@@ -84,12 +86,25 @@ def _served_teacher(run: RunContext, teacher: Teacher, url: str, served: str | N
             f"teacher={folder}\n(and capture.vllm_model=teacher)"
         )
     try:
-        return VLLMBackend(url, served)
+        server = VLLMBackend(url, served)
     except OSError as error:
         raise ValueError(
             f"No vLLM server answers at {url} ({error}). Serve the teacher, for example with\n  {how}\nand run the same "
             "command again: what is finished is kept."
         ) from None
+    if teacher.sft is not None:
+        _check_served(run, teacher, server, url, how)
+    return server
+
+
+def _check_served(run: RunContext, teacher: Teacher, server: VLLMBackend, url: str, how: str) -> None:
+    path = run.folder.teacher(teacher.name).probe
+    if run.is_main and not path.is_file():  # trained before the recipe named a server
+        probe = probe_rows(run.folder.load_tokens("train"))
+        before = token_logprobs(place(base_model(run, "teacher")), probe)
+        write_probe(path, probe, before, token_logprobs(teacher_model(run, teacher), probe))
+    run.workspace.state.wait_for_everyone()
+    check_served(path, server, url, how)
 
 
 def _selection_note(chosen: dict[str, Any]) -> str:

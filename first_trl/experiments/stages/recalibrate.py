@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ...cache.folder import store_recalibration
+from ...cache.folder import forget_recalibrations, load_manifest, store_recalibration
 from ...recalibration import fit_recalibration
 from ...utils.files import write_json
 from ..recipe import ArmSpec, Recipe
@@ -66,7 +66,7 @@ def recalibration_units(run: RunContext) -> Iterator[Unit]:
     spec = run.recipe.recalibration
     for teacher in teachers(run.recipe):
         wanted = fits(run.recipe, teacher)
-        if not wanted:
+        if not wanted and not _holds_fits(run, teacher):
             continue
         inputs = {
             "fits": wanted,
@@ -82,7 +82,11 @@ def _fit(run: RunContext, teacher: Teacher, folder: Path) -> None:
         return
     spec = run.recipe.recalibration
     validation = load_cache(run, teacher, "validation")
-    for fit in fits(run.recipe, teacher):
+    wanted = fits(run.recipe, teacher)
+    # A fit of a method that the recipe no longer names must not travel with the cache
+    for cache in [] if teacher.folds is not None else run.folder.caches(teacher.name, None, "train"):
+        forget_recalibrations(cache, "train", _stored_methods(run.recipe, wanted))
+    for fit in wanted:
         found = fit_recalibration(
             validation,
             method=fit.method,
@@ -94,7 +98,7 @@ def _fit(run: RunContext, teacher: Teacher, folder: Path) -> None:
             n_bins=spec.n_bins,
             seed=run.recipe.seed,
         )
-        plain = fit == Fit(fit.method, objective=spec.objective)
+        plain = fit.method in _stored_methods(run.recipe, [fit])
         # Where `recalibration_value=None` finds it, for whoever trains from the cache alone
         if plain and teacher.folds is None:
             for cache in run.folder.caches(teacher.name, None, "train"):
@@ -105,6 +109,17 @@ def _fit(run: RunContext, teacher: Teacher, folder: Path) -> None:
             f"    {path.stem}: {found.recalibration.value:g}, teacher's validation ECE "
             f"{100 * found.raw.ece:.1f} -> {100 * found.chosen.ece:.1f}"
         )
+
+
+def _holds_fits(run: RunContext, teacher: Teacher) -> bool:
+    caches = [] if teacher.folds is not None else run.folder.caches(teacher.name, None, "train")
+    return any(load_manifest(cache, "train").recalibration for cache in caches)
+
+
+def _stored_methods(recipe: Recipe, wanted: list[Fit]) -> list[str]:
+    """Methods whose plain fit is kept with the cache."""
+    objective = recipe.recalibration.objective
+    return [fit.method for fit in wanted if fit == Fit(fit.method, objective=objective)]
 
 
 def fitted_value(run: RunContext, arm: ArmSpec) -> float | Unknown | None:

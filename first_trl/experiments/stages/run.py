@@ -1,12 +1,15 @@
 """Running a recipe: all stages, for each of its runs."""
 
 import gc
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import datasets
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from transformers.utils import logging as hf_logging
 
 from ...utils.files import write_atomically
@@ -36,6 +39,32 @@ def run_recipe(recipe: Recipe, stage: str | None = None) -> Path:
     if stage is not None and stage not in STAGES:
         raise ValueError(f"Unknown stage {stage!r}.{nearest(stage, STAGES)}")
     runs = cells(recipe)
+    with one_at_a_time([run.folder for run in runs]):
+        return _run_all(recipe, runs, stage)
+
+
+@contextmanager
+def one_at_a_time(folders: list[Path]) -> Iterator[None]:
+    """
+    Hold the lock of every run's folder; it is released when the process ends, however that is.
+
+    Raises:
+        `ValueError`: Another process runs a recipe in one of them.
+    """
+    with ExitStack() as stack:
+        for folder in folders if process_state().is_main_process else []:
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(FileLock(folder / ".lock", timeout=0))
+            except Timeout:
+                raise ValueError(
+                    f"Another run is at work in {folder}. Wait for it, end it, or give this one another folder "
+                    "(--output-dir)."
+                ) from None
+        yield
+
+
+def _run_all(recipe: Recipe, runs: list[Recipe], stage: str | None) -> Path:
     for report_to in {run.report_to for run in runs}:
         check_reporting(report_to)
     # Every training ends with collections that walk over all modules loaded so far, which takes longer than the training

@@ -12,6 +12,7 @@ import numpy as np
 from ..recipe import ArmSpec, ModelSpec, Recipe, TeacherSpec
 from ..run_folder import TrainingFolder, base_unit, teacher_unit
 from .context import RunContext
+from .probe import probe_rows, token_logprobs, write_probe
 from .training import load_trained, make_model, place, train_sft
 from .units import Unit, path_fingerprint
 
@@ -126,9 +127,13 @@ def _fine_tune(run: RunContext, teacher: Teacher, fold: int | None, path: Path) 
     rows = run.folder.load_tokens("train")
     if teacher.folds is not None:
         rows = rows.select(np.flatnonzero(fold_numbers(run, teacher, "train") != fold))
+    base = base_model(run, "teacher")
+    served = run.recipe.capture.vllm_url is not None
+    probe = probe_rows(rows) if served else []
+    before = token_logprobs(base, probe)
     train_sft(
         run.recipe,
-        base_model(run, "teacher"),
+        base,
         run.tokenizer(),
         rows,
         teacher.sft or {},
@@ -136,6 +141,11 @@ def _fine_tune(run: RunContext, teacher: Teacher, fold: int | None, path: Path) 
         lora=run.recipe.teacher.lora,
         validation=run.folder.load_tokens("validation") if teacher.select else None,
     )
+    if served:
+        run.workspace.state.wait_for_everyone()
+        if run.is_main:
+            trained = token_logprobs(teacher_model(run, teacher, fold), probe)
+            write_probe(run.folder.teacher(teacher.name, fold).probe, probe, before, trained)
 
 
 def fold_numbers(run: RunContext, teacher: Teacher, role: str) -> np.ndarray:

@@ -2,16 +2,21 @@
 
 import hashlib
 import json
+import platform
+import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import PartialState
+
 from ...utils.files import plain, write_json
 from ...utils.processes import process_state
-from ...utils.versions import __version__
+from ...utils.versions import __version__, training_versions
 from ..run_folder import RunFolder
 
 
@@ -107,7 +112,9 @@ class Workspace:
         self.state.wait_for_everyone()
         if found.get("key") == key and found.get("status") == "done":
             self.say(f"  {name}: done before, kept")
-            self.log.append({"unit": name, "seconds": found["seconds"], "skipped": True})
+            self.log.append(
+                {"unit": name, "seconds": found["seconds"], "skipped": True, "made_with": found.get("made_with")}
+            )
             return
         if self.stage is not None and stage != self.stage:
             raise ValueError(
@@ -122,18 +129,64 @@ class Workspace:
                 marker.unlink(missing_ok=True)
                 shutil.rmtree(folder)
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(marker, {"key": key, "status": "running", "inputs": unit.inputs})
+            write_json(
+                marker, {"key": key, "status": "running", "inputs": unit.inputs, "made_with": made_with(self.state)}
+            )
         self.state.wait_for_everyone()
+        changed = changed_inputs(found.get("inputs"), unit.inputs) if found.get("key") not in (None, key) else []
+        if changed:
+            self.say(f"    made again, changed: {', '.join(changed)}")
         self.say(f"  {name}: running")
         started = time.perf_counter()
         unit.work(folder)
         self.state.wait_for_everyone()
         seconds = round(time.perf_counter() - started, 2)
         if self.state.is_main_process:
-            write_json(marker, {"key": key, "status": "done", "seconds": seconds, "inputs": unit.inputs})
+            done = {"key": key, "status": "done", "seconds": seconds, "inputs": unit.inputs}
+            write_json(marker, {**done, "made_with": made_with(self.state)})
         self.state.wait_for_everyone()
         self.say(f"  {name}: {seconds:.1f} s")
-        self.log.append({"unit": name, "seconds": seconds, "skipped": False})
+        self.log.append({"unit": name, "seconds": seconds, "skipped": False, "made_with": made_with(self.state)})
+
+
+def made_with(state: PartialState) -> dict[str, Any]:
+    """
+    Libraries, kind of device and number of processes, noted beside a unit. They are no part of its key: what is
+    finished is not made again after an upgrade, and the report says that units differ.
+    """
+    device = torch.cuda.get_device_name() if state.device.type == "cuda" else state.device.type
+    return {
+        **training_versions(),
+        "python": platform.python_version(),
+        "device": device,
+        "processes": state.num_processes,
+    }
+
+
+def changed_inputs(before: Any, now: Any) -> list[str]:
+    """
+    Names of the inputs in which two units differ, with both values where these are short.
+
+    Args:
+        before (`Any`): Inputs as a marker keeps them.
+        now (`Any`): Inputs of a unit.
+    """
+    now = json.loads(json.dumps(now, default=plain))
+    if before == now:
+        return ["the version of first_trl"]
+    return list(_differences("", before, now))
+
+
+def _differences(name: str, before: Any, now: Any) -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in dict.fromkeys([*before, *now]):
+            if before.get(key) != now.get(key):
+                yield from _differences(f"{name}.{key}" if name else key, before.get(key), now.get(key))
+        return
+    old, new = (json.dumps(value) for value in (before, now))
+    # Keys of other units say nothing to a reader
+    short = len(old) + len(new) <= 60 and not re.fullmatch(r'"[0-9a-f]{16}"', old)
+    yield name + (f" ({old} -> {new})" if short else "")
 
 
 def content_key(value: Any) -> str:

@@ -126,6 +126,11 @@ class VLLMBackend:
         """Raises `ValueError` unless the server answers the probe as it did when the capture began."""
         self._check_probe(teacher.get("probe_logprobs") or [])
 
+    def token_logprobs(self, prompts: list[list[int]]) -> list[list[float]]:
+        """Log-probability of every token but the first of each prompt, in nats."""
+        answers = self._complete(prompts, 1)
+        return [_own_logprobs(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+
     def score(
         self,
         rows: list[np.ndarray],
