@@ -127,7 +127,7 @@ class StudentCard:
     license_source: str = ""
     tags: list[str] = field(default_factory=list)
     prompt: str = "..."
-    choices: list[str] = field(default_factory=lambda: [" A", " B"])
+    choices: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     cache_versions: dict[str, str] = field(default_factory=dict)
 

@@ -1,5 +1,6 @@
 """The model card of a trainer's student: what the trainer knows, and the evaluations that it is given."""
 
+import json
 import os
 import re
 from pathlib import Path
@@ -9,7 +10,7 @@ from accelerate.utils import is_peft_model
 from transformers import is_wandb_available
 
 from .._trl_compat import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
-from ..cache.manifest import read_manifests
+from ..cache.manifest import Manifest, read_manifests
 from ..cards.license import find_license
 from ..cards.render import hub_id, public_name
 from ..cards.scores import score_result
@@ -112,7 +113,7 @@ class ModelCardMixin:
                 "set in the training arguments" if given else "fitted on validation rows and stored with the cache",
             ),
             estimator=estimator_text(args.estimator),
-            facts=[*_adapter_facts(model, adapter), *_log_facts()],
+            facts=[*_template_facts(self._manifests), *_adapter_facts(model, adapter), *_log_facts()],
             arguments={**vars(args), PROCESSES: args.world_size},
             own_arguments=CARD_OPTIONS,
             evaluations=list(self._evaluations.values()),
@@ -156,6 +157,13 @@ def _teacher_text(teacher: dict[str, Any], count: int) -> str:
     text += f" at commit `{revision}`" if revision else ""
     text += f", {teacher['parameters']:,} parameters" if teacher.get("parameters") else ""
     return f"{text}, and {count - 1} more, each for a part of the rows" if count > 1 else text
+
+
+def _template_facts(manifests: list[Manifest]) -> list[tuple[str, str]]:
+    """Arguments that the chat template was given at the capture: who asks the student gives the same."""
+    found = [manifest.tokenizer.get("template_arguments") for manifest in manifests]
+    texts = dict.fromkeys(f"`chat_template_kwargs={json.dumps(arguments)}`" for arguments in found if arguments)
+    return [("Chat template", ", ".join(texts))] if texts else []
 
 
 def _adapter_facts(model: Any, adapter: bool) -> list[tuple[str, str]]:

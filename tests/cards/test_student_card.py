@@ -299,7 +299,7 @@ def test_free_text_is_scored_by_tokens_with_intervals_over_texts():
         "\n", " "
     )
     rows = Evaluation("test", {"FIRST": score_result(predictions(400))}, "FIRST", "questions")
-    both = a_card(evaluations=[rows, *card.evaluations]).render()
+    both = a_card(evaluations=[rows, *card.evaluations], choices=[" A", " B"]).render()
     assert "Rows. In brackets" in both and "Free text. In brackets" in both and "Wilson" in both
     assert "choices=" in both and "the confidence in single tokens was measured" in both
     assert {e.task_type for e in ModelCard(text).data.eval_results} == {"text-generation"}

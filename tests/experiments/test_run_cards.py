@@ -1,11 +1,13 @@
 """Cards of a run, and what is pushed of it, from a folder written by hand: no model is trained."""
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import yaml
+from datasets import Dataset
 from huggingface_hub import ModelCard
 
 from first_trl.evaluation.predictions import multiple_choice_report
@@ -15,7 +17,9 @@ from first_trl.experiments.share.cards import write_student_cards
 from first_trl.experiments.share.model import run_model_card
 from first_trl.experiments.share.push import push_run
 from first_trl.experiments.share.run import Run
+from tests.support.families import family_tokenizer
 from tests.support.predictions import predictions
+from tests.support.tiny import tiny_llama
 
 
 POINT = {"kind": "distill", "recalibration": "probability_temperature"}
@@ -245,3 +249,36 @@ def test_the_licence_of_a_teacher_in_a_folder_is_read(run, tmp_path, pushed):
     push_run(run, "alice", arms=["first"])
     assert pushed["alice/quickstart-cache"]["teacher_license"] == "cc-by-4.0"
     assert "(teacher: cc-by-4.0)" in pushed["alice/quickstart-first"]["card"]
+
+
+@pytest.mark.parametrize(
+    ("completion", "end", "choices"),
+    [(" {letter}", "Answer:", [" A", " B"]), ("{letter}", "Answer: (", ["A", "B"]), (" {text}", "Answer:", [])],
+)
+def test_the_snippet_runs_with_the_choices_of_the_task(run, completion, end, choices, tmp_path, monkeypatch, capsys):
+    """Rows of the user's own: neither their questions nor the words of their answers enter the card."""
+    template = "{question}\n{choices}\n" + end
+    task = {"name": "custom", "path": "mine.csv", "options": {"template": template, "completion": completion}}
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    change(run, "recipe.yaml", task={**recipe["task"], **task})
+    words = [["Tarn", "Lune", "Esk"], ["iron", "mercury"]]
+    rows = [
+        {
+            "prompt": f"{question}\n(A) {answers[0]}\n(B) {answers[1]}\n{end}",
+            "choices": [completion.format(letter=a, text=b) for a, b in zip("ABC", answers, strict=False)],
+        }
+        for question, answers in zip(("Which river?", "Which metal?"), words, strict=True)
+    ]
+    Dataset.from_list(rows).save_to_disk(Run(run).folder.rows("validation"))
+    tokenizer, model = family_tokenizer(), tmp_path / "student"
+    tokenizer.save_pretrained(model)
+    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(model)
+    text = write_student_cards(run, arms=["first"], repo_ids={"first": str(model)})["first"].read_text()
+    assert "| Task | `custom` with `completion`" in text and "| Prompt template | `" in text
+    assert not any(word in text for word in ("Tarn", "mercury", "Which"))
+    block = re.search(r"## Use the confidence\n\n```python\n(.*?)```", text, re.S)[1]
+    assert (f"choices={json.dumps(choices)}" in block) if choices else "choices" not in block
+    if choices:
+        assert json.dumps(end)[1:-1] in block
+    exec(block, {})
+    assert capsys.readouterr().out.split()

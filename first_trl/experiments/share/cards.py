@@ -1,5 +1,6 @@
 """Cards of the students of a finished run, from its folder alone."""
 
+import json
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
@@ -9,9 +10,14 @@ from ...cards.license import License, find_license
 from ...cards.render import hub_id
 from ...cards.student import Evaluation, StudentCard
 from ...cards.wording import cache_text, estimator_text, recalibration_text, shared_cache_text
+from ...tasks import get_task
 from ...training.options import CARD_OPTIONS, DistillOptions, Fact, marks
 from ...vocabulary import BAYES
 from .run import Run
+
+
+# Rows that the example of a card is taken from
+_EXAMPLE_ROWS = 200
 
 
 def write_student_cards(
@@ -176,7 +182,7 @@ def _baseline(run: Run, arm: str) -> str | None:
 def _facts(run: Run, arm: str) -> list[tuple[str, str]]:
     spec = run.arms[arm]
     roles = spec.get("data") or ["train"]
-    facts = [("Training data", "; ".join(_rows_text(run, role) for role in roles))]
+    facts = [*_task_facts(run), ("Training data", "; ".join(_rows_text(run, role) for role in roles))]
     for key, found in marks(DistillOptions).items():
         facts += [
             (mark.title, mark.text.format(value=spec[key], k=run.recipe["capture"]["k"]))
@@ -235,9 +241,46 @@ def _recalibration_text(run: Run, arm: str) -> str:
 
 
 def _example(run: Run) -> tuple[str, list[str]]:
-    """Prompt and choices of the first evaluated row, where the task brings its text: nobody's data enters a card."""
+    """
+    Prompt and choices of an example that the student's tokenizer can read: the first evaluated row where the task brings
+    its text. Else nobody's data enters a card: the end that all prompts share, and choices that all rows share.
+    """
     role = run.roles[0]
-    if not run.source(role)["bundled"] or not run.folder.rows(role).is_dir():
-        return "...", [" A", " B"]
-    row = run.folder.load_rows(role)[0]
-    return str(row["prompt"]), [str(choice) for choice in row["choices"]]
+    if not run.folder.rows(role).is_dir():
+        return "...", []
+    rows = run.folder.load_rows(role)
+    if run.source(role)["bundled"]:
+        return str(rows[0]["prompt"]), [str(choice) for choice in rows[0].get("choices") or []]
+    some = rows.select(range(min(len(rows), _EXAMPLE_ROWS)))
+    lists = (
+        [[str(choice) for choice in choices] for choices in some["choices"]] if "choices" in rows.column_names else []
+    )
+    shortest = min(lists, key=len, default=[])
+    # Letters differ in number from row to row; words of a row are its own
+    shared = shortest if all(choices[: len(shortest)] == shortest for choices in lists) else []
+    prompts = [str(prompt) for prompt in some["prompt"]]
+    end = _common_end(prompts) if len(set(prompts)) > 1 else ""
+    return "..." + end, shared
+
+
+def _common_end(texts: list[str]) -> str:
+    shortest = min(texts, key=len)
+    n = next((i for i in range(len(shortest)) if len({text[len(text) - 1 - i] for text in texts}) > 1), len(shortest))
+    return shortest[len(shortest) - n :]
+
+
+def _task_facts(run: Run) -> list[tuple[str, str]]:
+    """How rows become text: the task, its options and the template of its prompts."""
+    spec = run.recipe["task"]
+    options = dict(spec.get("options") or {})
+    try:
+        template = getattr(get_task(spec["name"], **options), "template", None)
+    except (ValueError, TypeError):  # of a plugin, or of another version
+        template = options.get("template")
+    shown = ", ".join(
+        f"`{name}` `{json.dumps(value, ensure_ascii=False)}`" for name, value in options.items() if name != "template"
+    )
+    facts = [("Task", f"`{spec['name']}`" + (f" with {shown}" if shown else ""))]
+    if template is not None:
+        facts.append(("Prompt template", f"`{json.dumps(template, ensure_ascii=False)}`"))
+    return facts
