@@ -201,6 +201,11 @@ class RunFolder:
             load_plugins(found["plugins"])
         return found
 
+    @property
+    def lock(self) -> Path:
+        """Held by the process that runs the recipe."""
+        return self.root / ".lock"
+
     def marker(self, unit: str) -> Path:
         """Key, inputs and state of a unit."""
         return self.root / unit / MARKER

@@ -218,7 +218,7 @@ def fit_recalibration(
     if n < _SMALL_N:
         messages.append(
             f"Only {n} positions to fit on: below {_SMALL_N} the choice is noisy, see the bootstrap spread. Use more "
-            "validation rows or objective='nll'."
+            "validation rows" + (", or objective='nll'." if objective == "ece" else ".")
         )
     if method != "none" and chosen.ece >= raw.ece:
         messages.append(

@@ -48,3 +48,9 @@ def template_path(name: str) -> Path:
     if not path.is_file():
         raise ValueError(f"There is no card template {name!r} in {path.parent}.")
     return path
+
+
+def shipped_config(model: str) -> Path | None:
+    """Folder with the published configuration of a model that the package's recipes name, for machines without network."""
+    folder = _PACKAGE / "experiments" / "plan" / "model_configs" / model.replace("/", "--")
+    return folder if (folder / "config.json").is_file() else None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import first_trl
 from first_trl.experiments.plan import format_plan, plan_recipe
 from first_trl.experiments.recipe import load_recipe
 from first_trl.experiments.stages.context import RunContext
@@ -13,7 +14,7 @@ from first_trl.experiments.stages.table import STAGE_TABLE
 from first_trl.utils.resources import recipe_names
 
 
-CONFIGS = Path(__file__).parents[1] / "support" / "fixtures" / "model_configs"
+CONFIGS = Path(first_trl.__file__).parent / "experiments" / "plan" / "model_configs"
 SMALL = [f"task.splits.{role}={{split: {role}, limit: 20}}" for role in ("train", "validation", "test", "ood")]
 
 

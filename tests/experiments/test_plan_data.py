@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+import first_trl
 from first_trl import add_teacher_topk
 from first_trl.cache.folder import cache_size
 from first_trl.experiments.plan import plan_recipe
@@ -161,7 +162,7 @@ def test_missing_files_and_silent_hubs_are_told_apart(monkeypatch):
 
 
 def test_a_folder_without_a_vocabulary_is_no_tokenizer():
-    folder = FIXTURES / "model_configs" / "Qwen--Qwen3-4B"
+    folder = Path(first_trl.__file__).parent / "experiments" / "plan" / "model_configs" / "Qwen--Qwen3-4B"
     assert find_tokenizer(load_recipe("commonsense_qa", [f"teacher.name_or_path={folder}"])) is None
 
 

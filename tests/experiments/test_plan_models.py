@@ -12,6 +12,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
+import first_trl
 from first_trl.experiments.plan.memory import capture_memory, training_memory
 from first_trl.experiments.plan.models import Shape, UnknownModel, config_of, lora_parameters, shape_of
 from first_trl.experiments.plan.steps import device_batch, optimizer_steps
@@ -20,7 +21,7 @@ from first_trl.training.precision import cast_to_master_weights
 from tests.support.tiny import tiny_llama, tiny_rows, tiny_tokenizer
 
 
-CONFIGS = Path(__file__).parents[1] / "support" / "fixtures" / "model_configs"
+CONFIGS = Path(first_trl.__file__).parent / "experiments" / "plan" / "model_configs"
 
 # Totals that the Hub shows for the checkpoints (safetensors metadata) and, for Llama-1, that the paper's parameter
 # table gives (6.7 and 32.5 billion); in billions
@@ -212,3 +213,20 @@ def test_the_global_batch_is_divided():
 def test_fixtures_hold_facts_only():
     for path in CONFIGS.glob("*/config.json"):
         assert {"model_type", "architectures"} <= set(json.loads(path.read_text()))
+
+
+def test_without_network_the_recipes_own_models_are_known_at_once(monkeypatch):
+    import time
+
+    from huggingface_hub import constants
+
+    from first_trl.hub import reach
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    started, before = time.perf_counter(), constants.HF_HUB_OFFLINE
+    config = config_of(ModelSpec(name_or_path="openlm-research/open_llama_13b"), "teacher", None)
+    assert (config.hidden_size, config.num_hidden_layers) == (5120, 40)
+    with pytest.raises(UnknownModel, match="no configuration of 'someone/else'"):
+        config_of(ModelSpec(name_or_path="someone/else"), "student", None)
+    assert time.perf_counter() - started < 5
+    assert not reach.reachable("http://127.0.0.1:9") and constants.HF_HUB_OFFLINE == before

@@ -12,9 +12,9 @@ import yaml
 from datasets import load_dataset
 from huggingface_hub import ModelCard
 
-from first_trl import plugins
 from first_trl.cli import main
 from first_trl.experiments.share.cards import write_student_cards
+from tests.support.registrations import registered_only_here
 
 
 ROOT = Path(__file__).parents[2]
@@ -42,16 +42,8 @@ RECIPE = {
 
 @pytest.fixture(scope="module", autouse=True)
 def only_here():
-    """What these tests register is gone for the next ones."""
-    registries = (plugins.TASKS, plugins.ESTIMATORS, plugins.RECALIBRATIONS, plugins.BACKENDS, plugins.METRICS)
-    kept = [registry._objects for registry in registries] + [plugins._COLUMNS, plugins._TARGETS]
-    before = [dict(mapping) for mapping in kept]
-    yield
-    for mapping, old in zip(kept, before, strict=True):
-        mapping.clear()
-        mapping.update(old)
-    for name in [name for name in sys.modules if name.startswith("tests.support.plugins")]:
-        del sys.modules[name]
+    with registered_only_here():
+        yield
 
 
 @pytest.fixture

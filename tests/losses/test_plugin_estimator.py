@@ -5,7 +5,16 @@ import torch
 
 from first_trl import register_estimator
 from first_trl.losses import Estimator, fused_sparse_kl, sparse_kl_reference
-from tests.support.plugins import estimator
+from tests.support.registrations import registered_only_here
+
+
+@pytest.fixture(scope="module", autouse=True)
+def estimator():
+    with registered_only_here():
+        # Imported here: importing registers
+        from tests.support.plugins import estimator
+
+        yield estimator
 
 
 @pytest.mark.parametrize("ce_weight", [0.0, 0.3])
@@ -37,7 +46,7 @@ def test_gradient_of_the_fused_loss_is_autograd_of_the_reference(ce_weight, soft
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
-def test_a_taken_name_and_a_wrong_target_are_refused():
+def test_a_taken_name_and_a_wrong_target_are_refused(estimator):
     assert estimator.SquaredError.__name__ == "SquaredError"
     with pytest.raises(ValueError, match="The estimator 'topk' is there already"):
         register_estimator("topk")(Estimator)

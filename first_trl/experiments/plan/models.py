@@ -10,6 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from ...hub.reach import quick_offline
+from ...utils.resources import shipped_config
 from ..recipe import ModelSpec
 
 
@@ -73,8 +75,11 @@ def config_of(spec: ModelSpec, role: str, vocabulary: int | None, folder: Path |
     source = name if local is None or not (local / "config.json").is_file() else str(local)
     options = {key: value for key, value in spec.init_kwargs.items() if key in _WHERE and source == name}
     try:
-        return AutoConfig.from_pretrained(source, **options, **spec.config)
+        with quick_offline():
+            return AutoConfig.from_pretrained(source, **options, **spec.config)
     except (OSError, ValueError) as error:
+        if (shipped := shipped_config(name)) is not None:
+            return AutoConfig.from_pretrained(str(shipped), **spec.config)
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnknownModel(
             f"{role}: no configuration of {name!r} ({first}) For the plan, name a folder that holds its config.json: "

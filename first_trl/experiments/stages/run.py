@@ -55,7 +55,7 @@ def one_at_a_time(folders: list[Path]) -> Iterator[None]:
         for folder in folders if process_state().is_main_process else []:
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                stack.enter_context(FileLock(folder / ".lock", timeout=0))
+                stack.enter_context(FileLock(RunFolder(folder).lock, timeout=0))
             except Timeout:
                 raise ValueError(
                     f"Another run is at work in {folder}. Wait for it, end it, or give this one another folder "

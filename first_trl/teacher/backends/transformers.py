@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -249,19 +250,23 @@ def weights_digest(model: PreTrainedModel) -> str:
         `ValueError`: A weight is not in memory.
     """
     digest = hashlib.blake2b(digest_size=8)
-    found: dict[tuple[Any, ...], bytes] = {}
-    for name, tensor in sorted(model.state_dict().items()):
+    state = sorted(model.state_dict().items())
+    for name, tensor in state:
         if tensor.device.type == "meta":
             raise ValueError(
                 f"The teacher's weight {name} is not in memory (offloaded, or never loaded), so the cache could not "
                 "say which weights it comes from. Use a `device_map` that fits, or `quantization_config`."
             )
-        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # shards of tensor parallelism
-        place = (whole.device, whole.data_ptr(), whole.shape, whole.stride(), whole.dtype)
-        if whole is not tensor or not whole.data_ptr():  # a passing copy, whose place the next one may take
-            content = _tensor_digest(whole)
+    # The hash lets other threads run, and one core alone does not use up the memory's bandwidth
+    with ThreadPoolExecutor() as threads:
+        resident = {_place(tensor): tensor for _, tensor in state if _place(tensor) is not None}
+        found = dict(zip(resident, threads.map(_tensor_digest, resident.values()), strict=True))
+    for name, tensor in state:
+        place = _place(tensor)
+        if place is None:  # a shard of tensor parallelism, or a tensor without a place: gathered, one at a time
+            content = _tensor_digest(tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor)
         else:
-            content = found[place] = found.get(place) or _tensor_digest(whole)
+            content = found[place]
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode() + content)
     adapters = {
         name: [
@@ -275,6 +280,13 @@ def weights_digest(model: PreTrainedModel) -> str:
     }
     digest.update(json.dumps([_of_logits(model.config.to_dict()), adapters], sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+def _place(tensor: torch.Tensor) -> tuple[Any, ...] | None:
+    """Where a tensor lies, which tied weights share."""
+    if hasattr(tensor, "full_tensor") or not tensor.data_ptr():
+        return None
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _of_logits(config: Any) -> Any:
