@@ -229,4 +229,4 @@ def test_without_network_the_recipes_own_models_are_known_at_once(monkeypatch):
     with pytest.raises(UnknownModel, match="no configuration of 'someone/else'"):
         config_of(ModelSpec(name_or_path="someone/else"), "student", None)
     assert time.perf_counter() - started < 5
-    assert not reach.reachable("http://127.0.0.1:9") and constants.HF_HUB_OFFLINE == before
+    assert not reach.reachable("http://127.0.0.1:9") and before == constants.HF_HUB_OFFLINE
