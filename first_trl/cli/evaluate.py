@@ -170,6 +170,7 @@ def _score_choices(
 ) -> tuple[Any, str, float]:
     import numpy as np
 
+    from ..calibration import CalibrationWarning
     from ..evaluation.choice_scoring import score_choices
     from ..evaluation.confidence import choice_scores
     from ..evaluation.distributions import OptionPredictions
@@ -190,7 +191,8 @@ def _score_choices(
     options = {"batch_size": args.batch_size, "max_length": args.max_length}
     if scoring == "token":
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
+            # What a small sample means for an ECE is said of its own report, which is not printed here
+            warnings.simplefilter("ignore", CalibrationWarning)
             result = evaluate_multiple_choice(model, tokenizer, labelled, temperature=temperature, **options)
         logprobs = [
             values[:n]

@@ -15,10 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..calibration import expected_calibration_error
-
-
-# How far the probabilities of a distribution may add up from 1: what rounding to three digits leaves over a few options
-SUM_TOLERANCE = 5e-3
+from ..calibration.distribution import check_distribution
 
 
 @dataclass(frozen=True)
@@ -54,26 +51,6 @@ class OptionPredictions:
             check_distribution(q, f"Question {name!r}: the gold")
             if len(p) != len(q):
                 raise ValueError(f"Question {name!r}: {len(p)} predicted probabilities for {len(q)} gold ones.")
-
-
-def check_distribution(values: Any, what: str) -> np.ndarray:
-    """
-    A distribution, scaled to add up to 1 exactly.
-
-    Raises:
-        `ValueError`: NaN, a negative number, or a sum further from 1 than rounding explains.
-    """
-    p = np.asarray(values, dtype=np.float64)
-    if p.ndim != 1 or not len(p):
-        raise ValueError(f"{what} must be a list of probabilities, got the shape {p.shape}.")
-    if not np.isfinite(p).all():
-        raise ValueError(f"{what} has a probability that is {p[~np.isfinite(p)][0]}.")
-    if (p < 0).any():
-        raise ValueError(f"{what} has the negative probability {p.min():g}.")
-    total = float(p.sum())
-    if abs(total - 1.0) > SUM_TOLERANCE:
-        raise ValueError(f"{what} adds up to {total:.4g}, not to 1. Divide counts by their sum first.")
-    return p / total
 
 
 def distribution_scores(predictions: OptionPredictions, *, n_bins: int = 10) -> dict[str, Any]:

@@ -24,9 +24,10 @@ from typing import Any
 
 import numpy as np
 
+from ..calibration.distribution import check_distribution
+
 
 KINDS = ("choice", "score", "noul")
-_SUM_TOLERANCE = 5e-3
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ def _gold(kind: str, gold: Any, options: tuple[str, ...], place: str) -> np.ndar
 def _distribution(values: list[Any], place: str) -> np.ndarray:
     if any(isinstance(value, bool) or not isinstance(value, int | float) for value in values):
         raise ValueError(f"{place}: gold probabilities must be numbers, got {values}.")
-    p = np.asarray(values, np.float64)
-    if not np.isfinite(p).all() or (p < 0).any() or abs(p.sum() - 1) > _SUM_TOLERANCE:
-        raise ValueError(f"{place}: the gold {values} is no distribution: it must be from 0 to 1 and add up to 1.")
-    return np.asarray(p / p.sum())
+    try:
+        return check_distribution(values, "it")
+    except ValueError as error:
+        raise ValueError(f"{place}: the gold {values} is no distribution: {error}") from None

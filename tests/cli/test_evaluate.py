@@ -87,3 +87,9 @@ def test_requests_of_decision_models(student, tmp_path):
 def test_bad_requests_are_answered_with_one_sentence(student, tmp_path, capsys, options, message):
     assert main(["evaluate", student, *options, "--output-dir", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_cut_prompts_are_said(student, tmp_path, capsys):
+    command = ["evaluate", student, "--task", "digits", "--limit", "8", "--max-length", "6", "--device", "cpu"]
+    assert main([*command, "--output-dir", str(tmp_path)]) == 0
+    assert "8 of 8 prompts are longer than 6 tokens and lose their beginning" in capsys.readouterr().err
