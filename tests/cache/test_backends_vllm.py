@@ -1,7 +1,6 @@
 """The vLLM backend: its HTTP habits against a small server of the same protocol, its values against vLLM itself."""
 
 import json
-import os
 import threading
 import time
 
@@ -155,8 +154,8 @@ def shard_bytes(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.glob("data/*"))}
 
 
-def test_eight_requests_at_once(serve, tmp_path):
-    """50 ms an answer: at least five times the rows a second, and the same files."""
+def capture_by_one_and_by_eight(serve, tmp_path) -> float:
+    """How many times as fast eight requests at once are, at 50 ms an answer; both must give the same files."""
     seconds = {}
     server = serve(model())
     server.table = {}
@@ -179,9 +178,17 @@ def test_eight_requests_at_once(serve, tmp_path):
     assert shard_bytes(tmp_path / "eight") == shard_bytes(tmp_path / "one")
     ratio = seconds["one"] / seconds["eight"]
     print(f"seconds by requests at once: {seconds}, {ratio:.1f} times as fast")
-    if ratio < 5 and os.getloadavg()[0] > (os.cpu_count() or 1):
-        pytest.skip(f"other work keeps the processors busy: {ratio:.1f} times as fast says nothing about the client")
-    assert ratio >= 5
+    return ratio
+
+
+def test_eight_requests_at_once(serve, tmp_path):
+    capture_by_one_and_by_eight(serve, tmp_path)
+
+
+@pytest.mark.slow
+def test_eight_requests_are_five_times_as_fast(serve, tmp_path):
+    """On a quiet machine: other work on its processors slows the eight more than the one."""
+    assert capture_by_one_and_by_eight(serve, tmp_path) >= 5
 
 
 @pytest.mark.parametrize("stop", ["refused", "interrupted", "gone"])
