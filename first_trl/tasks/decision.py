@@ -21,7 +21,7 @@ from transformers.decision import DecisionConfig
 
 from .answers import answer_token_ids_of_rows
 from .base import Task
-from .encode import encode_prompts
+from .encode import encode_prompts, front_tokens
 
 
 # Question of a request that is made from a row of a task
@@ -143,11 +143,11 @@ def decision_config(
     labels, ids = _labels(rows, answer_token_ids_of_rows(processing_class, rows))
     texts = [_label_text(processing_class, text, token) for text, token in zip(labels, ids, strict=True)]
     kinds = task.decision_kinds
-    probe = rows[0]["prompt"]
+    front = processing_class.convert_ids_to_tokens(front_tokens(processing_class, [rows[0]["prompt"]]))
     config = DecisionConfig(
         labels={kind: texts[:2] if kind == "noul" else texts for kind in kinds},
         temperature={kind: float(temperature) for kind in kinds},
-        chat_template=decision_template(task, _front(processing_class, probe)),
+        chat_template=decision_template(task, "".join(front)),
         # User text is read as it was in training: the template is the student's own and marks no borders in it
         sanitize_control_tokens=False,
     )
@@ -220,13 +220,6 @@ def _label_text(processing_class: PreTrainedTokenizerBase, choice: str, token: i
         "text is this token alone: transformers reads labels without a prompt. Move the space: completion ' {letter}' "
         "and a prompt that ends without one, or the other way round."
     )
-
-
-def _front(processing_class: PreTrainedTokenizerBase, prompt: str) -> str:
-    """Special tokens that the tokenizer puts in front of a prompt, as text."""
-    bare = processing_class(prompt, add_special_tokens=False)["input_ids"]
-    full = encode_prompts(processing_class, [prompt])[0]
-    return "".join(processing_class.convert_ids_to_tokens(full[: max(0, len(full) - len(bare))]))
 
 
 def _check_prompts(config: DecisionConfig, processing_class: PreTrainedTokenizerBase, rows: Dataset) -> None:

@@ -16,16 +16,17 @@ from tests.support.tiny import tiny_llama
 @pytest.fixture(scope="module")
 def student(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("student")
-    tokenizer = get_task("digits").tokenizer()
+    task = get_task("digits")
+    tokenizer = task.tokenizer()
     tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    save_decision_config(folder, task, tokenizer, task.load("test", limit=40).dataset, temperature=2.5)
     return str(folder)
 
 
 def test_one_token_answers(student, tmp_path, capsys):
     task = get_task("digits")
     rows = task.load("test", limit=40).dataset
-    save_decision_config(student, task, task.tokenizer(), rows, temperature=2.5)
     command = [
         "evaluate",
         student,
