@@ -70,13 +70,22 @@ def number(value: float, metric: Metric, *, sign: bool = False) -> str:
 
 def score_meaning(sample: dict[str, Any], n_bins: int) -> str:
     """What the columns stand for, given one report of the role."""
+    brier = "the whole vocabulary."
     if sample.get("unit") == "token":
         text = "Accuracy: the most likely token is the reference's, over every token of the reference answers. "
+    elif sample.get("scoring") == "choices":
+        length = sample.get("length", "none")
+        how = {
+            "none": "the most likely whole text",
+            "unconditional": "the whole text whose log-probability the question raises most",
+        }.get(length, f"the whole text with the highest log-probability divided by its {length}")
+        text = f"Accuracy: the choice with {how} is the gold one. "
+        brier = "the choices and everything else."
     else:
         text = "Accuracy: the most likely token of the whole vocabulary is the gold answer's. "
     text += (
         f"Confidence: its probability. ECE: {n_bins} bins of equal width. Trust = accuracy − ECE. NLL (nats) and "
-        "Brier score over the whole vocabulary."
+        f"Brier score over {brier}"
     )
     if sample.get("chance_accuracy"):
         text += f" Picking an option at random is right {100 * sample['chance_accuracy']:.1f} % of the time."

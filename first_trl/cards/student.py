@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 
 DIAGRAM = "reliability.png"
 _SMALL_SAMPLE = 300
-_ECE_NOTE = "top label over the whole vocabulary, equal-width bins"
+_ECE_NOTES = {
+    "row": "top label over the whole vocabulary, equal-width bins",
+    "token": "top label over the whole vocabulary, equal-width bins",
+    "answer": "probability of the answer's whole text, equal-width bins",
+}
 # Scores in the Hub's metadata, where there is room to spell them out
 _METRIC_NAMES = {
     "accuracy": "Accuracy",
@@ -33,6 +37,7 @@ _METRIC_NAMES = {
 }
 _TASKS = {
     "row": ("multiple-choice", "Multiple choice by the next token"),
+    "answer": ("multiple-choice", "Multiple choice by whole texts"),
     "token": ("text-generation", "Next token of reference texts"),
 }
 
@@ -175,7 +180,7 @@ class StudentCard:
                     continue
                 arguments: dict[str, Any] = {}
                 if metric.key in ("ece", "trust"):
-                    arguments = {"n_bins": evaluation.scored.n_bins, "confidence": _ECE_NOTE}
+                    arguments = {"n_bins": evaluation.scored.n_bins, "confidence": _ECE_NOTES[evaluation.scored.unit]}
                 if score.low is not None:
                     arguments["interval_95"] = [score.low, score.high]
                 results.append(
@@ -253,6 +258,7 @@ class StudentCard:
             limits=limits(units, self.distilled),
             prompt=json.dumps(self.prompt, ensure_ascii=False),
             choices=json.dumps(choices, ensure_ascii=False) if choices else "",
+            whole="answer" in units,
         )
 
     def _base(self) -> str:

@@ -171,10 +171,9 @@ def _score_choices(
     import numpy as np
 
     from ..calibration import CalibrationWarning
-    from ..evaluation.choice_scoring import score_choices
-    from ..evaluation.confidence import choice_scores
     from ..evaluation.distributions import OptionPredictions
     from ..evaluation.multiple_choice import evaluate_multiple_choice
+    from ..evaluation.whole_answers import evaluate_whole_answers
     from ..tasks import answer_token_ids_of_rows
 
     temperature = args.temperature if args.temperature is not None else float(config.temperature.get("choice", 1.0))
@@ -188,31 +187,19 @@ def _score_choices(
     labelled = rows.select([i for i, gold in enumerate(rows["gold"]) if gold >= 0])
     if len(labelled) == 0:
         raise ValueError(f"No row of split {args.split!r} has an answer: there is nothing to score.")
-    options = {"batch_size": args.batch_size, "max_length": args.max_length}
-    if scoring == "token":
-        with warnings.catch_warnings():
-            # What a small sample means for an ECE is said of its own report, which is not printed here
-            warnings.simplefilter("ignore", CalibrationWarning)
-            result = evaluate_multiple_choice(model, tokenizer, labelled, temperature=temperature, **options)
-        logprobs = [
-            values[:n]
-            for values, n in zip(result.predictions["choice_logprobs"], result.predictions["n_choices"], strict=True)
-        ]
-        probabilities = [np.exp(values - np.logaddexp.reduce(values)) for values in logprobs]
-    else:
-        bare = "" if args.length == "unconditional" else None
-        found = score_choices(model, tokenizer, labelled, unconditional_prompt=bare, **options)
-        definition = {"none": "renormalized", "unconditional": "unconditional"}.get(args.length, "length_normalized")
-        unit = args.length if definition == "length_normalized" else "tokens"
-        probabilities = [
-            choice_scores(
-                found.logprobs[i] / temperature,
-                definition=definition,
-                lengths=found.lengths[unit][i],
-                unconditional=None if found.unconditional is None else found.unconditional[i] / temperature,
-            )
-            for i in range(len(found.ids))
-        ]
+    options = {"batch_size": args.batch_size, "max_length": args.max_length, "temperature": temperature}
+    with warnings.catch_warnings():
+        # What a small sample means for an ECE is said of its own report, which is not printed here
+        warnings.simplefilter("ignore", CalibrationWarning)
+        if scoring == "token":
+            predicted = evaluate_multiple_choice(model, tokenizer, labelled, **options).predictions
+        else:
+            predicted = evaluate_whole_answers(model, tokenizer, labelled, length=args.length, **options).predictions
+    scores = predicted.get("choice_scores", predicted["choice_logprobs"])
+    probabilities = [
+        np.exp(values[:n] - np.logaddexp.reduce(values[:n]))
+        for values, n in zip(scores, predicted["n_choices"], strict=True)
+    ]
     gold = [np.eye(len(p))[g] for p, g in zip(probabilities, labelled["gold"], strict=True)]
     choices = [tuple(choice) for choice in labelled["choices"]]
     predictions = OptionPredictions(list(labelled["id"]), ["choice"] * len(gold), probabilities, gold, choices)

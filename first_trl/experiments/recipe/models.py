@@ -235,12 +235,19 @@ class EvaluationSpec:
         splits (`list[str]`): Roles to evaluate on; the first is the in-domain one. Roles with choices are scored at
             the answer position, free text at every token of the reference answer.
         batch_size (`int`): Prompts a forward.
+        scoring (`str`): How choices are scored: `token`, over the whole vocabulary, needs answers of one token each;
+            `choices` takes the probability of each choice's whole text.
+        length (`str`): With `scoring: choices`, what log-probabilities of texts are divided by: `none` (the probability of
+            the text as it is), `tokens`, `characters` or `bytes`; or `unconditional`, which takes off what they are
+            without the question.
         n_bins (`int`): Equal-width bins of the ECE.
         null_draws (`int`): Draws of a perfectly calibrated model, for the ECE that it would show by chance.
     """
 
     splits: list[Text] = field(default_factory=lambda: ["test"])
     batch_size: Count = 64
+    scoring: Literal["token", "choices"] = "token"
+    length: Literal["none", "tokens", "characters", "bytes", "unconditional"] = "none"
     n_bins: Count = 10
     null_draws: Count = 200
 

@@ -46,6 +46,8 @@ def _roles(recipe: Recipe) -> Iterator[str]:
             yield f"evaluation.splits names {role!r}, which task.splits does not hold ({', '.join(splits)})."
     if not recipe.evaluation.splits:
         yield "evaluation.splits is empty; name at least one role to evaluate on."
+    if recipe.evaluation.length != "none" and recipe.evaluation.scoring != "choices":
+        yield "evaluation.length is about whole texts: set evaluation.scoring to choices, or leave it out."
     for role, split in splits.items():
         if split.unseen is not None and role not in recipe.evaluation.splits:
             yield f"task.splits.{role}.unseen only belongs to roles of evaluation.splits."

@@ -100,7 +100,7 @@ def _merge_cell(runs: list[FinishedRun], asked: list[str]) -> MergedCell:
 def _describe_role(runs: list[FinishedRun], role: str, index: int) -> dict[str, Any]:
     reports = [arm[role] for run in runs for arm in run.data["results"].values() if role in arm]
     sizes = [report["n"] for report in reports if "n" in report]
-    sample = {key: reports[0][key] for key in ("unit", "chance_accuracy") if reports[0].get(key)}
+    sample = {key: reports[0][key] for key in ("unit", "scoring", "length", "chance_accuracy") if reports[0].get(key)}
     domains = [(run.data.get("rows") or {}).get(role, {}).get("domain") for run in runs]
     domain = role_domain(role, index, next(filter(None, domains), None))
     return {"n": [min(sizes), max(sizes)] if sizes else None, "sample": sample, "domain": domain}

@@ -7,7 +7,8 @@ from typing import Any, cast
 
 from datasets import Dataset
 
-from ...tasks import Task, answer_token_ids_of_rows, get_task, tokenize_rows
+from ...tasks import Task, get_task, tokenize_rows
+from ...tasks.answers import check_answers
 from ...tasks.base import TaskSplit
 from ...tasks.copies import drop_copies
 from ...tasks.overlap import drop_overlap
@@ -40,7 +41,9 @@ def data_units(run: RunContext) -> list[Unit]:
         others = [key for other, key in copied.items() if other not in used or other == "validation" != role]
         keys[role] = content_key([keys[role], unseen, *([others] if role in copied and others else [])])
     run.role_keys = keys
-    inputs = {"roles": keys, "evaluated": recipe.evaluation.splits}
+    inputs: dict[str, Any] = {"roles": keys, "evaluated": recipe.evaluation.splits}
+    if recipe.evaluation.scoring != "token":  # what the answers are checked for
+        inputs["scoring"] = recipe.evaluation.scoring
     return [Unit(DATA, inputs, partial(_write, run))]
 
 
@@ -124,7 +127,7 @@ def _write(run: RunContext, folder: Path) -> None:
         if role in evaluated and counts[role]["choices"]:
             # What evaluation would refuse after all trainings
             try:
-                answer_token_ids_of_rows(tokenizer, rows[role])
+                check_answers(tokenizer, rows[role], run.recipe.evaluation.scoring)
             except ValueError as error:
                 raise ValueError(f"Role {role!r}, {error}") from None
         # Multiple choice is evaluated on the text of the rows, everything else works on tokens

@@ -13,6 +13,7 @@ from ...calibration import calibration_report
 from ...evaluation.multiple_choice import MultipleChoiceResult, evaluate_multiple_choice, multiple_choice_report
 from ...evaluation.posthoc import fit_posthoc_temperature
 from ...evaluation.token_level import evaluate_token_level
+from ...evaluation.whole_answers import evaluate_whole_answers
 from ...plugins import METRICS
 from ...tasks import answer_token_ids_of_rows
 from ...utils.files import write_json
@@ -65,7 +66,7 @@ def _evaluate(run: RunContext, name: str, arm: ArmSpec, source: ArmSpec, folder:
     }
     temperature = 1.0
     if arm.kind == "temperature_scaling":
-        choices = run.has_choices("validation")
+        choices = run.has_choices("validation") and run.recipe.evaluation.scoring == "token"
         temperature = fit_posthoc_temperature(
             model,
             tokenizer,
@@ -80,9 +81,10 @@ def _evaluate(run: RunContext, name: str, arm: ArmSpec, source: ArmSpec, folder:
         result: Any
         if run.has_choices(role):
             max_length = run.recipe.task.max_length
-            result = evaluate_multiple_choice(
-                model, tokenizer, run.folder.load_rows(role), max_length=max_length, **options
-            )
+            spec = run.recipe.evaluation
+            whole = {"length": spec.length} if spec.scoring == "choices" else {}
+            scorer: Any = evaluate_whole_answers if whole else evaluate_multiple_choice
+            result = scorer(model, tokenizer, run.folder.load_rows(role), max_length=max_length, **whole, **options)
         else:
             result = evaluate_token_level(model, tokenizer, run.folder.load_tokens(role), **options)
         if run.is_main:
@@ -92,16 +94,17 @@ def _evaluate(run: RunContext, name: str, arm: ArmSpec, source: ArmSpec, folder:
 def _evaluate_bayes(run: RunContext, folder: Path) -> None:
     if not run.is_main:
         return
-    for role in run.recipe.evaluation.splits:
-        result = _true_posterior(run.folder.load_rows(role), run.tokenizer(), n_bins=run.recipe.evaluation.n_bins)
+    spec = run.recipe.evaluation
+    tokenizer = run.tokenizer() if spec.scoring == "token" else None
+    for role in spec.splits:
+        result = _true_posterior(run.folder.load_rows(role), tokenizer, n_bins=spec.n_bins)
         _store(run, result, BAYES, role)
 
 
 def _true_posterior(rows: Dataset, tokenizer: Any, *, n_bins: int) -> MultipleChoiceResult:
-    """Predictions of a model that knows the `posterior` of every row."""
+    """Predictions of a model that knows the `posterior` of every row; without a tokenizer, of whole texts."""
     probabilities = np.array(rows["posterior"])
     gold = np.array(rows["gold"])
-    tokens = np.array(answer_token_ids_of_rows(tokenizer, rows))
     answer = probabilities.argmax(axis=1)
     every = np.arange(len(gold))
     with np.errstate(divide="ignore"):
@@ -110,17 +113,20 @@ def _true_posterior(rows: Dataset, tokenizer: Any, *, n_bins: int) -> MultipleCh
         "id": np.array(rows["id"]),
         "gold": gold,
         "n_choices": np.full(len(gold), probabilities.shape[1]),
-        "choice_tokens": tokens,
         "choice_logprobs": logprobs,
         "option_mass": probabilities.sum(axis=1),
         "answer": answer,
-        "top_token": tokens[every, answer],
         "top_prob": probabilities[every, answer],
         "top_is_gold": answer == gold,
         "gold_logprob": logprobs[every, gold],
         "sum_squares": (probabilities**2).sum(axis=1),
         "truncated": np.zeros(len(gold), bool),
     }
+    if tokenizer is None:
+        predictions["choice_scores"] = logprobs
+    else:
+        tokens = np.array(answer_token_ids_of_rows(tokenizer, rows))
+        predictions |= {"choice_tokens": tokens, "top_token": tokens[every, answer]}
     return MultipleChoiceResult(predictions, multiple_choice_report(predictions, n_bins=n_bins))
 
 
