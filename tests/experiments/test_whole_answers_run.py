@@ -105,7 +105,12 @@ def test_the_report_says_what_its_numbers_are(folder):
     assert report["scoring"] == "choices" and report["length"] == "tokens" and "unit" not in report
     assert report["full_vocab"]["accuracy"] == report["options"]["accuracy"]
     assert 0 < report["option_mass"] < 1
-    assert (run / "students" / "first" / "model" / "README.md").is_file()
+    card = (run / "students" / "first" / "model" / "README.md").read_text()
+    assert 'pipe(prompt, choices=[...], scoring="choices", abstain_below=0.5)' in card
+    assert (
+        "Confidence: the probability of that text" in card
+        and "most likely token" not in card.split("## Evaluation")[1]
+    )
     order = report["option_order"]
     assert order["n"] == report["n"] == 9 and order["n_orders"] == 3
     assert "| Flips % |" in text and f"| {100 * order['flip_rate']:.1f} |" in text
