@@ -179,13 +179,17 @@ class AnswerPipeline(Pipeline):
     ) -> dict[str, Any]:
         """Tokens of a prompt and of its choices, for each order in which the options are shown."""
         assert self.tokenizer is not None
-        scored = {"max_length": max_length, "scoring": scoring, "length": length}
+        scored: dict[str, Any] = {"max_length": max_length, "scoring": scoring, "length": length}
         if isinstance(row, Mapping) and "options" in row and (permutations or "prompt" not in row):
             if layout is None or "question" not in row:
                 raise ValueError(
                     "A row with `options` needs a `question`, and the pipeline `layout`, the task that asks it."
                 )
-            given = {"question": str(row["question"]), "options": list(row["options"]), "group": row.get("group")}
+            given: dict[str, Any] = {
+                "question": str(row["question"]),
+                "options": list(row["options"]),
+                "group": row.get("group"),
+            }
             asked = []
             for order in _orders(given["question"], given["options"], permutations):
                 example = layout.reorder(given, order)
