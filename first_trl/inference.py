@@ -1,5 +1,6 @@
 """Using a calibrated student: the answer to a question, how sure the model is, and no answer below a confidence."""
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,14 +12,21 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .evaluation.choice_scoring import bare_context, check_length, choice_lengths, choice_logprobs
 from .evaluation.loading import load_model
 from .evaluation.next_token import context_length, cut_to_length, next_token_logits
-from .tasks.answers import answer_token_ids
+from .tasks import get_task
+from .tasks.answers import answer_token_ids, choice_token_ids
 from .tasks.encode import encode_texts, prompt_texts
+from .tasks.multiple_choice import MultipleChoice
+from .tasks.option_orders import option_orders
 
 
 TASK = "calibrated-multiple-choice"
 CONFIDENCES = ("full_vocab", "choice", "renormalized")
+SCORINGS = ("token", "choices")
+# Prompts a forward, where one row asks several
+_LEAST_BATCH = 8
 
 
 class AnswerPipeline(Pipeline):
@@ -29,7 +37,7 @@ class AnswerPipeline(Pipeline):
     also for adapters of any revision, is [`answer_pipeline`].
 
     Call it with a prompt (`str`, or a conversation: a list of messages), a row (`dict` with `prompt` and, where they
-    differ from row to row, `choices` and `tools`), a list of these, or a dataset of rows; a list or [`~datasets.Dataset`] gives a list, an iterator or streamed dataset
+    differ from row to row, `choices` and `tools`; or with `question` and `options`, see `layout`), a list of these, or a dataset of rows; a list or [`~datasets.Dataset`] gives a list, an iterator or streamed dataset
     gives an iterator. `batch_size` changes the speed only: prompts are padded on the right and read at their last
     token.
 
@@ -54,10 +62,23 @@ class AnswerPipeline(Pipeline):
             Below this confidence there is no answer.
         max_length (`int`, *optional*):
             Longer prompts lose tokens at the front, with a warning. Defaults to the context length of the model.
-
+        scoring (`str`, *optional*, defaults to `"token"`):
+            `"choices"` compares the probabilities of the choices' whole texts, of any number of tokens, as
+            [`~first_trl.evaluation.whole_answers.evaluate_whole_answers`] does.
+        length (`str`, *optional*, defaults to `"none"`):
+            With `scoring="choices"`, what log-probabilities are divided by: `"none"`, `"tokens"`, `"characters"`, `"bytes"`,
+            or `"unconditional"`, which takes off those without the question.
+        layout ([`~first_trl.tasks.multiple_choice.MultipleChoice`] or `str`, *optional*):
+            Task that writes the prompts of rows with `question` and `options` (texts, without letters).
+        permutations (`int`, *optional*, defaults to `0`):
+            Ask rows with `question` and `options` in this many orders of the options, and average. The orders depend on the
+            texts alone, so the answer is the same in whatever order the options are given.
         chat_template_kwargs (`dict`, *optional*):
             Arguments of the chat template for conversations, such as `enable_thinking`: those that the student was
             trained with.
+
+    With `permutations` or `scoring="choices"`, the most likely of all tokens says nothing of the answer, and `"full_vocab"`
+    means the same as `"choice"`; the answer is the option with the largest (mean) share.
 
     All of these can be given when the pipeline is made or when it is called. The result of one prompt is a `dict`:
 
@@ -84,6 +105,10 @@ class AnswerPipeline(Pipeline):
         abstain_below: float | None = None,
         confidence: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        scoring: str | None = None,
+        length: str | None = None,
+        layout: Any = None,
+        permutations: int | None = None,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         if temperature is not None and not (temperature > 0.0 and np.isfinite(temperature)):
             raise ValueError(f"`temperature` must be a finite number above 0, got {temperature}.")
@@ -91,8 +116,25 @@ class AnswerPipeline(Pipeline):
             raise ValueError(f"`abstain_below` must be a probability from 0 to 1, got {abstain_below}.")
         if confidence is not None and confidence not in CONFIDENCES:
             raise ValueError(f"`confidence` must be one of {', '.join(CONFIDENCES)}; got {confidence!r}.")
+        if scoring is not None and scoring not in SCORINGS:
+            raise ValueError(f"`scoring` must be one of {', '.join(SCORINGS)}; got {scoring!r}.")
+        check_length(length or "none")
+        if isinstance(layout, str):
+            layout = get_task(layout)
+        if layout is not None and not isinstance(layout, MultipleChoice):
+            raise ValueError(f"`layout` must be a task with lettered options, such as commonsense_qa; got {layout!r}.")
+        if permutations is not None and (isinstance(permutations, bool) or permutations < 0):
+            raise ValueError(f"`permutations` must be a whole number from 0, got {permutations}.")
         steps = (
-            {"choices": choices, "max_length": max_length, "chat_template_kwargs": chat_template_kwargs},
+            {
+                "choices": choices,
+                "max_length": max_length,
+                "chat_template_kwargs": chat_template_kwargs,
+                "scoring": scoring,
+                "length": length,
+                "layout": layout,
+                "permutations": permutations,
+            },
             {"temperature": temperature},
             {"abstain_below": abstain_below, "confidence": confidence},
         )
@@ -130,9 +172,32 @@ class AnswerPipeline(Pipeline):
         choices: Sequence[str] | None = None,
         max_length: int | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        scoring: str = "token",
+        length: str = "none",
+        layout: MultipleChoice | None = None,
+        permutations: int = 0,
     ) -> dict[str, Any]:
-        """Tokens of a prompt and of its choices."""
+        """Tokens of a prompt and of its choices, for each order in which the options are shown."""
         assert self.tokenizer is not None
+        scored: dict[str, Any] = {"max_length": max_length, "scoring": scoring, "length": length}
+        if isinstance(row, Mapping) and "options" in row and (permutations or "prompt" not in row):
+            if layout is None or "question" not in row:
+                raise ValueError(
+                    "A row with `options` needs a `question`, and the pipeline `layout`, the task that asks it."
+                )
+            given: dict[str, Any] = {
+                "question": str(row["question"]),
+                "options": list(row["options"]),
+                "group": row.get("group"),
+            }
+            asked = []
+            for order in _orders(given["question"], given["options"], permutations):
+                example = layout.reorder(given, order)
+                asked.append({**self._encode(example.prompt, example.choices, **scored), "order": order})
+            shown = layout.reorder(given, range(len(given["options"])))
+            return {"row": {"asked": asked, "choices": list(shown.choices)}}
+        if permutations:
+            raise ValueError("`permutations` needs rows with `question` and `options`, whose prompts `layout` writes.")
         prompt: Any = row
         if isinstance(row, Mapping):
             if "prompt" not in row:
@@ -152,8 +217,34 @@ class AnswerPipeline(Pipeline):
             raise ValueError("The prompt is empty: there is nothing to answer.")
         if isinstance(choices, str):
             raise ValueError(f"`choices` is a list of texts, got the text {choices!r}.")
-        tokens = None if not choices else answer_token_ids(self.tokenizer, prompt, list(choices))
+        # One entry, so that a batch is a list of rows whatever their lengths
+        return {
+            "row": {
+                "asked": [self._encode(prompt, choices, **scored)],
+                "choices": None if not choices else list(choices),
+            }
+        }
+
+    def _encode(
+        self, prompt: str, choices: Sequence[str] | None, *, max_length: int | None, scoring: str, length: str
+    ) -> dict[str, Any]:
+        """Tokens of a prompt and of its choices; what the log-probabilities of whole choices are divided by."""
+        assert self.tokenizer is not None
+        tokens: Any = None
         limit = context_length(self.model) if max_length is None else max_length
+        whole: dict[str, Any] = {}
+        if scoring == "choices":
+            if not choices:
+                raise ValueError('scoring="choices" compares texts; give `choices`.')
+            _, (tokens,) = choice_token_ids(self.tokenizer, [prompt], [list(choices)], ["this prompt"])
+            limit = None if limit is None else limit - max(map(len, tokens))
+            lengths = {name: values[0] for name, values in choice_lengths([choices], [tokens]).items()}
+            if not lengths.get(length, np.ones(1)).all():
+                raise ValueError(f"A choice has no {length}, so nothing can be divided by its length.")
+            bare = bare_context(self.tokenizer, "") if length == "unconditional" else None
+            whole = {"lengths": lengths.get(length), "bare": bare}
+        elif choices:
+            tokens = answer_token_ids(self.tokenizer, prompt, list(choices))
         (ids,), (cut,) = cut_to_length(encode_texts(self.tokenizer, [prompt]), limit, self.tokenizer.all_special_ids)
         if cut:
             warnings.warn(
@@ -161,28 +252,19 @@ class AnswerPipeline(Pipeline):
                 UserWarning,
                 stacklevel=2,
             )
-        # One entry, so that a batch is a list of rows whatever their lengths
-        return {"row": {"ids": ids, "tokens": tokens, "choices": None if not choices else list(choices)}}
+        return {"ids": ids, "tokens": tokens, **whole}
 
     def _forward(self, inputs: dict[str, Any], temperature: float = 1.0) -> dict[str, Any]:  # type: ignore[override]
         rows = inputs["row"] if isinstance(inputs["row"], list) else [inputs["row"]]
-        answered: list[dict[str, Any]] = [{} for _ in rows]
-        batches = next_token_logits(
-            self.model, [row["ids"] for row in rows], batch_size=len(rows), disable_tqdm=True, desc=""
-        )
-        for index, logits in batches:
-            lp = torch.log_softmax(logits / temperature, dim=-1)
-            best = lp.max(dim=-1)
-            for i, number in enumerate(index):
-                row = rows[number]
-                tokens = row["tokens"]
-                answered[number] = {
-                    "choices": row["choices"],
-                    "tokens": tokens,
-                    "logprobs": None if tokens is None else lp[i, tokens].double().tolist(),
-                    "top_token": int(best.indices[i]),
-                    "top_logprob": float(best.values[i].double()),
-                }
+        flat = [asked for row in rows for asked in row["asked"]]
+        batch_size = max(len(rows), min(len(flat), _LEAST_BATCH))
+        if "lengths" in flat[0]:
+            scores = iter(_whole_scores(self.model, flat, batch_size, temperature))
+        else:
+            scores = iter(_token_scores(self.model, flat, batch_size, temperature))
+        answered = [
+            {"choices": row["choices"], "asked": [{**asked, **next(scores)} for asked in row["asked"]]} for row in rows
+        ]
         return {"row": answered if isinstance(inputs["row"], list) else answered[0]}
 
     def postprocess(  # type: ignore[override]
@@ -190,23 +272,32 @@ class AnswerPipeline(Pipeline):
     ) -> dict[str, Any]:
         """Answer and confidence of one prompt."""
         assert self.tokenizer is not None
-        row = outputs["row"]
+        choices, asked = outputs["row"]["choices"], outputs["row"]["asked"]
+        row = asked[0]
         index = answer = probabilities = mass = None
         if row["tokens"] is None:
             if confidence != "full_vocab":
                 raise ValueError(f"confidence={confidence!r} is about choices; give `choices`.")
             answer, sure = self.tokenizer.decode([row["top_token"]]), float(np.exp(row["top_logprob"]))
         else:
-            logprobs = np.array(row["logprobs"])
-            probabilities, mass = np.exp(logprobs).tolist(), float(np.exp(logprobs).sum())
-            if confidence == "full_vocab":
+            # The choice at place j of an order is choice order[j] as they were given
+            places = [np.argsort(one.get("order", range(len(choices)))) for one in asked]
+            logprobs, scores = (np.array([one[name] for one in asked]) for name in ("logprobs", "scores"))
+            # Summed as they were shown, and the mass without rounding: equal to the last bit in whatever order they came
+            shares = np.exp(scores - np.logaddexp.reduce(scores, axis=1, keepdims=True))
+            probabilities, shares = (
+                np.take_along_axis(values, np.array(places), axis=1).mean(axis=0)
+                for values in (np.exp(logprobs), shares)
+            )
+            mass = math.fsum(probabilities)
+            if confidence == "full_vocab" and len(asked) == 1 and "top_token" in row:
                 index = row["tokens"].index(row["top_token"]) if row["top_token"] in row["tokens"] else None
                 sure = float(np.exp(row["top_logprob"]))
             else:
-                index = int(logprobs.argmax())
-                share = np.logaddexp.reduce(logprobs) if confidence == "renormalized" else 0.0
-                sure = float(np.exp(logprobs[index] - share))
-            answer = None if index is None else row["choices"][index]
+                index = int(shares.argmax())
+                sure = float((shares if confidence == "renormalized" else probabilities)[index])
+            probabilities = probabilities.tolist()
+            answer = None if index is None else choices[index]
         abstained = abstain_below is not None and sure < abstain_below
         return {
             "answer": None if abstained else answer,
@@ -216,6 +307,53 @@ class AnswerPipeline(Pipeline):
             "choices": probabilities,
             "option_mass": mass,
         }
+
+
+def _orders(question: str, options: Sequence[str], permutations: int) -> list[tuple[int, ...]]:
+    """Orders in which options are shown, the same ones in whatever order they are given."""
+    if not permutations:
+        return [tuple(range(len(options)))]
+    by_text = sorted(range(len(options)), key=lambda i: str(options[i]))
+    key = "\x1f".join([question, *(str(options[i]) for i in by_text)])
+    return [tuple(by_text[i] for i in order) for order in option_orders(len(options), permutations, key=key)]
+
+
+def _token_scores(
+    model: Any, asked: list[dict[str, Any]], batch_size: int, temperature: float
+) -> list[dict[str, Any]]:
+    """Log-probabilities of the choices' tokens, and the most likely of all tokens."""
+    found: list[dict[str, Any]] = [{} for _ in asked]
+    prompts = [one["ids"] for one in asked]
+    for index, logits in next_token_logits(model, prompts, batch_size=batch_size, disable_tqdm=True, desc=""):
+        lp = torch.log_softmax(logits / temperature, dim=-1)
+        best = lp.max(dim=-1)
+        for i, number in enumerate(index):
+            tokens = asked[number]["tokens"]
+            logprobs = None if tokens is None else lp[i, tokens].double().tolist()
+            found[number] = {
+                "logprobs": logprobs,
+                "scores": logprobs,
+                "top_token": int(best.indices[i]),
+                "top_logprob": float(best.values[i].double()),
+            }
+    return found
+
+
+def _whole_scores(
+    model: Any, asked: list[dict[str, Any]], batch_size: int, temperature: float
+) -> list[dict[str, Any]]:
+    """Log-probabilities of whole choices, and the same under the normalisation that was asked for."""
+    contexts, tokens = [one["ids"] for one in asked], [one["tokens"] for one in asked]
+    options: dict[str, Any] = {"batch_size": batch_size * len(tokens[0]), "temperature": temperature}
+    names = [f"{i}" for i in range(len(asked))]
+    logprobs = choice_logprobs(model, contexts, tokens, names, **options)
+    scores = logprobs
+    if asked[0]["bare"] is not None:
+        bare = choice_logprobs(model, [one["bare"] for one in asked], tokens, names, **options)
+        scores = [values - without for values, without in zip(logprobs, bare, strict=True)]
+    elif asked[0]["lengths"] is not None:
+        scores = [values / one["lengths"] for values, one in zip(logprobs, asked, strict=True)]
+    return [{"logprobs": a, "scores": b} for a, b in zip(logprobs, scores, strict=True)]
 
 
 def _is_conversation(value: Any) -> bool:
@@ -250,6 +388,10 @@ def answer_pipeline(
     abstain_below: float | None = None,
     max_length: int | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    scoring: str = "token",
+    length: str = "none",
+    layout: Any = None,
+    permutations: int = 0,
     batch_size: int = 1,
     device: Any = None,
     dtype: Any = "auto",
@@ -266,7 +408,7 @@ def answer_pipeline(
             Branch, tag or commit on the Hub.
         tokenizer (`str` or [`~transformers.PreTrainedTokenizerBase`], *optional*):
             Defaults to the one saved with the model. For a loaded model, to the one of the place it was loaded from.
-        temperature, confidence, choices, abstain_below, max_length, chat_template_kwargs:
+        temperature, confidence, choices, abstain_below, max_length, chat_template_kwargs, scoring, length, layout, permutations:
             Defaults of every call, see [`AnswerPipeline`].
         batch_size (`int`, *optional*, defaults to `1`):
             Prompts per forward.
@@ -325,6 +467,7 @@ def answer_pipeline(
         "abstain_below": abstain_below,
         "max_length": max_length,
         "chat_template_kwargs": chat_template_kwargs,
+        "layout": layout,
     }
     return AnswerPipeline(
         model=loaded,
@@ -334,5 +477,8 @@ def answer_pipeline(
         batch_size=batch_size,
         temperature=temperature,
         confidence=confidence,
+        scoring=scoring,
+        length=length,
+        permutations=permutations,
         **{name: value for name, value in defaults.items() if value is not None},
     )

@@ -1,6 +1,7 @@
 """`first-trl evaluate MODEL --task ...`: predictions and calibration of any model on a task, without a recipe."""
 
 import argparse
+import dataclasses
 import json
 import warnings
 from pathlib import Path
@@ -42,6 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="choices: what a log-probability is divided by, or compared with its value without the question "
         "(default: none, the probability of the whole text)",
     )
+    parser.add_argument(
+        "--permutations",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also ask every question in N orders of its lettered options: how often the answer flips, and the scores of "
+        "the average over the orders",
+    )
     parser.add_argument("--temperature", type=float, help="default: that of the model's decision.json, else 1")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument(
@@ -69,6 +78,10 @@ def main(args: argparse.Namespace) -> int:
     options = dict(map(_key_value, args.option))
     if (args.task == "system_one") != (args.scoring == "decision") and args.scoring != "auto":
         raise ValueError("--scoring decision belongs to --task system_one, and the other scorings to the other tasks.")
+    if args.permutations and (args.task == "system_one" or args.permutations < 2):
+        raise ValueError(
+            "--permutations needs a task with lettered options and 2 or more: the given order is one of them."
+        )
     if args.temperature is not None and not args.temperature > 0:
         raise ValueError(f"--temperature must be above 0, got {args.temperature}.")
     rows = _rows(args, options)
@@ -136,6 +149,7 @@ def _score(
     """Predictions as rows, the report, and what a reader must know."""
     from ..evaluation.distributions import baselines, distribution_scores
 
+    orders: Any = None
     if args.task == "system_one":
         from ..calibration.conditional import OptionTemperature
         from ..evaluation.decisions import predict_decisions
@@ -147,8 +161,11 @@ def _score(
             args.temperature if args.temperature is not None else dict(config.temperature),
         )
     else:
-        found, scoring, temperature = _score_choices(args, model, tokenizer, config, rows)
+        found, scoring, temperature, orders = _score_choices(args, model, tokenizer, config, rows)
     scores = {"model": distribution_scores(found, n_bins=args.bins)}
+    if orders is not None:
+        averaged = dataclasses.replace(found, probabilities=orders.averaged)
+        scores[f"mean of {args.permutations} orders"] = distribution_scores(averaged, n_bins=args.bins)
     scores |= {name: distribution_scores(one, n_bins=args.bins) for name, one in baselines(found).items()}
     predictions = [
         {"id": name, "kind": kind, "options": list(options), "probabilities": p.tolist(), "gold": q.tolist()}
@@ -162,12 +179,21 @@ def _score(
         "ECE argmax: against the gold's most likely option. ECE drawn: against labels drawn from the gold; the two are "
         "equal where the gold is one option. Prior: the mean gold of the scored questions themselves.",
     ]
-    return predictions, {"scoring": scoring, "temperature": temperature, "n_bins": args.bins, "scores": scores}, lines
+    report = {"scoring": scoring, "temperature": temperature, "n_bins": args.bins, "scores": scores}
+    if orders is not None:
+        report["option_order"] = order = orders.report
+        lines.insert(
+            0,
+            f"Option order: in another order of the options the answer is another one in {100 * order['flip_rate']:.1f} % of "
+            f"cases, for {100 * order['any_flip']:.1f} % of the questions at least once; the confidence moves by "
+            f"{100 * order['confidence_spread']:.1f} points (standard deviation over {order['n_orders']:.3g} orders).",
+        )
+    return predictions, report, lines
 
 
 def _score_choices(
     args: argparse.Namespace, model: Any, tokenizer: Any, config: Any, rows: Any
-) -> tuple[Any, str, float]:
+) -> tuple[Any, str, float, Any]:
     import numpy as np
 
     from ..calibration import CalibrationWarning
@@ -203,7 +229,15 @@ def _score_choices(
     gold = [np.eye(len(p))[g] for p, g in zip(probabilities, labelled["gold"], strict=True)]
     choices = [tuple(choice) for choice in labelled["choices"]]
     predictions = OptionPredictions(list(labelled["id"]), ["choice"] * len(gold), probabilities, gold, choices)
-    return predictions, scoring, temperature
+    orders = None
+    if args.permutations:
+        from ..evaluation.option_order import evaluate_option_order
+        from ..tasks import get_task
+
+        task: Any = get_task(args.task, **dict(map(_key_value, args.option)))
+        how: dict[str, Any] = {"permutations": args.permutations, "seed": args.seed, "scoring": scoring}
+        orders = evaluate_option_order(model, tokenizer, task, labelled, length=args.length, **how, **options)
+    return predictions, scoring, temperature, orders
 
 
 _COLUMNS = {

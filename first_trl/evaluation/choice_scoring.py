@@ -181,7 +181,7 @@ def score_choices(
     for name, row, answer in zip(ids, choices, gold, strict=True):
         if not row or not -1 <= answer < len(row):
             raise ValueError(f"Row {name} has gold = {answer} but {len(row)} choices; -1 marks a hidden answer.")
-    prompt_ids, choice_ids = choice_token_ids(processing_class, prompts, choices, ids)
+    prompt_ids, choice_ids = choice_token_ids(processing_class, prompts, choices, [f"Row {name}" for name in ids])
     limit = context_length(model) if max_length is None else max_length
     contexts, truncated = [], []
     for name, context, row in zip(ids, prompt_ids, choice_ids, strict=True):

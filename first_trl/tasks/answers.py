@@ -134,7 +134,7 @@ def choice_token_ids(
     """
     for name, row in zip(names, choices, strict=True):
         if not row or not all(row):
-            raise ValueError(f"Row {name}: {'a choice is empty' if row else 'there are no choices'}.")
+            raise ValueError(f"{name}: {'a choice is empty' if row else 'there are no choices'}.")
     flat_prompt_ids, flat_choice_ids = encode_pairs(
         processing_class,
         [prompt for prompt, row in zip(prompts, choices, strict=True) for _ in row],
@@ -147,7 +147,7 @@ def choice_token_ids(
         if len(kept) < len(row):
             text = next(choice for choice, ids in zip(row, tokens, strict=True) if not ids)
             raise ValueError(
-                f"Row {name}: the choice {text!r} merges with the last token of the prompt. Move the space: into the choice "
+                f"{name}: the choice {text!r} merges with the last token of the prompt. Move the space: into the choice "
                 "(' answer' behind 'Answer:'), or to the end of the prompt."
             )
         prompt_ids.append(flat_prompt_ids[start])

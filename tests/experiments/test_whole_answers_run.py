@@ -57,6 +57,8 @@ def folder(tmp_path_factory):
         ARMS,
         "evaluation.scoring=choices",
         "evaluation.length=tokens",
+        "evaluation.permutations=3",
+        "task.splits.train={split: 'train[:70%]', options: {permutations: 2}}",
         "evaluation.null_draws=100",
         "--output-dir",
         str(folder / "run"),
@@ -103,6 +105,17 @@ def test_the_report_says_what_its_numbers_are(folder):
     assert report["scoring"] == "choices" and report["length"] == "tokens" and "unit" not in report
     assert report["full_vocab"]["accuracy"] == report["options"]["accuracy"]
     assert 0 < report["option_mass"] < 1
-    assert (run / "students" / "first" / "model" / "README.md").is_file()
+    card = (run / "students" / "first" / "model" / "README.md").read_text()
+    assert 'pipe(prompt, choices=[...], scoring="choices", abstain_below=0.5)' in card
+    assert (
+        "Confidence: the probability of that text" in card
+        and "most likely token" not in card.split("## Evaluation")[1]
+    )
+    order = report["option_order"]
+    assert order["n"] == report["n"] == 9 and order["n_orders"] == 3
+    assert "| Flips % |" in text and f"| {100 * order['flip_rate']:.1f} |" in text
     assert main(["report", str(run), "--output-dir", str(folder / "merged")]) == 0
-    assert "divided by its tokens" in (folder / "merged" / "report.md").read_text()
+    merged = (folder / "merged" / "report.md").read_text()
+    assert "divided by its tokens" in merged and "| Flips % |" in merged
+    counts = json.loads((run / "data" / "counts.json").read_text())
+    assert counts["train"]["rows"] == 84 and counts["train"]["added"] == 42 and "added" not in counts["test"]

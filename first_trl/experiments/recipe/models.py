@@ -275,6 +275,8 @@ class EvaluationSpec:
         length (`str`): With `scoring: choices`, what log-probabilities of texts are divided by: `none` (the probability of
             the text as it is), `tokens`, `characters` or `bytes`; or `unconditional`, which takes off what they are
             without the question.
+        permutations (`int`): Ask every question with lettered options in this many orders of them, for the column of
+            answers that flip; 0 for none. Costs that many evaluations more.
         n_bins (`int`): Equal-width bins of the ECE.
         null_draws (`int`): Draws of a perfectly calibrated model, for the ECE that it would show by chance.
     """
@@ -283,6 +285,7 @@ class EvaluationSpec:
     batch_size: Count = 64
     scoring: Literal["token", "choices"] = "token"
     length: Literal["none", "tokens", "characters", "bytes", "unconditional"] = "none"
+    permutations: Annotated[int, Strict(), Ge(0)] = 0
     n_bins: Count = 10
     null_draws: Count = 200
 

@@ -46,6 +46,8 @@ def _roles(recipe: Recipe) -> Iterator[str]:
             yield f"evaluation.splits names {role!r}, which task.splits does not hold ({', '.join(splits)})."
     if not recipe.evaluation.splits:
         yield "evaluation.splits is empty; name at least one role to evaluate on."
+    if recipe.evaluation.permutations == 1:
+        yield "evaluation.permutations must be 0 or at least 2: the order of the rows is one of them."
     if recipe.evaluation.length != "none" and recipe.evaluation.scoring != "choices":
         yield "evaluation.length is about whole texts: set evaluation.scoring to choices, or leave it out."
     for role, split in splits.items():

@@ -120,6 +120,9 @@ def _scores(runs: list[FinishedRun], arm: str, role: str) -> dict[str, Any]:
             scores[reading] = summaries
     if values := _numbers({name: report.get("option_mass") for name, report in reports.items()}):
         scores["option_mass"] = summarize(values)
+    flips = {name: (report.get("option_order") or {}).get("flip_rate") for name, report in reports.items()}
+    if values := _numbers(flips):
+        scores["flip_rate"] = summarize(values)
     if values := _numbers({name: (report.get("null_ece") or {}).get("mean") for name, report in reports.items()}):
         eces = scores.get("full_vocab", {}).get("ece", {}).get("values", {})
         limits = _numbers({name: reports[name]["null_ece"].get("q95") for name in values})

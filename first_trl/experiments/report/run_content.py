@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ...plugins import method_symbol, report_metrics
 from ...vocabulary import Metric, number, role_title, score_meaning
 from .document import Fold, Heading, Items, Paragraph, Part, Picture, Table, Value
-from .tables import NOTHING
+from .tables import FLIPS, NOTHING
 
 
 if TYPE_CHECKING:
@@ -82,6 +82,13 @@ def _role_parts(run: RunContent, role: str, index: int) -> list[Part]:
         parts.append(Paragraph(cut))
     if sample["n_unlabelled"]:
         parts.append(Paragraph(f"{sample['n_unlabelled']} of {sample['n_rows']} rows have no answer: not scored."))
+    if order := sample.get("option_order"):
+        parts.append(
+            Paragraph(
+                f"{FLIPS}: how often the answer is another option when the options are shown in another order, over "
+                f"{order['n']} questions in {order['n_orders']:.3g} orders each. A model that reads the options has 0."
+            )
+        )
     parts += _picture(run, f"reliability_{role}.png")
     # Free text has no options
     if "options" in sample:
@@ -115,12 +122,16 @@ def fit_messages(fits: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def _score_table(run: RunContent, role: str, reading: str) -> Table:
     """One row an arm; the last column is `n`, or the mass on the options for the reading that divides by it."""
     over_options = reading == "options"
+    flips = not over_options and any("option_order" in run.results[name][role] for name in run.labels)
     rows: list[list[Value | str]] = []
     for name, label in run.labels.items():
         report = run.results[name][role]
         last = f"{100 * report['option_mass']:.1f}" if over_options else str(report["n"])
-        rows.append([label, *(_cell(report[reading], metric) for metric in report_metrics()), last])
-    header = ["arm", *(metric.title for metric in report_metrics()), "Mass on the options %" if over_options else "n"]
+        flipped = report.get("option_order", {}).get("flip_rate")
+        more = [NOTHING if flipped is None else f"{100 * flipped:.1f}"] if flips else []
+        rows.append([label, *(_cell(report[reading], metric) for metric in report_metrics()), *more, last])
+    named = [*([FLIPS] if flips else []), "Mass on the options %" if over_options else "n"]
+    header = ["arm", *(metric.title for metric in report_metrics()), *named]
     how = " over the answer options" if over_options else ""
     return Table(f"`{role}`{how}, seed {run.recipe.seed}.", header, rows)
 

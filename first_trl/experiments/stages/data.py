@@ -44,6 +44,8 @@ def data_units(run: RunContext) -> list[Unit]:
     inputs: dict[str, Any] = {"roles": keys, "evaluated": recipe.evaluation.splits}
     if recipe.evaluation.scoring != "token":  # what the answers are checked for
         inputs["scoring"] = recipe.evaluation.scoring
+    if recipe.evaluation.permutations:
+        inputs["permuted"] = True
     return [Unit(DATA, inputs, partial(_write, run))]
 
 
@@ -67,7 +69,8 @@ def honest_roles(recipe: Recipe) -> list[str]:
     ]
 
 
-def _source(recipe: Recipe, spec: SplitSpec) -> Task:
+def task_of(recipe: Recipe, spec: SplitSpec) -> Task:
+    """The task that the rows of a role are of."""
     if spec.task is None:
         return get_task(recipe.task.name, **{**recipe.task.options, **(spec.options or {})})
     return get_task(spec.task, **(spec.options or {}))
@@ -75,7 +78,7 @@ def _source(recipe: Recipe, spec: SplitSpec) -> Task:
 
 def _drops_copies(recipe: Recipe, spec: SplitSpec) -> bool:
     try:
-        return _source(recipe, spec).drop_copies
+        return task_of(recipe, spec).drop_copies
     except ValueError:
         return True  # A wrong option is refused where the rows are read
 
@@ -86,7 +89,7 @@ def _path(run: RunContext, spec: SplitSpec) -> str | None:
 
 def _load(run: RunContext, spec: SplitSpec) -> TaskSplit:
     task = run.recipe.task
-    return _source(run.recipe, spec).load(
+    return task_of(run.recipe, spec).load(
         spec.split,
         path=_path(run, spec),
         revision=task.revision if spec.task is None else None,
@@ -101,6 +104,8 @@ def _write(run: RunContext, folder: Path) -> None:
     splits, evaluated = run.recipe.task.splits, run.recipe.evaluation.splits
     loaded = {role: _load(run, spec) for role, spec in splits.items()}
     rows = {role: split.dataset for role, split in loaded.items()}
+    if run.recipe.evaluation.permutations and not any("options" in rows[role].column_names for role in evaluated):
+        raise ValueError("evaluation.permutations: none of the evaluated roles has lettered options to permute.")
     used = used_roles(run.recipe)
     overlapping: dict[str, dict[str, int]] = {role: {} for role in used}
     for role, spec in splits.items():
@@ -118,6 +123,7 @@ def _write(run: RunContext, folder: Path) -> None:
         counts[role] = {
             "read": split.n_read,
             "not_selected": split.n_not_selected,
+            **({"added": split.n_added} if split.n_added else {}),
             "rows": len(rows[role]),
             "dropped": reasons,
             "shared": copies.shared.get(role, {}),
@@ -180,6 +186,8 @@ def _describe(count: dict[str, Any]) -> str:
         parts.append("prompts without an answer")
     if count["not_selected"]:
         parts.append(f"{count['not_selected']} left out by limit")
+    if count.get("added"):
+        parts.append(f"{count['added']} of them added in other orders")
     if count.get("cut"):
         parts.append(f"{count['cut']} cut to max_length")
     parts += [f"{number} also in {role}" for role, number in count["shared"].items()]

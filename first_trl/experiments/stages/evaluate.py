@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from ...calibration import calibration_report
 from ...evaluation.multiple_choice import MultipleChoiceResult, evaluate_multiple_choice, multiple_choice_report
+from ...evaluation.option_order import evaluate_option_order
 from ...evaluation.posthoc import fit_posthoc_temperature
 from ...evaluation.token_level import evaluate_token_level
 from ...evaluation.whole_answers import evaluate_whole_answers
@@ -21,6 +22,7 @@ from ...vocabulary import BAYES
 from ..recipe import ArmSpec
 from ..run_folder import DATA, evaluation_unit, states_unit, student_unit, teacher_unit
 from .context import RunContext
+from .data import task_of
 from .novelty import novelty_results, read_states, states_inputs
 from .teachers import base_model, teacher_model, teacher_of
 from .training import load_trained
@@ -109,10 +111,20 @@ def _evaluate(run: RunContext, name: str, arm: ArmSpec, folder: Path) -> None:
         result: Any
         if run.has_choices(role):
             max_length = run.recipe.task.max_length
-            spec = run.recipe.evaluation
+            spec, rows = run.recipe.evaluation, run.folder.load_rows(role)
             whole = {"length": spec.length} if spec.scoring == "choices" else {}
             scorer: Any = evaluate_whole_answers if whole else evaluate_multiple_choice
-            result = scorer(model, tokenizer, run.folder.load_rows(role), max_length=max_length, **whole, **options)
+            result = scorer(model, tokenizer, rows, max_length=max_length, **whole, **options)
+            if spec.permutations and "options" in rows.column_names:
+                how: dict[str, Any] = {
+                    "scoring": spec.scoring,
+                    "length": spec.length,
+                    "max_length": max_length,
+                    **options,
+                }
+                task: Any = task_of(run.recipe, run.recipe.task.splits[role])
+                orders = evaluate_option_order(model, tokenizer, task, rows, permutations=spec.permutations, **how)
+                result.report["option_order"] = orders.report
         else:
             result = evaluate_token_level(model, tokenizer, run.folder.load_tokens(role), **options)
         if run.is_main:
