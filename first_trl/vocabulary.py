@@ -90,3 +90,7 @@ def score_meaning(sample: dict[str, Any], n_bins: int) -> str:
     if sample.get("chance_accuracy"):
         text += f" Picking an option at random is right {100 * sample['chance_accuracy']:.1f} % of the time."
     return text
+
+
+# Arms of a recipe that put temperatures behind another arm
+POST_HOC = ("temperature_scaling", "novelty_scaling")

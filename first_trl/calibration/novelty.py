@@ -26,6 +26,7 @@ from .partition import HIGHEST, LOWEST, PartitionTable
 
 
 MIN_ROWS = 50
+LOG_RANGE = (math.log(LOWEST), math.log(HIGHEST))
 LEVEL = 0.05
 
 
@@ -115,11 +116,20 @@ def mean_nll(partition: Partition | PartitionTable, right: Array, temperature: f
 
 def scalar_temperature(partition: Partition | PartitionTable, right: Array) -> float:
     """The one temperature with the lowest NLL."""
-    (log_t,) = fit_by_partition(
-        _function(partition), right, np.ones((len(right), 1)), prior_mean=[0.0], prior_sd=[math.inf], range_=_range()
-    )
-    lower, upper = _range()
-    return math.exp(min(max(float(log_t), lower), upper))
+    return math.exp(_intercept(partition, right, np.zeros(len(right)), LOG_RANGE))
+
+
+def _intercept(
+    partition: Partition | PartitionTable, right: Array, known: Array, range_: tuple[float, float]
+) -> float:
+    """`a` of `log T = a + known`. The NLL is convex in `exp(-a)`, so it has one valley."""
+    from scipy.optimize import minimize_scalar
+
+    def nll(a: float) -> float:
+        return mean_nll(partition, right, np.exp(np.clip(a + known, *range_)))
+
+    bounds = (range_[0] - float(known.max()), range_[1] - float(known.min()))
+    return float(minimize_scalar(nll, bounds=bounds, method="bounded", options={"xatol": 1e-7}).x)
 
 
 def fit_novelty_temperature(
@@ -131,6 +141,7 @@ def fit_novelty_temperature(
     low: Sequence[float] | None = None,
     at_least_scalar: bool = False,
     slopes: Sequence[float] | None = None,
+    test: bool = True,
 ) -> NoveltyTemperature:
     """
     Fit `T(x) = exp(a + b d(x))` on validation rows; the rule is in the head of this module.
@@ -148,6 +159,8 @@ def fit_novelty_temperature(
             Fit under the bound that no temperature is below the scalar one.
         slopes (sequence of `F` `float`, *optional*):
             Slopes that are known from elsewhere: only `a` is fitted, and neither prior nor test is applied.
+        test (`bool`, *optional*, defaults to `True`):
+            Ask for a significant gain (the last of the three reasons in rule 3).
 
     Returns:
         [`NoveltyTemperature`]
@@ -173,10 +186,7 @@ def fit_novelty_temperature(
     fixed: dict[str, Any] = {"right": right, "range_": _range(scalar, at_least_scalar)}
     if slopes is not None:
         known = x @ np.asarray(slopes, np.float64)
-        (a,) = fit_by_partition(
-            _function(partition), features=np.ones((len(x), 1)), prior_mean=[0.0], prior_sd=[math.inf], offset=known,
-            start=[math.log(scalar) - float(known.mean())], **fixed,
-        )  # fmt: skip
+        a = _intercept(partition, right, known, _range(scalar, at_least_scalar))
         return result(a, slopes)
     flat = [0.0] * f
     if len(right) < MIN_ROWS:
@@ -189,12 +199,12 @@ def fit_novelty_temperature(
         "low": [-math.inf, *(flat if low is None else low)],
     }
     columns = np.column_stack([np.ones(len(x)), x])
-    theta = fit_by_partition(_function(partition), right, columns, range_=_range(), **prior)
+    theta = fit_by_partition(_function(partition), right, columns, range_=LOG_RANGE, **prior)
     if at_least_scalar:
         # From the free optimum: where all rows lie on the bound the likelihood is flat
         theta = fit_by_partition(_function(partition), features=columns, start=theta.tolist(), **fixed, **prior)
     found = result(theta[0], theta[1:].tolist())
-    if found.gain * len(right) < _threshold(f):
+    if test and found.gain * len(right) < least_gain(f):
         return result(math.log(scalar), flat, f"the NLL falls by less than a test at {100 * LEVEL:.0f} % asks for")
     return found
 
@@ -203,11 +213,12 @@ def _function(partition: Partition | PartitionTable) -> Partition:
     return partition.with_slope if isinstance(partition, PartitionTable) else partition
 
 
-def _range(scalar: float = LOWEST, at_least_scalar: bool = False) -> tuple[float, float]:
-    return math.log(scalar) if at_least_scalar else math.log(LOWEST), math.log(HIGHEST)
+def _range(scalar: float, at_least_scalar: bool) -> tuple[float, float]:
+    return (math.log(scalar), LOG_RANGE[1]) if at_least_scalar else LOG_RANGE
 
 
-def _threshold(features: int) -> float:
+def least_gain(features: int) -> float:
+    """Summed nats by which the NLL must fall for the slopes of so many features to count."""
     from scipy.stats import chi2
 
     return 0.5 * float(chi2.ppf(1.0 - LEVEL, features))

@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from ...training.options import DistillOptions, For, recalibrations
 from ...utils.names import nearest
+from ...vocabulary import POST_HOC
 
 
 # A key nobody knows is refused. "3" is no number, and 1 is not `true`.
@@ -189,12 +190,44 @@ class RecalibrationSpec:
 
 
 @dataclass(config=_CONFIG)
+class NoveltySpec:
+    """
+    How the temperature of a `novelty_scaling` arm depends on the input, see
+    [`~first_trl.evaluation.novelty_scaling.fit_novelty_scaling`].
+
+    Args:
+        feature (`str`): `distance` of the hidden state to those of training rows; `max_probability`, the control;
+            `distance_and_max_probability`; or `hidden_state`, a learnt head.
+        fit (`str`): Where the slope is learnt: on `validation`, or by `cross_group` on groups of training rows that were
+            held out, which needs rows with a `group`. The intercept is always fitted on `validation`.
+        metric (`str`): Of the distance: `cosine`, `pca` or `mahalanobis`.
+        k (`int`): Nearest training rows.
+        components (`int`): Principal components of `pca`, `mahalanobis` and `hidden_state`.
+        layers (`list[int]`, *optional*): Layers to choose from, 1 is the first; default: a quarter, half, three quarters and
+            all of the depth.
+        folds (`int`): Parts of the groups, for `cross_group`.
+        at_least_scalar (`bool`): No temperature below the scalar one.
+        reference_rows (`int`): Most training rows that are kept.
+    """
+
+    feature: Literal["distance", "max_probability", "distance_and_max_probability", "hidden_state"] = "distance"
+    fit: Literal["validation", "cross_group"] = "validation"
+    metric: Literal["cosine", "pca", "mahalanobis"] = "cosine"
+    k: Count = 10
+    components: Count = 16
+    layers: list[Count] | None = None
+    folds: Annotated[int, Strict(), Ge(2)] = 4
+    at_least_scalar: Flag = False
+    reference_rows: Count = 4000
+
+
+@dataclass(config=_CONFIG)
 class _Arm:
     """What an arm begins with."""
 
-    kind: Literal["teacher", "sft", "distill", "temperature_scaling"]
+    kind: Literal["teacher", "sft", "distill", "temperature_scaling", "novelty_scaling"]
     label: Text | None = None
-    of: Annotated[Text, For(("temperature_scaling",))] | None = None
+    of: Annotated[Text, For(POST_HOC)] | None = None
     training: Annotated[Mapping, _STUDENTS] = field(default_factory=dict)
 
 
@@ -205,9 +238,10 @@ class ArmSpec(DistillOptions, _Arm):
     [`~first_trl.training.options.DistillOptions`], and these:
 
     Args:
-        kind (`str`): `teacher`, `sft`, `distill` or `temperature_scaling`.
+        kind (`str`): `teacher`, `sft`, `distill`, `temperature_scaling` or `novelty_scaling`.
         label (`str`, *optional*): Name in tables and figures. With a grid, `{top_k}` and the like are filled in.
-        of (`str`, *optional*): Arm that `temperature_scaling` is applied to.
+        of (`str`, *optional*): Arm that `temperature_scaling` or `novelty_scaling` is applied to.
+        novelty (`NoveltySpec`, *optional*): How a `novelty_scaling` is fitted, where it is not by default.
         training (`dict`): Training arguments on top of the recipe's `training`.
         objective (`str`, *optional*): Objective of the fit, when it is another than the recipe's.
         min_value (`float`, *optional*): Lower bound of the fitted value; 1 keeps a temperature from sharpening.
@@ -225,6 +259,7 @@ class ArmSpec(DistillOptions, _Arm):
     teacher: Annotated[Text, For(("teacher", "distill"))] | None = None
     data: Annotated[list[Text], _DISTILL] = field(default_factory=lambda: ["train"])
     lora: Annotated[Mapping, _STUDENTS] | None = None
+    novelty: Annotated[NoveltySpec, For(("novelty_scaling",))] | None = None
     swept: Mapping = field(default_factory=dict)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from ...plugins import BACKENDS, TASKS, estimator_target
 from ...training.options import DistillOptions, For, marks
 from ...utils.names import nearest
-from ...vocabulary import BAYES
+from ...vocabulary import BAYES, POST_HOC
 from .arguments import config_problems, init_problems, lora_problems, training_problems
 from .models import ArmSpec, Recipe
 from .parse import refuse
@@ -114,10 +114,12 @@ def _arm(recipe: Recipe, name: str, arm: ArmSpec) -> Iterator[str]:
     place = f"arms.{name}"
     if not arm.swept:
         yield from _name(name, place)
-    if arm.kind == "temperature_scaling" and (
-        arm.of not in recipe.arms or recipe.arms[str(arm.of)].kind == "temperature_scaling"
-    ):
+    if arm.kind in POST_HOC and (arm.of not in recipe.arms or recipe.arms[str(arm.of)].kind in POST_HOC):
         yield f"{place}.of must name a trained arm, got {arm.of!r}.{nearest(str(arm.of), recipe.arms)}"
+    if arm.novelty is not None and arm.novelty.fit == "cross_group" and arm.novelty.feature == "hidden_state":
+        yield f"{place}.novelty: the feature hidden_state is fitted on validation rows; cross_group fits one slope."
+    if arm.kind == "novelty_scaling" and recipe.evaluation.scoring != "token":
+        yield f"{place}: novelty_scaling reads answers of one token, and evaluation.scoring is {recipe.evaluation.scoring!r}."
     misplaced = list(_misplaced(arm))
     for key in misplaced:
         kinds = " and ".join(_kinds_of(key) or ())

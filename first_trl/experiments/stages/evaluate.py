@@ -20,30 +20,38 @@ from ...tasks import answer_token_ids_of_rows
 from ...utils.files import write_json
 from ...vocabulary import BAYES
 from ..recipe import ArmSpec
-from ..run_folder import DATA, evaluation_unit, student_unit, teacher_unit
+from ..run_folder import DATA, evaluation_unit, states_unit, student_unit, teacher_unit
 from .context import RunContext
 from .data import task_of
+from .novelty import novelty_results, read_states, states_inputs
 from .teachers import base_model, teacher_model, teacher_of
 from .training import load_trained
-from .units import Unit
+from .units import Key, Unit
 
 
 def evaluation_units(run: RunContext) -> Iterator[Unit]:
-    """One an arm, and one for the true answer distribution where the rows bring it."""
+    """
+    One an arm, and one for the true answer distribution where the rows bring it. What arms with temperatures by novelty need
+    of a model is read once for all of them.
+    """
     for name, arm in run.recipe.arms.items():
-        source = run.recipe.arms[str(arm.of)] if arm.of is not None else arm
-        inputs = {
+        inputs: dict[str, Any] = {
             "evaluation": run.recipe.evaluation,
             "data": run.keys[DATA],
             **_plugin_metrics(),
             "arm": [arm.kind, arm.of],
-            "model": run.keys[
-                teacher_unit(teacher_of(run.recipe, source).name)
-                if source.kind == "teacher"
-                else student_unit(arm.of or name)
-            ],
+            "model": _model_key(run, arm.of or name),
         }
-        yield Unit(evaluation_unit(name), inputs, partial(_evaluate, run, name, arm, source))
+        if arm.kind != "novelty_scaling":
+            yield Unit(evaluation_unit(name), inputs, partial(_evaluate, run, name, arm))
+            continue
+        of = str(arm.of)
+        states = states_unit(of)
+        if states not in run.keys:
+            read = {"data": run.keys[DATA], "model": inputs["model"], **states_inputs(run, of)}
+            yield Unit(states, read, partial(_read_states, run, of))
+        inputs |= {"novelty": arm.novelty, "states": run.keys[states], "seed": run.recipe.seed}
+        yield Unit(evaluation_unit(name), inputs, partial(_evaluate_novelty, run, name))
     if run.has_posterior:
         inputs = {"evaluation": run.recipe.evaluation, "data": run.keys[DATA], "arm": BAYES, **_plugin_metrics()}
         yield Unit(evaluation_unit(BAYES), inputs, partial(_evaluate_bayes, run))
@@ -54,12 +62,32 @@ def _plugin_metrics() -> dict[str, Any]:
     return {"metrics": sorted(METRICS)} if METRICS else {}
 
 
-def _evaluate(run: RunContext, name: str, arm: ArmSpec, source: ArmSpec, folder: Path) -> None:
-    if source.kind == "teacher":
-        model = teacher_model(run, teacher_of(run.recipe, source))
-    else:
-        student = run.folder.student(arm.of or name)
-        model = load_trained(student, run.recipe.student, lambda: base_model(run, "student"))
+def _model_key(run: RunContext, name: str) -> Key:
+    arm = run.recipe.arms[name]
+    unit = teacher_unit(teacher_of(run.recipe, arm).name) if arm.kind == "teacher" else student_unit(name)
+    return run.keys[unit]
+
+
+def _model_of(run: RunContext, name: str) -> Any:
+    """The model of an arm that has one."""
+    arm = run.recipe.arms[name]
+    if arm.kind == "teacher":
+        return teacher_model(run, teacher_of(run.recipe, arm))
+    return load_trained(run.folder.student(name), run.recipe.student, lambda: base_model(run, "student"))
+
+
+def _read_states(run: RunContext, name: str, folder: Path) -> None:
+    read_states(run, name, _model_of(run, name))
+
+
+def _evaluate_novelty(run: RunContext, name: str, folder: Path) -> None:
+    if run.is_main:
+        for role, result in novelty_results(run, name):
+            _store(run, result, name, role)
+
+
+def _evaluate(run: RunContext, name: str, arm: ArmSpec, folder: Path) -> None:
+    model = _model_of(run, arm.of or name)
     tokenizer = run.tokenizer()
     options: dict[str, Any] = {
         "batch_size": run.recipe.evaluation.batch_size,

@@ -23,7 +23,8 @@ def student_units(run: RunContext) -> Iterator[Unit]:
         if arm.kind not in ("sft", "distill"):
             continue
         inputs: dict[str, Any] = {
-            "arm": {**asdict(arm), "label": None, "swept": None},
+            "arm": {key: value for key, value in asdict(arm).items() if key != "novelty"}
+            | {"label": None, "swept": None},
             "training": {**run.recipe.training, **arm.training},
             "seed": run.recipe.seed,
             "base": run.keys[base_unit("student")],
