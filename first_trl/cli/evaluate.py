@@ -78,6 +78,8 @@ def main(args: argparse.Namespace) -> int:
     options = dict(map(_key_value, args.option))
     if (args.task == "system_one") != (args.scoring == "decision") and args.scoring != "auto":
         raise ValueError("--scoring decision belongs to --task system_one, and the other scorings to the other tasks.")
+    if args.length != "none" and args.scoring not in ("auto", "choices"):
+        raise ValueError(f"--length is about whole texts: leave it out, or --scoring {args.scoring}.")
     if args.permutations and (args.task == "system_one" or args.permutations < 2):
         raise ValueError(
             "--permutations needs a task with lettered options and 2 or more: the given order is one of them."
@@ -180,6 +182,15 @@ def _score(
         "equal where the gold is one option. Prior: the mean gold of the scored questions themselves.",
     ]
     report = {"scoring": scoring, "temperature": temperature, "n_bins": args.bins, "scores": scores}
+    if scoring == "choices":
+        report["length"] = args.length
+        lines.append(
+            "Whole texts are compared by their log-probability"
+            + {
+                "none": "; longer ones have less (see --length).",
+                "unconditional": " minus that without the question.",
+            }.get(args.length, f" divided by their {args.length}.")
+        )
     if orders is not None:
         report["option_order"] = order = orders.report
         lines.insert(
@@ -203,7 +214,7 @@ def _score_choices(
     from ..tasks import answer_token_ids_of_rows
 
     temperature = args.temperature if args.temperature is not None else float(config.temperature.get("choice", 1.0))
-    scoring = args.scoring
+    scoring = "choices" if args.scoring == "auto" and args.length != "none" else args.scoring
     if scoring == "auto":
         try:
             answer_token_ids_of_rows(tokenizer, rows)
@@ -281,7 +292,8 @@ def _write_eval_results(folder: Path, args: argparse.Namespace, report: dict[str
             dataset_id=args.eval_results,
             task_id=f"{args.task}_{name}",
             value=scores[name],
-            notes=f"first-trl evaluate, split {args.split}, {scores['n']} questions, scoring {report['scoring']}",
+            notes=f"first-trl evaluate, split {args.split}, {scores['n']} questions, scoring {report['scoring']}"
+            + (f", length {report['length']}" if "length" in report else ""),
         )
         for name in ("accuracy", "ece_argmax", "ece_drawn", "nll", "kl", "brier")
     ]

@@ -1,5 +1,6 @@
 """What an answer owes to the order of the options: flips, the spread of the confidence, and answers averaged over orders."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+from ..calibration import CalibrationWarning
 from ..tasks.multiple_choice import MultipleChoice
 from ..tasks.option_orders import option_orders
 from .multiple_choice import evaluate_multiple_choice
@@ -134,10 +136,13 @@ def evaluate_option_order(
             asked = {"prompt": example.prompt, "choices": list(example.choices), "gold": example.gold}
             rows.append({"id": f"{row['id']}-order-{number}", **asked})
     asked_rows = Dataset.from_list(rows)
-    if scoring == "choices":
-        result = evaluate_whole_answers(model, processing_class, asked_rows, length=length, **options)
-    else:
-        result = evaluate_multiple_choice(model, processing_class, asked_rows, **options)
+    with warnings.catch_warnings():
+        # About a calibration error of all orders together, which is not reported
+        warnings.simplefilter("ignore", CalibrationWarning)
+        if scoring == "choices":
+            result = evaluate_whole_answers(model, processing_class, asked_rows, length=length, **options)
+        else:
+            result = evaluate_multiple_choice(model, processing_class, asked_rows, **options)
     scores = result.predictions.get("choice_scores", result.predictions["choice_logprobs"])
     probabilities, start = [], 0
     for own in orders:

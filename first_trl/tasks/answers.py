@@ -130,7 +130,8 @@ def choice_token_ids(
         `tuple`: ids of each prompt, and of each of its choices.
 
     Raises:
-        `ValueError`: for a row without choices, an empty choice, or one that merges with the end of its prompt.
+        `ValueError`: for a row without choices, an empty choice, one that merges with the end of its prompt, or two
+        different ones with the same tokens.
     """
     for name, row in zip(names, choices, strict=True):
         if not row or not all(row):
@@ -150,6 +151,14 @@ def choice_token_ids(
                 f"{name}: the choice {text!r} merges with the last token of the prompt. Move the space: into the choice "
                 "(' answer' behind 'Answer:'), or to the end of the prompt."
             )
+        owners: dict[tuple[int, ...], str] = {}
+        for choice, ids in zip(row, kept, strict=True):
+            if owners.setdefault(tuple(ids), choice) != choice:
+                raise ValueError(
+                    f"{name}: the answers {owners[tuple(ids)]!r} and {choice!r} are the same tokens "
+                    f"({_tokens(processing_class, ids)}), so nothing tells them apart. Use a tokenizer that knows their "
+                    "words, or letters as answers (completion=' {letter}')."
+                )
         prompt_ids.append(flat_prompt_ids[start])
         choice_ids.append(kept)
         start += len(row)

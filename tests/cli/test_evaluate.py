@@ -62,6 +62,7 @@ def test_answers_of_several_tokens_are_scored_by_their_text(data_folder, tmp_pat
         assert main([*command, *options, "--device", "cpu"]) == 0
         report = json.loads((folder / "report.json").read_text())
         assert report["scoring"] == "choices" and report["scores"]["model"]["n"] == 12
+        assert report["length"] == length and report["scores"]["prior"]["accuracy"] < 0.9
         rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
         assert all(np.isclose(sum(row["probabilities"]), 1) for row in rows)
 
@@ -82,6 +83,12 @@ def test_requests_of_decision_models(student, tmp_path):
         (["--task", "digitz"], "Did you mean 'digits'"),
         (["--task", "digits", "--option", "x"], "KEY=VALUE"),
         (["--task", "digits", "--scoring", "decision"], "belongs to --task system_one"),
+        (["--task", "digits", "--scoring", "token", "--length", "bytes"], "--length is about whole texts"),
+        (["--task", "digits", "--permutations", "1"], "--permutations needs a task with lettered options"),
+        (
+            ["--task", "digits", "--permutations", "3", "--limit", "4"],
+            "Option order needs rows of a task with lettered",
+        ),
         (["--task", "digits", "--temperature", "0"], "--temperature must be above 0"),
     ],
 )

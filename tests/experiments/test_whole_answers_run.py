@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from first_trl.cli import main
+from tests.support.quickstart import TINY
 from tests.support.tiny import tiny_llama
 
 
@@ -66,6 +67,19 @@ def folder(tmp_path_factory):
     assert main([*command, "--dry-run"]) == 0
     assert main(command) == 0
     return folder
+
+
+def test_keys_that_have_no_meaning_are_refused(tmp_path, capsys):
+    run = ["run", "quickstart", "--output-dir", str(tmp_path / "run")]
+    for word, message in (
+        ("evaluation.permutations=1", "evaluation.permutations must be 0 or at least 2"),
+        ("evaluation.length=tokens", "evaluation.length is about whole texts"),
+        ("evaluation.scoring=words", "evaluation.scoring"),
+    ):
+        assert main([*run, word, "--dry-run"]) == 2
+        assert message in capsys.readouterr().err
+    assert main([*run, *TINY, "evaluation.permutations=2", "--stage", "data"]) == 2
+    assert "none of the evaluated roles has lettered options to permute" in capsys.readouterr().err
 
 
 def test_the_teacher_is_captured_at_every_answer_token(folder):

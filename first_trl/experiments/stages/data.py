@@ -11,6 +11,7 @@ from ...tasks import Task, get_task, tokenize_rows
 from ...tasks.answers import check_answers
 from ...tasks.base import TaskSplit
 from ...tasks.copies import drop_copies
+from ...tasks.multiple_choice import MultipleChoice
 from ...tasks.overlap import drop_overlap
 from ...utils.files import write_json
 from ..recipe import Recipe, SplitSpec
@@ -104,7 +105,8 @@ def _write(run: RunContext, folder: Path) -> None:
     splits, evaluated = run.recipe.task.splits, run.recipe.evaluation.splits
     loaded = {role: _load(run, spec) for role, spec in splits.items()}
     rows = {role: split.dataset for role, split in loaded.items()}
-    if run.recipe.evaluation.permutations and not any("options" in rows[role].column_names for role in evaluated):
+    lettered = [isinstance(task_of(run.recipe, splits[role]), MultipleChoice) for role in evaluated]
+    if run.recipe.evaluation.permutations and not any(lettered):
         raise ValueError("evaluation.permutations: none of the evaluated roles has lettered options to permute.")
     used = used_roles(run.recipe)
     overlapping: dict[str, dict[str, int]] = {role: {} for role in used}

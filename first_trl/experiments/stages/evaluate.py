@@ -17,6 +17,7 @@ from ...evaluation.token_level import evaluate_token_level
 from ...evaluation.whole_answers import evaluate_whole_answers
 from ...plugins import METRICS
 from ...tasks import answer_token_ids_of_rows
+from ...tasks.multiple_choice import MultipleChoice
 from ...utils.files import write_json
 from ...vocabulary import BAYES
 from ..recipe import ArmSpec
@@ -130,14 +131,14 @@ def _evaluate(run: RunContext, name: str, arm: ArmSpec, folder: Path) -> None:
             whole = {"length": spec.length} if spec.scoring == "choices" else {}
             scorer: Any = evaluate_whole_answers if whole else evaluate_multiple_choice
             result = scorer(model, tokenizer, rows, max_length=max_length, **whole, **options)
-            if spec.permutations and "options" in rows.column_names:
+            task = task_of(run.recipe, run.recipe.task.splits[role])
+            if spec.permutations and isinstance(task, MultipleChoice):
                 how: dict[str, Any] = {
                     "scoring": spec.scoring,
                     "length": spec.length,
                     "max_length": max_length,
                     **options,
                 }
-                task: Any = task_of(run.recipe, run.recipe.task.splits[role])
                 orders = evaluate_option_order(model, tokenizer, task, rows, permutations=spec.permutations, **how)
                 result.report["option_order"] = orders.report
         else:
