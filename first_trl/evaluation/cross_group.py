@@ -4,18 +4,19 @@ The slope of a temperature by novelty, learnt where novelty occurs: on groups of
 In-domain validation rows are hardly ever new, so a slope that is fitted on them says little about inputs that are. Where
 training rows have groups (subjects, sources, templates), the groups are divided into folds. For each fold:
 
-1. A linear head (multinomial logistic regression with a ridge) learns the answers of the *other* groups from the model's
-   hidden states, which stay as they are. A fifth of these groups' rows is kept back: the ridge and the head's own in-domain
-   temperature are fitted on it.
-2. The distance of the fold's rows, whose groups the head has not seen, is taken to the rows that the head has learnt from.
+1. A linear head (multinomial logistic regression with a ridge) learns the answers of the *other* groups from the hidden
+   states of the model *before it was fine-tuned*, which stay as they are. A fifth of these groups' rows is kept back: the
+   layer, the ridge and the head's own in-domain temperature are chosen on it.
+2. The distance `d` of the fold's rows, whose groups the head has not seen, is taken in the *fine-tuned* model, to the rows that
+   the head has learnt from.
 3. `log T(x) = log(in-domain temperature) + b (d(x) - mean of d on the rows kept back)`.
 
 One slope `b >= 0` is fitted by NLL on the rows of all folds together, with the prior and the test of
 [`~first_trl.calibration.novelty.fit_novelty_temperature`]. Nothing else is taken from the heads: they are weaker than the
 model, and differently calibrated.
 
-This is a cheap stand-in for training the model anew without each fold. Its states have seen all groups, which makes the held-out
-ones look less new than they were: expect a slope that is too small rather than too large.
+This is a cheap stand-in for training the model anew without each fold: one forward of the base. Heads on the fine-tuned
+model's own states (`heads=None`) do not serve, since these states have seen the answers of all groups.
 """
 
 import math
@@ -29,7 +30,7 @@ from ..calibration.conditional import fit_by_partition, partition_of
 from ..calibration.novelty import LOG_RANGE, least_gain, logits_partition, mean_nll, scalar_temperature
 from .answer_states import AnswerStates
 from .novelty import fit_reference, principal_components, project
-from .novelty_scaling import known_layers, log_unsure, standardiser
+from .novelty_scaling import PARTS, known_layers, log_unsure, standardiser
 
 
 _KEPT_BACK = 0.2
@@ -53,6 +54,7 @@ class _Fold:
 def cross_group_slopes(
     train: AnswerStates,
     groups: Sequence[str],
+    heads: AnswerStates | None = None,
     *,
     feature: str = "distance",
     metric: str = "cosine",
@@ -70,13 +72,15 @@ def cross_group_slopes(
             Training rows.
         groups (sequence of `N` `str`):
             Group of each; rows without one (`""`) are left out.
+        heads (`AnswerStates`, *optional*):
+            The same rows, read by the model before it was fine-tuned; by default the heads learn from `train`.
         feature, metric, k, components, layers, seed:
             As in [`~first_trl.evaluation.novelty_scaling.fit_novelty_scaling`].
         folds (`int`, *optional*, defaults to 4):
             Parts of the groups.
 
     Returns:
-        `dict`: Layer (0 where the feature needs none) -> `slopes`, `nll` (a held-out row, at these slopes), `gain` (nats a
+        `dict`: Layer (0 where the feature needs none) -> `slopes`, `nll` (a held-out row, at each of `PARTS` of these slopes), `gain` (nats a
         held-out row over the fold's own temperature), `n` and `folds`, a summary of each.
 
     Raises:
@@ -87,6 +91,9 @@ def cross_group_slopes(
         raise ValueError(f"`groups` has {len(names)} entries for {len(train)} training rows.")
     usable = np.flatnonzero((names != "") & (train.gold >= 0))
     rows, names = train.rows(usable), names[usable]
+    if heads is not None and len(heads) != len(train):
+        raise ValueError(f"`heads` has {len(heads)} rows, and there are {len(train)} training rows.")
+    learner = rows if heads is None else heads.rows(usable)
     distinct = np.unique(names)
     if len(distinct) < folds:
         raise ValueError(
@@ -94,7 +101,7 @@ def cross_group_slopes(
             "the task fills in, and at least as many as folds. Fit on `validation`."
         )
     layer_names = known_layers(rows, layers)
-    made = [_fold(rows, held, layer_names[-1], seed) for held in _held_out(names, folds, seed)]
+    made = [_fold(learner, held, seed) for held in _held_out(names, folds, seed)]
     found = {}
     for layer in layer_names if feature.startswith("distance") else [0]:
         x = [_features(rows, fold, feature, layer, metric=metric, k=k, components=components) for fold in made]
@@ -116,7 +123,7 @@ def _held_out(names: np.ndarray, folds: int, seed: int) -> list[np.ndarray]:
     return [of_row == fold for fold in range(folds)]
 
 
-def _fold(rows: AnswerStates, held: np.ndarray, layer: int, seed: int) -> _Fold:
+def _fold(rows: AnswerStates, held: np.ndarray, seed: int) -> _Fold:
     known = np.random.default_rng(seed).permutation(np.flatnonzero(~held))
     kept, learnt = np.split(known, [max(1, round(_KEPT_BACK * len(known)))])
     classes, label = np.unique(rows.right_token, return_inverse=True)
@@ -128,20 +135,17 @@ def _fold(rows: AnswerStates, held: np.ndarray, layer: int, seed: int) -> _Fold:
             f"A fold has {len(learnt)} training rows of known groups, {len(kept)} kept back and {len(new)} of new groups: too "
             "few to learn a slope from. Fit on `validation`."
         )
-    basis, center = principal_components(rows.states[layer][learnt], _HEAD_COMPONENTS)
-    x = project(rows.states[layer], basis, center).double().numpy()
     y = np.cumsum(seen)[label] - 1
-    best: tuple[float, np.ndarray] | None = None
-    weights = np.zeros((x.shape[1] + 1, int(seen.sum())))
-    for ridge in sorted(_HEAD_RIDGES, reverse=True):
-        weights = _logistic(x[learnt], y[learnt], weights, ridge)
-        logits = x @ weights[:-1] + weights[-1]
-        partition, right = logits_partition(logits[kept], y[kept])
-        nll = mean_nll(partition, right, 1.0)
-        if best is None or nll < best[0]:
-            best = nll, logits
-    assert best is not None
-    logits = best[1]
+    tried: list[tuple[float, np.ndarray]] = []
+    for layer in sorted(rows.states):
+        basis, center = principal_components(rows.states[layer][learnt], _HEAD_COMPONENTS)
+        x = project(rows.states[layer], basis, center).double().numpy()
+        weights = np.zeros((x.shape[1] + 1, int(seen.sum())))
+        for ridge in sorted(_HEAD_RIDGES, reverse=True):
+            weights = _logistic(x[learnt], y[learnt], weights, ridge)
+            logits = x @ weights[:-1] + weights[-1]
+            tried.append((mean_nll(*logits_partition(logits[kept], y[kept]), 1.0), logits))
+    logits = min(tried, key=lambda each: each[0])[1]
     temperature = scalar_temperature(*logits_partition(logits[kept], y[kept]))
     accuracy = {
         name: float((logits[part].argmax(1) == y[part]).mean()) for name, part in (("known", kept), ("new", new))
@@ -220,7 +224,7 @@ def _pooled(folds: Sequence[_Fold], features: Sequence[tuple[np.ndarray, np.ndar
         slopes, gain = np.zeros(len(flat)), 0.0
     return {
         "slopes": slopes.tolist(),
-        "nll": nll(slopes),
+        "nll": [nll(part * slopes) for part in PARTS],
         "gain": gain,
         "n": len(right),
         "folds": [

@@ -15,7 +15,8 @@ All are standardised on the training rows. Everything is chosen on validation ro
 - *`hidden_state`*: the ridge is the one of three with the lowest NLL in five-fold cross-validation over the validation rows,
   and one temperature stays where none of them beats it there.
 - *`cross_group`*: the slope comes from groups that were held out, see [`~first_trl.evaluation.cross_group`], the intercept
-  from the validation rows.
+  from the validation rows. Of that slope as large a part is taken as leaves the NLL of the validation rows within
+  `max_nll_increase` of the one temperature's: what helps with new inputs may cost no more than this with known ones.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,8 @@ from .novelty import NoveltyReference, fit_reference, principal_components, proj
 FEATURES = ("distance", "max_probability", "distance_and_max_probability", "hidden_state")
 # Layers that differ by less than this, in nats a row, are as good as each other
 TIE = 0.0005
+# Of slopes from held-out groups
+PARTS = np.linspace(0.0, 1.0, 41)
 _RIDGES = (0.03, 0.1, 0.3)
 _CV_FOLDS = 5
 # What is added to 1 - p, so that certainty has a logarithm
@@ -115,6 +118,7 @@ def fit_novelty_scaling(
     reference_rows: int = 4000,
     seed: int = 0,
     slopes: Mapping[int, Mapping[str, Any]] | None = None,
+    max_nll_increase: float = 0.0,
 ) -> NoveltyScaling:
     """
     Fit a temperature by novelty.
@@ -139,6 +143,8 @@ def fit_novelty_scaling(
         slopes (`Mapping[int, Mapping[str, Any]]`, *optional*):
             Layer -> `slopes` and `nll` from [`~first_trl.evaluation.cross_group.cross_group_slopes`]: only the intercept is
             fitted on `validation`.
+        max_nll_increase (`float`, *optional*, defaults to 0):
+            Nats a row that `slopes` may cost on `validation`; `inf` takes them whole.
 
     Raises:
         `ValueError`: An unknown feature, a layer that was not read, no validation row with an answer.
@@ -163,14 +169,14 @@ def fit_novelty_scaling(
         if feature == "hidden_state":
             temperature, nll = _cross_validated(table, right, x, at_least_scalar, seed)
         else:
-            given = None if slopes is None else slopes[layer or 0]
-            temperature = fit_novelty_temperature(
-                table, right, x,
-                low=None if x.shape[1] == 1 else [0.0, -np.inf],
-                at_least_scalar=at_least_scalar,
-                slopes=None if given is None else given["slopes"],
-            )  # fmt: skip
-            nll = mean_nll(table, right, temperature.temperature(x)) if given is None else float(given["nll"])
+            low = None if x.shape[1] == 1 else [0.0, -np.inf]
+            if slopes is None:
+                temperature = fit_novelty_temperature(table, right, x, low=low, at_least_scalar=at_least_scalar)
+                nll = mean_nll(table, right, temperature.temperature(x))
+            else:
+                given = slopes[layer or 0]
+                temperature, part = _within(table, right, x, given["slopes"], max_nll_increase, at_least_scalar)
+                nll = float(given["nll"][part])
         tried[str(layer or "-")] = {"nll": nll, "slopes": list(temperature.slopes)}
         fitted.append((nll, blank, temperature))
     best = first_of_the_best([nll for nll, _, _ in fitted])
@@ -202,6 +208,24 @@ def _blank(train: AnswerStates, feature: str, layer: int | None, **options: Any)
     if layer is not None and feature == "hidden_state":
         head = (layer, *principal_components(train.states[layer], options["components"]))
     return NoveltyScaling(feature, NoveltyTemperature(0.0, (), 1.0, False, 0, 0.0), reference, unsure, head, {})
+
+
+def _within(
+    table: PartitionTable,
+    right: np.ndarray,
+    x: np.ndarray,
+    slopes: Sequence[float],
+    increase: float,
+    at_least_scalar: bool,
+) -> tuple[NoveltyTemperature, int]:
+    """As large a part of the slopes as costs no more than `increase`, and its place in `PARTS`."""
+    for place in reversed(range(len(PARTS))):
+        found = fit_novelty_temperature(
+            table, right, x, slopes=(PARTS[place] * np.asarray(slopes)).tolist(), at_least_scalar=at_least_scalar
+        )
+        if found.gain >= -increase - 1e-9:
+            break
+    return found, place
 
 
 def _cross_validated(

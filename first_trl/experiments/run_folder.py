@@ -21,6 +21,7 @@ cache[-NAME][/fold-I]               their caches
 recalibration[-NAME]/FIT.json       fitted rescales
 students/ARM                        trained students
 states/ARM                          ROLE.safetensors, layers.json
+base_states/teacher, .../student    train.safetensors
 evaluate/ARM                        ROLE.json, ROLE.parquet, temperature.json, novelty.json, novelty.safetensors
 report/                             report.md, report.json and figures
 share/                              repositories.json
@@ -79,6 +80,11 @@ def student_unit(arm: str) -> str:
 def states_unit(arm: str) -> str:
     """Unit of what an arm's model says and how it got there, for the arms with temperatures by novelty behind it."""
     return f"states/{arm}"
+
+
+def base_states_unit(role: str) -> str:
+    """Unit of what the teacher or student says of the training rows before it is fine-tuned."""
+    return f"base_states/{role}"
 
 
 def evaluation_unit(arm: str) -> str:
@@ -286,6 +292,10 @@ class RunFolder:
     def states(self, arm: str, role: str) -> Path:
         """Logits and hidden states of an arm's model at the answer positions of a role."""
         return self.root / states_unit(arm) / f"{role}.safetensors"
+
+    def base_states(self, role: str) -> Path:
+        """Logits and hidden states of the teacher or student before fine-tuning, at the answer positions of `train`."""
+        return self.root / base_states_unit(role) / "train.safetensors"
 
     def layers(self, arm: str) -> Path:
         """Which layers were read, and which of them are tried where an arm names none."""

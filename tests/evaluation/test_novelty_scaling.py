@@ -105,8 +105,16 @@ def test_the_slope_of_groups_is_found_where_new_groups_are_answered_worse():
     assert all(fold["feature_new"][0] > fold["feature_known"][0] for fold in found["folds"])
     same = cross_group_slopes(rows, names)[1]
     assert same["slopes"][0] < found["slopes"][0] / 2
-    fitted = fit_novelty_scaling(new, new, slopes={1: found})
-    assert fitted.temperature.slopes == tuple(found["slopes"])
+    # These are as often right however far they lie: the whole slope costs something there
+    validation = groups_world(np.random.default_rng(3), 0.5)[0]
+    whole, part = (
+        fit_novelty_scaling(new, validation, slopes={1: found}, max_nll_increase=most) for most in (np.inf, 0.001)
+    )
+    assert whole.temperature.slopes == tuple(found["slopes"])
+    assert whole.temperature.gain < -0.001 <= part.temperature.gain
+    assert 0 <= part.temperature.slopes[0] < 0.9 * whole.temperature.slopes[0]
+    with pytest.raises(ValueError, match=r"`heads` has 60 rows"):
+        cross_group_slopes(new, names, new.rows(np.arange(60)))
     control = cross_group_slopes(new, names, feature="max_probability")
     assert set(control) == {0} and len(control[0]["slopes"]) == 1
 

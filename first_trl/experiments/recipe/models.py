@@ -206,6 +206,8 @@ class NoveltySpec:
         layers (`list[int]`, *optional*): Layers to choose from, 1 is the first; default: a quarter, half, three quarters and
             all of the depth.
         folds (`int`): Parts of the groups, for `cross_group`.
+        max_nll_increase (`float`): Nats a row that a slope of `cross_group` may cost on `validation`; a smaller part of it is
+            taken where it would cost more.
         at_least_scalar (`bool`): No temperature below the scalar one.
         reference_rows (`int`): Most training rows that are kept.
     """
@@ -217,6 +219,7 @@ class NoveltySpec:
     components: Count = 16
     layers: list[Count] | None = None
     folds: Annotated[int, Strict(), Ge(2)] = 4
+    max_nll_increase: Annotated[float, Strict(), Ge(0.0)] = 0.0
     at_least_scalar: Flag = False
     reference_rows: Count = 4000
 

@@ -21,10 +21,18 @@ from ...tasks.multiple_choice import MultipleChoice
 from ...utils.files import write_json
 from ...vocabulary import BAYES
 from ..recipe import ArmSpec
-from ..run_folder import DATA, evaluation_unit, states_unit, student_unit, teacher_unit
+from ..run_folder import (
+    DATA,
+    base_states_unit,
+    base_unit,
+    evaluation_unit,
+    states_unit,
+    student_unit,
+    teacher_unit,
+)
 from .context import RunContext
 from .data import task_of
-from .novelty import novelty_results, read_states, states_inputs
+from .novelty import base_role, novelty_results, read_base_states, read_states, states_inputs
 from .teachers import base_model, teacher_model, teacher_of
 from .training import load_trained
 from .units import Key, Unit
@@ -52,6 +60,13 @@ def evaluation_units(run: RunContext) -> Iterator[Unit]:
             read = {"data": run.keys[DATA], "model": inputs["model"], **states_inputs(run, of)}
             yield Unit(states, read, partial(_read_states, run, of))
         inputs |= {"novelty": arm.novelty, "states": run.keys[states], "seed": run.recipe.seed}
+        if arm.novelty is not None and arm.novelty.fit == "cross_group":
+            role = base_role(run, of)
+            base = base_states_unit(role)
+            if base not in run.keys:
+                read = {"data": run.role_keys["train"], "model": run.keys[base_unit(role)], "seed": run.recipe.seed}
+                yield Unit(base, read, partial(read_base_states, run, role))
+            inputs["base_states"] = run.keys[base]
         yield Unit(evaluation_unit(name), inputs, partial(_evaluate_novelty, run, name))
     if run.has_posterior:
         inputs = {"evaluation": run.recipe.evaluation, "data": run.keys[DATA], "arm": BAYES, **_plugin_metrics()}

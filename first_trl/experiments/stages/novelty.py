@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from ...utils.files import write_json
 from ..recipe import NoveltySpec
 from ..run_folder import read_json
 from .context import RunContext
+from .teachers import base_model
+from .training import place
 
 
 # More training rows than these say little more about distances, and a slope needs no more
@@ -84,6 +87,22 @@ def read_states(run: RunContext, of: str, model: Any) -> None:
         write_json(run.folder.layers(of), {"read": layers, "tried": tried})
 
 
+def base_role(run: RunContext, of: str) -> str:
+    """Whether an arm's model began as the recipe's teacher or its student."""
+    return "teacher" if run.recipe.arms[of].kind == "teacher" else "student"
+
+
+def read_base_states(run: RunContext, role: str, folder: Path) -> None:
+    """One pass of the model before fine-tuning over the training rows."""
+    model = place(base_model(run, role))
+    states = collect_answer_states(
+        model, run.tokenizer(), _train_rows(run), candidate_layers(layer_count(model)),
+        batch_size=run.recipe.evaluation.batch_size, disable_tqdm=True, distributed=True,
+    )  # fmt: skip
+    if run.is_main:
+        states.save(run.folder.base_states(role))
+
+
 def fit_arm(run: RunContext, name: str) -> NoveltyScaling:
     """
     The temperature by novelty of an arm.
@@ -108,7 +127,8 @@ def fit_arm(run: RunContext, name: str) -> NoveltyScaling:
         rows = _train_rows(run)
         groups = rows["group"] if "group" in rows.column_names else [""] * len(rows)
         try:
-            slopes = cross_group_slopes(train, groups, folds=spec.folds, **common)
+            heads = AnswerStates.load(run.folder.base_states(base_role(run, of)))
+            slopes = cross_group_slopes(train, groups, heads, folds=spec.folds, **common)
         except ValueError as error:
             raise ValueError(f"arms.{name}.novelty.fit: {error}") from None
     fitted = fit_novelty_scaling(
@@ -117,6 +137,7 @@ def fit_arm(run: RunContext, name: str) -> NoveltyScaling:
         at_least_scalar=spec.at_least_scalar,
         reference_rows=spec.reference_rows,
         slopes=slopes,
+        max_nll_increase=spec.max_nll_increase,
         **common,
     )
     if slopes is not None:
