@@ -211,16 +211,10 @@ def _score_choices(
     from ..evaluation.distributions import OptionPredictions
     from ..evaluation.multiple_choice import evaluate_multiple_choice
     from ..evaluation.whole_answers import evaluate_whole_answers
-    from ..tasks import answer_token_ids_of_rows
+    from ..tasks.answers import NotOneToken
 
     temperature = args.temperature if args.temperature is not None else float(config.temperature.get("choice", 1.0))
     scoring = "choices" if args.scoring == "auto" and args.length != "none" else args.scoring
-    if scoring == "auto":
-        try:
-            answer_token_ids_of_rows(tokenizer, rows)
-            scoring = "token"
-        except ValueError:
-            scoring = "choices"
     labelled = rows.select([i for i, gold in enumerate(rows["gold"]) if gold >= 0])
     if len(labelled) == 0:
         raise ValueError(f"No row of split {args.split!r} has an answer: there is nothing to score.")
@@ -228,9 +222,15 @@ def _score_choices(
     with warnings.catch_warnings():
         # What a small sample means for an ECE is said of its own report, which is not printed here
         warnings.simplefilter("ignore", CalibrationWarning)
-        if scoring == "token":
-            predicted = evaluate_multiple_choice(model, tokenizer, labelled, **options).predictions
-        else:
+        if scoring != "choices":
+            try:
+                predicted = evaluate_multiple_choice(model, tokenizer, labelled, **options).predictions
+                scoring = "token"
+            except NotOneToken:
+                if scoring == "token":
+                    raise
+                scoring = "choices"
+        if scoring == "choices":
             predicted = evaluate_whole_answers(model, tokenizer, labelled, length=args.length, **options).predictions
     scores = predicted.get("choice_scores", predicted["choice_logprobs"])
     probabilities = [
