@@ -133,7 +133,8 @@ def evaluate_option_order(
         orders.append([given, *(order for order in drawn if order != given)][:permutations])
         for number, order in enumerate(orders[-1]):
             example = task.reorder(row, order)
-            asked = {"prompt": example.prompt, "choices": list(example.choices), "gold": example.gold}
+            # Which option is right does not enter, so questions without an answer are asked like all others
+            asked = {"prompt": example.prompt, "choices": list(example.choices), "gold": 0}
             rows.append({"id": f"{row['id']}-order-{number}", **asked})
     asked_rows = Dataset.from_list(rows)
     with warnings.catch_warnings():

@@ -122,6 +122,8 @@ def test_known_flip_rates(questions, tokenizer, n_options):
     blind = evaluate_option_order(ByText(tokenizer, "text"), tokenizer, task, rows, **options).report
     assert blind["flip_rate"] == blind["any_flip"] == 0.0 and blind["n"] == len(rows) == 12
     assert blind["confidence_spread"] == pytest.approx(0.0, abs=1e-7) and blind["n_orders"] == everything
+    hidden = rows.map(lambda row: {"gold": -1})
+    assert evaluate_option_order(ByText(tokenizer, "text"), tokenizer, task, hidden, **options).report == blind
     always_a = evaluate_option_order(ByText(tokenizer, "letter"), tokenizer, task, rows, **options)
     # Of all orders but the first, those that do not begin with the same option
     known = (everything - everything / n_options) / (everything - 1)
