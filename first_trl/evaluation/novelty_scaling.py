@@ -102,6 +102,19 @@ class NoveltyScaling:
         """The temperature of each row."""
         return self.temperature.temperature(self.features(rows.states, rows.max_probability()))
 
+    def of_states(self, states: Mapping[int, torch.Tensor], logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """
+        The temperature of each row of a forward, and its novelty: the share of the reference rows that are no newer.
+
+        Args:
+            states (`Mapping[int, torch.Tensor]`): Layer -> hidden states `[B, H]` at the answer position.
+            logits (`torch.Tensor` of shape `[B, V]`, float32): What they lead to.
+        """
+        sure = None if self.unsure is None else torch.softmax(logits, -1).amax(-1).double().cpu().numpy()
+        x = self.features(states, sure)
+        novelty = np.full(len(x), np.nan) if self.reference is None else self.reference.percentile(x[:, 0])
+        return self.temperature.temperature(x), novelty
+
     @property
     def layers(self) -> list[int]:
         """The layers that it reads."""
@@ -121,7 +134,9 @@ class NoveltyScaling:
             `ValueError`: The feature has no distance in it. The others are for comparison.
         """
         if self.reference is None:
-            raise ValueError(f"The feature {self.feature!r} says nothing about distance: it is for comparison, not for use.")
+            raise ValueError(
+                f"The feature {self.feature!r} says nothing about distance: it is for comparison, not for use."
+            )
         fit = {"feature": self.feature, "temperature": self.temperature.to_dict(), "unsure": self.unsure}
         return self.reference.save(Path(folder) / NOVELTY_NAME, version=_VERSION, **fit)
 

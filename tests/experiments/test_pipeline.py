@@ -101,7 +101,10 @@ def test_temperature_by_novelty_leaves_accuracy_and_says_how_new_rows_are(run):
     assert set(fitted["choice"]["cross_group"]) == {"1"}
     markdown = (run / "report" / "report.md").read_text()
     assert "## How new the rows are" in markdown and "novelty.png" in markdown
-    assert (run / "report" / "novelty.png").stat().st_size > 5000 and set(report["novelty"]) == {"sft_novelty", "lora_novelty"}
+    assert (run / "report" / "novelty.png").stat().st_size > 5000 and set(report["novelty"]) == {
+        "sft_novelty",
+        "lora_novelty",
+    }
     exported = (run / "students" / "sft" / "model" / "novelty.safetensors").read_bytes()
     assert exported == (run / "evaluate" / "sft_novelty" / "novelty.safetensors").read_bytes()
     assert not (run / "students" / "first" / "model" / "novelty.safetensors").exists()

@@ -180,9 +180,11 @@ def novelty_figure(fits: Mapping[str, Mapping[str, Any]]) -> "Figure":
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    # As many as there are colours
+    fits = dict(list(fits.items())[: len(COLOURS)])
     roles = list(next(iter(fits.values()))["roles"])
     spread = [fit["roles"][role]["feature"]["tenths"] for fit in fits.values() for role in roles]
-    x = np.linspace(min(tenths[0] for tenths in spread), max(tenths[-1] for tenths in spread), 200)
+    x = np.linspace(min(tenths[1] for tenths in spread) - 1.0, max(tenths[9] for tenths in spread) + 1.0, 200)
     for i, (label, fit) in enumerate(fits.items()):
         colour = COLOURS[i % len(COLOURS)]
         given = NoveltyTemperature.from_dict({f.name: fit[f.name] for f in fields(NoveltyTemperature)})

@@ -83,7 +83,9 @@ def write_report(
         caption = f"Choice of {symbol} on validation (`{name}`): the teacher's ECE and NLL over {symbol}."
         save(f"recalibration_{name}", caption, curve_figure(name, fit))
 
-    drawn = {labels[name]: fit for name, fit in (novelty or {}).items() if fit["feature"] == "distance" and name in shown}
+    drawn = {
+        labels[name]: fit for name, fit in (novelty or {}).items() if fit["feature"] == "distance" and name in shown
+    }
     if drawn:
         save("novelty", "What a row's temperature is by its distance to the training rows.", novelty_figure(drawn))
 
@@ -109,7 +111,9 @@ def write_report(
             **(extra or {}),
         },
     )
-    content = RunContent(recipe, labels, results, temperatures, fits, manifest, counts, timings, figures, novelty or {})
+    content = RunContent(
+        recipe, labels, results, temperatures, fits, manifest, counts, timings, figures, novelty or {}
+    )
     report.markdown.write_text(to_markdown(write_run_parts(content)), encoding="utf-8")
 
 

@@ -13,7 +13,9 @@ from ...calibration.scores import auroc_between
 from ...evaluation.answer_states import AnswerStates, candidate_layers, collect_answer_states, layer_count
 from ...evaluation.cross_group import cross_group_slopes
 from ...evaluation.multiple_choice import MultipleChoiceResult
+from ...evaluation.novelty import file_digest
 from ...evaluation.novelty_scaling import NOVELTY_NAME, NoveltyScaling, fit_novelty_scaling
+from ...tasks.decision_extras import write_decision_extras
 from ...utils.files import write_json
 from ..recipe import NoveltySpec
 from ..run_folder import read_json
@@ -199,8 +201,10 @@ def export_novelty(run: RunContext) -> None:
         model = run.folder.student(student).model
         if made and model.is_dir():
             shutil.copyfile(made[0], model / NOVELTY_NAME)
-        elif not made:
-            (model / NOVELTY_NAME).unlink(missing_ok=True)
+            write_decision_extras(model, novelty={"file": NOVELTY_NAME, "sha256": file_digest(made[0])})
+        elif (model / NOVELTY_NAME).is_file():
+            (model / NOVELTY_NAME).unlink()
+            write_decision_extras(model, novelty=None)
 
 
 def _layer(fitted: NoveltyScaling) -> int | None:
