@@ -58,7 +58,7 @@ class AnswerPipeline(Pipeline):
             Logits are divided by it: a post-hoc temperature that was fitted for this model. [`answer_pipeline`] takes the
             one that was saved with the model.
         choices (`list[str]`, *optional*):
-            Answers exactly as they are appended to the prompt (`" A"`), one token each.
+            Answers exactly as they are appended to the prompt (`" A"`), one token each unless `scoring="choices"`.
         confidence (`str`, *optional*, defaults to `"full_vocab"`):
             One of the above.
         abstain_below (`float` or `str`, *optional*):
