@@ -64,7 +64,7 @@ class AnswerPipeline(Pipeline):
         new_above (`float`, *optional*, defaults to 0.99):
             Novelty above which a prompt is called new, where the temperature is one by novelty.
         choices (`list[str]`, *optional*):
-            Answers exactly as they are appended to the prompt (`" A"`), one token each.
+            Answers exactly as they are appended to the prompt (`" A"`), one token each unless `scoring="choices"`.
         confidence (`str`, *optional*, defaults to `"full_vocab"`):
             One of the above.
         abstain_below (`float` or `str`, *optional*):
