@@ -80,10 +80,8 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError("--scoring decision belongs to --task system_one, and the other scorings to the other tasks.")
     if args.length != "none" and args.scoring not in ("auto", "choices"):
         raise ValueError(f"--length is about whole texts: leave it out, or --scoring {args.scoring}.")
-    if args.permutations and (args.task == "system_one" or args.permutations < 2):
-        raise ValueError(
-            "--permutations needs a task with lettered options and 2 or more: the given order is one of them."
-        )
+    if args.permutations == 1:
+        raise ValueError("--permutations must be 2 or more: the given order is one of them.")
     if args.temperature is not None and not args.temperature > 0:
         raise ValueError(f"--temperature must be above 0, got {args.temperature}.")
     rows = _rows(args, options)
@@ -157,7 +155,13 @@ def _score(
         from ..evaluation.decisions import predict_decisions
 
         given = None if args.temperature is None else OptionTemperature(args.temperature, {})
-        found = predict_decisions(model, tokenizer, rows, config, temperature=given, batch_size=args.batch_size)
+        options: dict[str, Any] = {"temperature": given, "batch_size": args.batch_size}
+        found = predict_decisions(model, tokenizer, rows, config, **options)
+        if args.permutations:
+            from ..evaluation.option_order import evaluate_decision_order
+
+            options |= {"permutations": args.permutations, "seed": args.seed}
+            orders = evaluate_decision_order(model, tokenizer, rows, config, **options)
         scoring, temperature = (
             "decision",
             args.temperature if args.temperature is not None else dict(config.temperature),

@@ -17,6 +17,7 @@ import pytest
 import yaml
 from datasets import Dataset, load_from_disk
 from transformers import AutoTokenizer, pipeline
+from transformers.utils.import_utils import is_serve_available
 
 from first_trl import answer_pipeline, evaluate_multiple_choice, expected_calibration_error, get_task
 from first_trl.calibration.threshold import ConfidenceThreshold, fit_threshold
@@ -140,6 +141,7 @@ def ask(port: int, path: str, body: dict | None = None) -> dict:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not is_serve_available(), reason="needs transformers[serving]")
 @pytest.mark.parametrize("arm", ["sft", "lora"])
 def test_stock_server_has_our_probabilities(run, arm, tmp_path):
     folder = run / "students" / arm / "model"
