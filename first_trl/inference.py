@@ -12,11 +12,13 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .calibration.conditional import OptionTemperature
 from .evaluation.choice_scoring import bare_context, check_length, choice_lengths, choice_logprobs
 from .evaluation.loading import load_model
 from .evaluation.next_token import context_length, cut_to_length, next_token_logits
 from .tasks import get_task
 from .tasks.answers import answer_token_ids, choice_token_ids
+from .tasks.decision_extras import read_decision_extras, read_temperature, stored_threshold
 from .tasks.encode import encode_texts, prompt_texts
 from .tasks.multiple_choice import MultipleChoice
 from .tasks.option_orders import option_orders
@@ -52,14 +54,17 @@ class AnswerPipeline(Pipeline):
     token.
 
     Args:
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Logits are divided by it: a post-hoc temperature that was fitted for this model.
+        temperature (`float` or [`~first_trl.calibration.conditional.OptionTemperature`], *optional*, defaults to `1.0`):
+            Logits are divided by it: a post-hoc temperature that was fitted for this model. [`answer_pipeline`] takes the
+            one that was saved with the model.
         choices (`list[str]`, *optional*):
             Answers exactly as they are appended to the prompt (`" A"`), one token each.
         confidence (`str`, *optional*, defaults to `"full_vocab"`):
             One of the above.
-        abstain_below (`float`, *optional*):
-            Below this confidence there is no answer.
+        abstain_below (`float` or `str`, *optional*):
+            Below this confidence there is no answer. `"max_error=0.05"`: the threshold that was fitted and saved with the
+            model, above which at most 5 % of the answers are wrong (see [`~first_trl.fit_threshold`] for what that means);
+            for pipelines made by [`answer_pipeline`].
         max_length (`int`, *optional*):
             Longer prompts lose tokens at the front, with a warning. Defaults to the context length of the model.
         scoring (`str`, *optional*, defaults to `"token"`):
@@ -96,13 +101,15 @@ class AnswerPipeline(Pipeline):
     _load_image_processor = False  # type: ignore[assignment]
     _load_video_processor = False  # type: ignore[assignment]
     _load_feature_extractor = False  # type: ignore[assignment]
+    # What was saved with the model beside its decision.json
+    extras: Mapping[str, Any] = {}
 
     def _sanitize_parameters(  # type: ignore[override]
         self,
         choices: Sequence[str] | None = None,
         max_length: int | None = None,
-        temperature: float | None = None,
-        abstain_below: float | None = None,
+        temperature: float | OptionTemperature | None = None,
+        abstain_below: float | str | None = None,
         confidence: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         scoring: str | None = None,
@@ -110,9 +117,10 @@ class AnswerPipeline(Pipeline):
         layout: Any = None,
         permutations: int | None = None,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        if temperature is not None and not (temperature > 0.0 and np.isfinite(temperature)):
+        plain = temperature if isinstance(temperature, int | float) else 1.0
+        if not (plain > 0.0 and np.isfinite(plain)):
             raise ValueError(f"`temperature` must be a finite number above 0, got {temperature}.")
-        if abstain_below is not None and not 0.0 <= abstain_below <= 1.0:
+        if not (abstain_below is None or isinstance(abstain_below, str) or 0.0 <= abstain_below <= 1.0):
             raise ValueError(f"`abstain_below` must be a probability from 0 to 1, got {abstain_below}.")
         if confidence is not None and confidence not in CONFIDENCES:
             raise ValueError(f"`confidence` must be one of {', '.join(CONFIDENCES)}; got {confidence!r}.")
@@ -254,7 +262,9 @@ class AnswerPipeline(Pipeline):
             )
         return {"ids": ids, "tokens": tokens, **whole}
 
-    def _forward(self, inputs: dict[str, Any], temperature: float = 1.0) -> dict[str, Any]:  # type: ignore[override]
+    def _forward(  # type: ignore[override]
+        self, inputs: dict[str, Any], temperature: float | OptionTemperature = 1.0
+    ) -> dict[str, Any]:
         rows = inputs["row"] if isinstance(inputs["row"], list) else [inputs["row"]]
         flat = [asked for row in rows for asked in row["asked"]]
         batch_size = max(len(rows), min(len(flat), _LEAST_BATCH))
@@ -263,17 +273,30 @@ class AnswerPipeline(Pipeline):
         else:
             scores = iter(_token_scores(self.model, flat, batch_size, temperature))
         answered = [
-            {"choices": row["choices"], "asked": [{**asked, **next(scores)} for asked in row["asked"]]} for row in rows
+            {
+                "choices": row["choices"],
+                "temperature": temperature,
+                "asked": [{**asked, **next(scores)} for asked in row["asked"]],
+            }
+            for row in rows
         ]
         return {"row": answered if isinstance(inputs["row"], list) else answered[0]}
 
     def postprocess(  # type: ignore[override]
-        self, outputs: dict[str, Any], abstain_below: float | None = None, confidence: str = "full_vocab"
+        self, outputs: dict[str, Any], abstain_below: float | str | None = None, confidence: str = "full_vocab"
     ) -> dict[str, Any]:
         """Answer and confidence of one prompt."""
         assert self.tokenizer is not None
         choices, asked = outputs["row"]["choices"], outputs["row"]["asked"]
         row = asked[0]
+        if isinstance(abstain_below, str):
+            if len(asked) > 1 or "lengths" in row or row["tokens"] is None:
+                raise ValueError(
+                    f"abstain_below={abstain_below!r} is about one-token answers in the order given: the threshold was "
+                    'fitted on such. Leave `permutations` and scoring="choices" out and give `choices`, or give a number.'
+                )
+            used = outputs["row"]["temperature"]
+            abstain_below = stored_threshold(self.extras, abstain_below, confidence, used).threshold
         index = answer = probabilities = mass = None
         if row["tokens"] is None:
             if confidence != "full_vocab":
@@ -319,13 +342,16 @@ def _orders(question: str, options: Sequence[str], permutations: int) -> list[tu
 
 
 def _token_scores(
-    model: Any, asked: list[dict[str, Any]], batch_size: int, temperature: float
+    model: Any, asked: list[dict[str, Any]], batch_size: int, temperature: float | OptionTemperature
 ) -> list[dict[str, Any]]:
     """Log-probabilities of the choices' tokens, and the most likely of all tokens."""
     found: list[dict[str, Any]] = [{} for _ in asked]
     prompts = [one["ids"] for one in asked]
     for index, logits in next_token_logits(model, prompts, batch_size=batch_size, disable_tqdm=True, desc=""):
-        lp = torch.log_softmax(logits / temperature, dim=-1)
+        divisors = [_divisor(temperature, asked[number]["tokens"]) for number in index]
+        lp = torch.log_softmax(
+            logits / torch.tensor(divisors, dtype=logits.dtype, device=logits.device)[:, None], dim=-1
+        )
         best = lp.max(dim=-1)
         for i, number in enumerate(index):
             tokens = asked[number]["tokens"]
@@ -339,10 +365,20 @@ def _token_scores(
     return found
 
 
+def _divisor(temperature: float | OptionTemperature, choices: Sequence[Any] | None) -> float:
+    if isinstance(temperature, OptionTemperature):
+        return temperature.common if choices is None else temperature.temperature("choice", len(choices))
+    return temperature
+
+
 def _whole_scores(
-    model: Any, asked: list[dict[str, Any]], batch_size: int, temperature: float
+    model: Any, asked: list[dict[str, Any]], batch_size: int, temperature: float | OptionTemperature
 ) -> list[dict[str, Any]]:
     """Log-probabilities of whole choices, and the same under the normalisation that was asked for."""
+    if isinstance(temperature, OptionTemperature):
+        raise ValueError(
+            'scoring="choices" takes one temperature, and this one depends on the number of options. Give `temperature`.'
+        )
     contexts, tokens = [one["ids"] for one in asked], [one["tokens"] for one in asked]
     options: dict[str, Any] = {"batch_size": batch_size * len(tokens[0]), "temperature": temperature}
     names = [f"{i}" for i in range(len(asked))]
@@ -382,10 +418,10 @@ def answer_pipeline(
     *,
     revision: str | None = None,
     tokenizer: Any = None,
-    temperature: float = 1.0,
+    temperature: float | OptionTemperature | None = None,
     confidence: str = "full_vocab",
     choices: Sequence[str] | None = None,
-    abstain_below: float | None = None,
+    abstain_below: float | str | None = None,
     max_length: int | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     scoring: str = "token",
@@ -408,7 +444,10 @@ def answer_pipeline(
             Branch, tag or commit on the Hub.
         tokenizer (`str` or [`~transformers.PreTrainedTokenizerBase`], *optional*):
             Defaults to the one saved with the model. For a loaded model, to the one of the place it was loaded from.
-        temperature, confidence, choices, abstain_below, max_length, chat_template_kwargs, scoring, length, layout, permutations:
+        temperature (`float` or [`~first_trl.calibration.conditional.OptionTemperature`], *optional*):
+            Defaults to the one that was saved with the model (`decision.json` and `first_trl_decision.json`), and to 1 where
+            there is none or the model is loaded already; 1 ignores it.
+        confidence, choices, abstain_below, max_length, chat_template_kwargs, scoring, length, layout, permutations:
             Defaults of every call, see [`AnswerPipeline`].
         batch_size (`int`, *optional*, defaults to `1`):
             Prompts per forward.
@@ -425,8 +464,8 @@ def answer_pipeline(
         [`AnswerPipeline`]
 
     Raises:
-        `ValueError`: when loading arguments stand beside a loaded model, or a loaded model has no tokenizer to be
-            found.
+        `ValueError`: when loading arguments stand beside a loaded model, a loaded model has no tokenizer to be found, or
+            the model brings no threshold for what `abstain_below` promises.
 
     Example:
 
@@ -438,8 +477,12 @@ def answer_pipeline(
     {'answer': ' A', 'index': 0, 'confidence': 0.83, 'abstained': False, 'choices': [0.83, 0.15], 'option_mass': 0.98}
     ```
     """
+    extras: dict[str, Any] = {}
     if isinstance(model, str | Path):
         source = str(model)
+        extras = read_decision_extras(source, revision=revision, token=token)
+        if temperature is None:
+            temperature = read_temperature(source, revision=revision, token=token)
         loaded, home = load_model(source, revision=revision, token=token, dtype=dtype, **model_kwargs)
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(home, revision=revision if home == source else None, token=token)
@@ -469,7 +512,10 @@ def answer_pipeline(
         "chat_template_kwargs": chat_template_kwargs,
         "layout": layout,
     }
-    return AnswerPipeline(
+    temperature = 1.0 if temperature is None else temperature
+    if isinstance(abstain_below, str):
+        stored_threshold(extras, abstain_below, confidence, temperature)
+    pipe = AnswerPipeline(
         model=loaded,
         tokenizer=tokenizer,
         task=TASK,
@@ -482,3 +528,5 @@ def answer_pipeline(
         permutations=permutations,
         **{name: value for name, value in defaults.items() if value is not None},
     )
+    pipe.extras = extras
+    return pipe

@@ -80,10 +80,8 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError("--scoring decision belongs to --task system_one, and the other scorings to the other tasks.")
     if args.length != "none" and args.scoring not in ("auto", "choices"):
         raise ValueError(f"--length is about whole texts: leave it out, or --scoring {args.scoring}.")
-    if args.permutations and (args.task == "system_one" or args.permutations < 2):
-        raise ValueError(
-            "--permutations needs a task with lettered options and 2 or more: the given order is one of them."
-        )
+    if args.permutations == 1:
+        raise ValueError("--permutations must be 2 or more: the given order is one of them.")
     if args.temperature is not None and not args.temperature > 0:
         raise ValueError(f"--temperature must be above 0, got {args.temperature}.")
     rows = _rows(args, options)
@@ -157,7 +155,13 @@ def _score(
         from ..evaluation.decisions import predict_decisions
 
         given = None if args.temperature is None else OptionTemperature(args.temperature, {})
-        found = predict_decisions(model, tokenizer, rows, config, temperature=given, batch_size=args.batch_size)
+        options: dict[str, Any] = {"temperature": given, "batch_size": args.batch_size}
+        found = predict_decisions(model, tokenizer, rows, config, **options)
+        if args.permutations:
+            from ..evaluation.option_order import evaluate_decision_order
+
+            options |= {"permutations": args.permutations, "seed": args.seed}
+            orders = evaluate_decision_order(model, tokenizer, rows, config, **options)
         scoring, temperature = (
             "decision",
             args.temperature if args.temperature is not None else dict(config.temperature),
@@ -211,16 +215,10 @@ def _score_choices(
     from ..evaluation.distributions import OptionPredictions
     from ..evaluation.multiple_choice import evaluate_multiple_choice
     from ..evaluation.whole_answers import evaluate_whole_answers
-    from ..tasks import answer_token_ids_of_rows
+    from ..tasks.answers import NotOneToken
 
     temperature = args.temperature if args.temperature is not None else float(config.temperature.get("choice", 1.0))
     scoring = "choices" if args.scoring == "auto" and args.length != "none" else args.scoring
-    if scoring == "auto":
-        try:
-            answer_token_ids_of_rows(tokenizer, rows)
-            scoring = "token"
-        except ValueError:
-            scoring = "choices"
     labelled = rows.select([i for i, gold in enumerate(rows["gold"]) if gold >= 0])
     if len(labelled) == 0:
         raise ValueError(f"No row of split {args.split!r} has an answer: there is nothing to score.")
@@ -228,9 +226,15 @@ def _score_choices(
     with warnings.catch_warnings():
         # What a small sample means for an ECE is said of its own report, which is not printed here
         warnings.simplefilter("ignore", CalibrationWarning)
-        if scoring == "token":
-            predicted = evaluate_multiple_choice(model, tokenizer, labelled, **options).predictions
-        else:
+        if scoring != "choices":
+            try:
+                predicted = evaluate_multiple_choice(model, tokenizer, labelled, **options).predictions
+                scoring = "token"
+            except NotOneToken:
+                if scoring == "token":
+                    raise
+                scoring = "choices"
+        if scoring == "choices":
             predicted = evaluate_whole_answers(model, tokenizer, labelled, length=args.length, **options).predictions
     scores = predicted.get("choice_scores", predicted["choice_logprobs"])
     probabilities = [

@@ -138,7 +138,8 @@ def score_choices(
             Rows with `prompt` (texts or conversations), `choices` (as appended to the prompt) and `gold` (-1 = hidden), and `id` where there is one.
         unconditional_prompt (`str`, *optional*):
             Also score each choice behind this text, for the definition `"unconditional"`: `""` (the begin-of-sequence token
-            alone, as lm-evaluation-harness does) or for example `"Answer:"`.
+            alone, as lm-evaluation-harness does) or for example `"Answer:"`. The tokens are those behind the question; the
+            harness cuts the bare text anew, which with sentencepiece vocabularies are others.
         batch_size (`int`, *optional*, defaults to `32`):
             Choices per forward.
         temperature (`float`, *optional*, defaults to `1.0`):

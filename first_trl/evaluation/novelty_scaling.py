@@ -14,6 +14,9 @@ All are standardised on the training rows. Everything is chosen on validation ro
 - *layer*: the lowest one whose NLL (of the rows that the slope is fitted on) is within 0.0005 nats a row of the best.
 - *`hidden_state`*: the ridge is the one of three with the lowest NLL in five-fold cross-validation over the validation rows,
   and one temperature stays where none of them beats it there.
+- *`steepest`*: the steepest slope whose NLL on the validation rows is within `max_nll_increase` of the one temperature's (one
+  temperature stays where the slope that fits best fails its test). What fits in-domain rows best is too little for new ones,
+  and about twice that slope costs nothing in-domain.
 - *`cross_group`*: the slope comes from groups that were held out, see [`~first_trl.evaluation.cross_group`], the intercept
   from the validation rows. Of that slope as large a part is taken as leaves the NLL of the validation rows within
   `max_nll_increase` of the one temperature's: what helps with new inputs may cost no more than this with known ones.
@@ -40,8 +43,9 @@ from .novelty import NoveltyReference, fit_reference, principal_components, proj
 FEATURES = ("distance", "max_probability", "distance_and_max_probability", "hidden_state")
 # Layers that differ by less than this, in nats a row, are as good as each other
 TIE = 0.0005
-# Of slopes from held-out groups
-PARTS = np.linspace(0.0, 1.0, 41)
+# Of slopes from held-out groups, and of the steepest one
+PARTS = np.linspace(0.0, 1.0, 101)
+_STEEPEST = 2.0
 _RIDGES = (0.03, 0.1, 0.3)
 _CV_FOLDS = 5
 # What is added to 1 - p, so that certainty has a logarithm
@@ -118,6 +122,7 @@ def fit_novelty_scaling(
     reference_rows: int = 4000,
     seed: int = 0,
     slopes: Mapping[int, Mapping[str, Any]] | None = None,
+    steepest: bool = False,
     max_nll_increase: float = 0.0,
 ) -> NoveltyScaling:
     """
@@ -143,8 +148,11 @@ def fit_novelty_scaling(
         slopes (`Mapping[int, Mapping[str, Any]]`, *optional*):
             Layer -> `slopes` and `nll` from [`~first_trl.evaluation.cross_group.cross_group_slopes`]: only the intercept is
             fitted on `validation`.
+        steepest (`bool`, *optional*, defaults to `False`):
+            Take the steepest slope that `validation` bears, instead of the one that fits it best.
         max_nll_increase (`float`, *optional*, defaults to 0):
-            Nats a row that `slopes` may cost on `validation`; `inf` takes them whole.
+            Nats a row that `slopes` or the steepest slope may cost on `validation` over one temperature; `inf` takes `slopes`
+            whole.
 
     Raises:
         `ValueError`: An unknown feature, a layer that was not read, no validation row with an answer.
@@ -153,6 +161,9 @@ def fit_novelty_scaling(
         raise ValueError(f"`feature` must be one of {', '.join(FEATURES)}; got {feature!r}.")
     if feature == "hidden_state" and slopes is not None:
         raise ValueError("The slopes of `hidden_state` are fitted on validation rows; leave `slopes` out.")
+    if steepest and (slopes is not None or at_least_scalar or feature not in ("distance", "max_probability")):
+        # With a lowest temperature the steepest slope is one that no row reaches
+        raise ValueError("The steepest slope is one of a single feature, without `slopes` or `at_least_scalar`.")
     rows = validation.labelled()
     table, right = rows.table, rows.right
     if feature == "max_probability":
@@ -181,6 +192,9 @@ def fit_novelty_scaling(
         fitted.append((nll, blank, temperature))
     best = first_of_the_best([nll for nll, _, _ in fitted])
     _, blank, temperature = fitted[best]
+    if steepest and temperature.slopes != (0.0,):
+        x = blank.features(rows.states, rows.max_probability())
+        temperature, _ = _within(table, right, x, [_STEEPEST], max_nll_increase, at_least_scalar)
     return NoveltyScaling(feature, temperature, blank.reference, blank.unsure, blank.head, {"layers": tried})
 
 

@@ -1,16 +1,21 @@
 """What an answer owes to the order of the options: flips, the spread of the confidence, and answers averaged over orders."""
 
+import dataclasses
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from transformers.decision import DecisionConfig
 
 from ..calibration import CalibrationWarning
 from ..tasks.multiple_choice import MultipleChoice
 from ..tasks.option_orders import option_orders
+from ..tasks.system_one import DecisionQuestion
+from .decisions import predict_decisions
 from .multiple_choice import evaluate_multiple_choice
 from .whole_answers import evaluate_whole_answers
 
@@ -18,21 +23,22 @@ from .whole_answers import evaluate_whole_answers
 @dataclass(frozen=True)
 class OptionOrderResult:
     """
-    Answers to the same questions in several orders, from [`evaluate_option_order`].
+    Answers to the same questions in several orders, from [`evaluate_option_order`] or [`evaluate_decision_order`].
 
     Attributes:
         ids (`list[str]`): One a question.
-        gold (`np.ndarray` of shape `[N]`): Index of the right option, -1 = hidden.
         orders (`list[list[tuple[int, ...]]]`): Orders in which each question was asked; the first is that of the rows.
         probabilities (`list[np.ndarray]`): For each question `[orders, options]`, options in the order of the rows.
-        report (`dict`): See [`option_order_scores`].
     """
 
     ids: list[str]
-    gold: np.ndarray
     orders: list[list[tuple[int, ...]]]
     probabilities: list[np.ndarray]
-    report: dict[str, Any]
+
+    @cached_property
+    def report(self) -> dict[str, Any]:
+        """See [`option_order_scores`]."""
+        return option_order_scores(self.probabilities)
 
     @property
     def averaged(self) -> list[np.ndarray]:
@@ -121,19 +127,15 @@ def evaluate_option_order(
     """
     if not isinstance(task, MultipleChoice) or "options" not in dataset.column_names:
         raise ValueError("Option order needs rows of a task with lettered options, such as commonsense_qa or custom.")
-    if permutations < 2:
-        raise ValueError(
-            f"`permutations` must be at least 2, got {permutations}: the order of the rows is one of them."
-        )
+    _check_permutations(permutations)
     orders: list[list[tuple[int, ...]]] = []
     rows: list[dict[str, Any]] = []
     for row in dataset:
-        given = tuple(range(len(row["options"])))
-        drawn = option_orders(len(given), permutations, seed=seed, key=row["id"])
-        orders.append([given, *(order for order in drawn if order != given)][:permutations])
+        orders.append(_orders(len(row["options"]), permutations, seed, row["id"]))
         for number, order in enumerate(orders[-1]):
             example = task.reorder(row, order)
-            asked = {"prompt": example.prompt, "choices": list(example.choices), "gold": example.gold}
+            # Which option is right does not enter, so questions without an answer are asked like all others
+            asked = {"prompt": example.prompt, "choices": list(example.choices), "gold": 0}
             rows.append({"id": f"{row['id']}-order-{number}", **asked})
     asked_rows = Dataset.from_list(rows)
     with warnings.catch_warnings():
@@ -152,7 +154,65 @@ def evaluate_option_order(
         # The option at place j of an order is option order[j] of the row
         probabilities.append(np.take_along_axis(shown, np.argsort(own, axis=1), axis=1))
         start += len(own)
-    gold = np.array(dataset["gold"])
-    return OptionOrderResult(
-        [str(name) for name in dataset["id"]], gold, orders, probabilities, option_order_scores(probabilities)
-    )
+    return OptionOrderResult([str(name) for name in dataset["id"]], orders, probabilities)
+
+
+def evaluate_decision_order(
+    model: Any,
+    processing_class: Any,
+    questions: Sequence[DecisionQuestion],
+    config: DecisionConfig | None = None,
+    *,
+    permutations: int = 4,
+    seed: int = 0,
+    **options: Any,
+) -> OptionOrderResult:
+    """
+    Ask System One questions with their options in several orders, of any decision model.
+
+    Options of a `choice` are permuted; a `score` has its levels in order and a `noul` no options to list, so these are asked
+    once.
+
+    Args:
+        model, processing_class, questions, config:
+            As in [`~first_trl.evaluation.decisions.predict_decisions`].
+        permutations (`int`, *optional*, defaults to `4`), seed (`int`, *optional*, defaults to `0`):
+            As in [`evaluate_option_order`].
+        options:
+            Passed on: `temperature`, `batch_size`, `disable_tqdm`.
+
+    Returns:
+        [`OptionOrderResult`]
+    """
+    _check_permutations(permutations)
+    orders, asked = [], []
+    for question in questions:
+        several = permutations if question.kind == "choice" else 1
+        orders.append(_orders(len(question.options), several, seed, question.id))
+        for number, order in enumerate(orders[-1]):
+            request = question.request
+            if question.kind == "choice":
+                own = request["questions"][question.name]
+                criteria = list(own["criteria"].items())
+                shown = {**own, "criteria": dict(criteria[i] for i in order)}
+                request = {**request, "questions": {question.name: shown}}
+            # The options keep their places, and with them the probabilities that come back
+            asked.append(dataclasses.replace(question, id=f"{question.id}-order-{number}", request=request))
+    found = predict_decisions(model, processing_class, asked, config, **options)
+    several_of = iter(found.probabilities)
+    probabilities = [np.array([next(several_of) for _ in own]) for own in orders]
+    return OptionOrderResult([question.id for question in questions], orders, probabilities)
+
+
+def _check_permutations(permutations: int) -> None:
+    if permutations < 2:
+        raise ValueError(
+            f"`permutations` must be at least 2, got {permutations}: the order of the rows is one of them."
+        )
+
+
+def _orders(n_options: int, permutations: int, seed: int, key: Any) -> list[tuple[int, ...]]:
+    """The given order, and others."""
+    given = tuple(range(n_options))
+    drawn = option_orders(n_options, permutations, seed=seed, key=key)
+    return [given, *(order for order in drawn if order != given)][:permutations]

@@ -26,6 +26,10 @@ _MEND = (
 )
 
 
+class NotOneToken(ValueError):
+    """An answer cannot be told by one token behind its prompt."""
+
+
 # (end of the prompt, its last tokens, choice) -> tokens of the choice, `None` when it merges with the prompt.
 _Known = dict[tuple[str, tuple[int, ...], str], list[int] | None]
 
@@ -206,24 +210,24 @@ def _token_ids(
         for i, choice in enumerate(row_choices):
             ids = first[row] if i == 0 else known[key(row, choice)]
             if ids is None:
-                raise ValueError(
+                raise NotOneToken(
                     f"{name}: appending the answer {choice!r} changes the tokens of the prompt, which ends in "
                     f"{prompts[row][-12:]!r} (token {_tokens(processing_class, prompt_ids[row][-1:])}): the two merge. "
                     f"{_MEND}"
                 )
             if len(ids) != 1:
-                raise ValueError(
+                raise NotOneToken(
                     f"{name}: the answer {choice!r} is {len(ids)} tokens behind the prompt "
                     f"({_tokens(processing_class, ids)}), it must be exactly 1. {_MEND}"
                 )
             token = ids[0]
             if token == processing_class.unk_token_id:
-                raise ValueError(
+                raise NotOneToken(
                     f"{name}: the answer {choice!r} is the unknown token {processing_class.unk_token!r} in this "
                     f"tokenizer. {_MEND}"
                 )
             if token in owners:
-                raise ValueError(
+                raise NotOneToken(
                     f"{name}: the answers {owners[token]!r} and {choice!r} are the same token {token} "
                     f"({_tokens(processing_class, ids)}); every choice needs its own. {_MEND}"
                 )

@@ -84,7 +84,7 @@ def test_requests_of_decision_models(student, tmp_path):
         (["--task", "digits", "--option", "x"], "KEY=VALUE"),
         (["--task", "digits", "--scoring", "decision"], "belongs to --task system_one"),
         (["--task", "digits", "--scoring", "token", "--length", "bytes"], "--length is about whole texts"),
-        (["--task", "digits", "--permutations", "1"], "--permutations needs a task with lettered options"),
+        (["--task", "digits", "--permutations", "1"], "--permutations must be 2 or more"),
         (
             ["--task", "digits", "--permutations", "3", "--limit", "4"],
             "Option order needs rows of a task with lettered",

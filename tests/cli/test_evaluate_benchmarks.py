@@ -71,11 +71,13 @@ def test_each_benchmark_is_read_and_scored(model, data_folder, tmp_path, capsys,
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_numbers_are_those_of_the_harness(model, data_folder, tmp_path):
+@pytest.mark.parametrize("vocabulary", ["gpt2", pytest.param("sentencepiece", marks=pytest.mark.slow)])
+def test_numbers_are_those_of_the_harness(model, stories, data_folder, tmp_path, vocabulary):
     """Accuracy and the confidence of every row: letters by their token, texts by all tokens and each normalisation."""
     lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (pip install lm-eval)")
     from lm_eval.tasks import TaskManager
 
+    model = model if vocabulary == "gpt2" else stories
     with gzip.open(data_folder / "arc_easy" / "test.jsonl.gz", "rt") as file:
         lines = list(file)
     ragged = [line for line in lines if len(json.loads(line)["question"]["choices"]) != 4]
@@ -103,9 +105,12 @@ def test_numbers_are_those_of_the_harness(model, data_folder, tmp_path):
         ("text", "bytes", "acc_bytes"),
         ("text", "unconditional", "acc_mutual_info"),
     ):
+        if length == "unconditional" and vocabulary == "sentencepiece":
+            continue  # The harness cuts the text into other tokens there: without a question it begins with "▁▁"
         options = ["--option", f"completion= {{{completion}}}", "--length", length, "--bins", "15"]
         report, rows = evaluate(model, tmp_path / "arc", "arc", tmp_path / f"{completion} {length}", *options)
-        assert report["scoring"] == ("token" if completion == "letter" else "choices")
+        one_token = completion == "letter" and vocabulary == "gpt2"  # " A" is "▁" and "A" in the other
+        assert report["scoring"] == ("token" if one_token and length == "none" else "choices")
         theirs = results["results"][completion][f"{metric},none"]
         assert report["scores"]["model"]["accuracy"] == pytest.approx(theirs, abs=1e-9)
         samples = sorted(results["samples"][completion], key=lambda sample: sample["doc_id"])

@@ -55,6 +55,23 @@ def test_the_layer_that_tells_is_chosen_and_confidence_falls_where_it_is_new():
     assert only.temperature.slopes == (0.0,) and only.of(new) == pytest.approx(only.temperature.scalar)
 
 
+def test_the_steepest_slope_that_validation_bears():
+    rng = np.random.default_rng(0)
+    train, validation = world(rng, 800, 0.5), world(rng, 1500, 0.5)
+    best, free, paid = (
+        fit_novelty_scaling(train, validation, layers=[2], **options).temperature
+        for options in ({}, {"steepest": True}, {"steepest": True, "max_nll_increase": 0.01})
+    )
+    assert 1.5 * best.slopes[0] < free.slopes[0] < paid.slopes[0]
+    assert 0.0 <= free.gain < 0.003 and -0.01 <= paid.gain < -0.004
+    # Nothing is taken of a feature without use
+    assert fit_novelty_scaling(train, validation, layers=[1], steepest=True).temperature.slopes == (0.0,)
+    with pytest.raises(ValueError, match="single feature"):
+        fit_novelty_scaling(train, validation, at_least_scalar=True, steepest=True)
+    with pytest.raises(ValueError, match="single feature"):
+        fit_novelty_scaling(train, validation, feature="hidden_state", steepest=True)
+
+
 @pytest.mark.parametrize("feature", FEATURES)
 def test_every_feature_gives_a_temperature_of_each_row_alone(feature):
     rng = np.random.default_rng(1)

@@ -7,11 +7,14 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
+from transformers.decision import DecisionConfig
 
 from first_trl.cli import main
-from first_trl.evaluation.option_order import evaluate_option_order, option_order_scores
+from first_trl.evaluation.decisions import predict_decisions
+from first_trl.evaluation.option_order import evaluate_decision_order, evaluate_option_order, option_order_scores
 from first_trl.tasks import get_task
 from first_trl.tasks.option_orders import option_orders
+from first_trl.tasks.system_one import DecisionQuestion
 from first_trl.tasks.word_tokenizer import word_tokenizer
 from tests.support.tiny import tiny_llama
 
@@ -122,6 +125,8 @@ def test_known_flip_rates(questions, tokenizer, n_options):
     blind = evaluate_option_order(ByText(tokenizer, "text"), tokenizer, task, rows, **options).report
     assert blind["flip_rate"] == blind["any_flip"] == 0.0 and blind["n"] == len(rows) == 12
     assert blind["confidence_spread"] == pytest.approx(0.0, abs=1e-7) and blind["n_orders"] == everything
+    hidden = rows.map(lambda row: {"gold": -1})
+    assert evaluate_option_order(ByText(tokenizer, "text"), tokenizer, task, hidden, **options).report == blind
     always_a = evaluate_option_order(ByText(tokenizer, "letter"), tokenizer, task, rows, **options)
     # Of all orders but the first, those that do not begin with the same option
     known = (everything - everything / n_options) / (everything - 1)
@@ -159,6 +164,43 @@ def test_probabilities_belong_to_the_options_of_the_rows(questions, tokenizer, s
         np.testing.assert_allclose(two, one[[2, 0, 1]], atol=1e-6)
 
 
+def test_decision_models_are_asked_in_other_orders(tokenizer):
+    template = (
+        "{{ state }} {% for option in question.options %} ({{ question.labels[loop.index0] }}) "
+        "{{ question.descriptions[loop.index0] or option }} {% endfor %} Answer:"
+    )
+    config = DecisionConfig(chat_template=template, labels={"choice": list("ABCD"), "score": list("ABCD")})
+    things = ["cork", "anvil", "brick"]
+    questions = [
+        DecisionQuestion(
+            f"{i}/what",
+            "choice",
+            {"state": f"item{i}", "questions": {"what": {"type": "choice", "criteria": dict.fromkeys(things)}}},
+            "what",
+            tuple(things),
+            np.eye(3)[i % 3],
+        )
+        for i in range(4)
+    ]
+    levels = {"type": "score", "criteria": ["brick", "cork"]}
+    request = {"state": "item9", "questions": {"how": levels}}
+    questions.append(DecisionQuestion("9/how", "score", request, "how", ("0", "1"), np.array([0.5, 0.5])))
+    options = {"permutations": 6, "disable_tqdm": True}
+    always_a = evaluate_decision_order(ByText(tokenizer, "letter"), tokenizer, questions, config, **options)
+    assert always_a.report["flip_rate"] == pytest.approx(4 / 5) and always_a.report["n"] == 4
+    blind = evaluate_decision_order(ByText(tokenizer, "text"), tokenizer, questions, config, **options)
+    assert blind.report["flip_rate"] == 0.0 and [len(own) for own in blind.orders] == [6, 6, 6, 6, 1]
+    assert all(values.argmax() == 0 for values in blind.averaged[:4])  # cork, wherever it stands
+    # The order of a row is that of the plain prediction
+    model = tiny_llama(vocab_size=len(tokenizer))
+    found = evaluate_decision_order(model, tokenizer, questions, config, **options)
+    plain = predict_decisions(model, tokenizer, questions, config, disable_tqdm=True)
+    for values, expected in zip(found.probabilities, plain.probabilities, strict=True):
+        np.testing.assert_allclose(values[0], expected, atol=1e-6)
+    with pytest.raises(ValueError, match="No question was asked in two orders"):
+        _ = evaluate_decision_order(model, tokenizer, questions[4:], config, **options).report
+
+
 def test_scores_of_an_example_by_hand():
     probabilities = [np.array([[0.6, 0.4], [0.2, 0.8]]), np.array([[0.9, 0.1], [0.7, 0.3]]), np.array([[1.0]])]
     report = option_order_scores(probabilities)
@@ -189,6 +231,6 @@ def test_evaluate_prints_flips_and_the_average(questions, tokenizer, tmp_path, c
     found = evaluate_option_order(model, tokenizer, task, rows, permutations=5, disable_tqdm=True)
     assert report["option_order"] == pytest.approx(found.report)
     assert f"another one in {100 * found.report['flip_rate']:.1f} % of cases" in out
-    right = [values.argmax() == gold for values, gold in zip(found.averaged, found.gold, strict=True)]
+    right = [values.argmax() == gold for values, gold in zip(found.averaged, rows["gold"], strict=True)]
     assert report["scores"]["mean of 5 orders"]["accuracy"] == pytest.approx(np.mean(right))
     assert main([*command, "--permutations", "1", "--output-dir", str(tmp_path / "out")]) == 2

@@ -61,6 +61,10 @@ def test_overrides_seed_and_folder():
             "arms.n={kind: novelty_scaling, of: sft, novelty: {fit: cross_group, feature: hidden_state}}",
             "fitted on validation rows",
         ),
+        (
+            "arms.n={kind: novelty_scaling, of: sft, novelty: {fit: steepest, feature: hidden_state}}",
+            "is for one feature",
+        ),
         ("evaluation.splits=[tset]", "'tset', which task.splits does not hold"),
         ("capture.k=many", "capture.k must be of type int"),
         ("evaluation.null_draws=0", "evaluation.null_draws must be at least 1, got 0"),

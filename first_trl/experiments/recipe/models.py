@@ -198,22 +198,23 @@ class NoveltySpec:
     Args:
         feature (`str`): `distance` of the hidden state to those of training rows; `max_probability`, the control;
             `distance_and_max_probability`; or `hidden_state`, a learnt head.
-        fit (`str`): Where the slope is learnt: on `validation`, or by `cross_group` on groups of training rows that were
-            held out, which needs rows with a `group`. The intercept is always fitted on `validation`.
+        fit (`str`): Where the slope is learnt: on `validation`; `steepest`, the steepest one that validation bears; or by
+            `cross_group` on groups of training rows that were held out, which needs rows with a `group`. The intercept is
+            always fitted on `validation`.
         metric (`str`): Of the distance: `cosine`, `pca` or `mahalanobis`.
         k (`int`): Nearest training rows.
         components (`int`): Principal components of `pca`, `mahalanobis` and `hidden_state`.
         layers (`list[int]`, *optional*): Layers to choose from, 1 is the first; default: a quarter, half, three quarters and
             all of the depth.
         folds (`int`): Parts of the groups, for `cross_group`.
-        max_nll_increase (`float`): Nats a row that a slope of `cross_group` may cost on `validation`; a smaller part of it is
-            taken where it would cost more.
+        max_nll_increase (`float`): Nats a row that a slope of `steepest` or `cross_group` may cost on `validation` over one
+            temperature; a smaller part of it is taken where it would cost more.
         at_least_scalar (`bool`): No temperature below the scalar one.
         reference_rows (`int`): Most training rows that are kept.
     """
 
     feature: Literal["distance", "max_probability", "distance_and_max_probability", "hidden_state"] = "distance"
-    fit: Literal["validation", "cross_group"] = "validation"
+    fit: Literal["validation", "steepest", "cross_group"] = "validation"
     metric: Literal["cosine", "pca", "mahalanobis"] = "cosine"
     k: Count = 10
     components: Count = 16

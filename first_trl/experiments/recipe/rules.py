@@ -116,8 +116,13 @@ def _arm(recipe: Recipe, name: str, arm: ArmSpec) -> Iterator[str]:
         yield from _name(name, place)
     if arm.kind in POST_HOC and (arm.of not in recipe.arms or recipe.arms[str(arm.of)].kind in POST_HOC):
         yield f"{place}.of must name a trained arm, got {arm.of!r}.{nearest(str(arm.of), recipe.arms)}"
-    if arm.novelty is not None and arm.novelty.fit == "cross_group" and arm.novelty.feature == "hidden_state":
+    spec = arm.novelty
+    if spec is not None and spec.fit == "cross_group" and spec.feature == "hidden_state":
         yield f"{place}.novelty: the feature hidden_state is fitted on validation rows; cross_group fits one slope."
+    if spec is not None and spec.fit == "steepest" and spec.feature not in ("distance", "max_probability"):
+        yield f"{place}.novelty: the fit 'steepest' is for one feature, distance or max_probability."
+    if spec is not None and spec.fit == "steepest" and spec.at_least_scalar:
+        yield f"{place}.novelty: with at_least_scalar there is no steepest slope. Leave one of the two out."
     if arm.kind == "novelty_scaling" and recipe.evaluation.scoring != "token":
         yield f"{place}: novelty_scaling reads answers of one token, and evaluation.scoring is {recipe.evaluation.scoring!r}."
     misplaced = list(_misplaced(arm))

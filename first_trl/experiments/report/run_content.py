@@ -86,7 +86,7 @@ def _role_parts(run: RunContent, role: str, index: int) -> list[Part]:
         parts.append(
             Paragraph(
                 f"{FLIPS}: how often the answer is another option when the options are shown in another order, over "
-                f"{order['n']} questions in {order['n_orders']:.3g} orders each. A model that reads the options has 0."
+                f"{order['n']} questions in {order['n_orders']:.3g} orders each. It is 0 for a model that is blind to the order."
             )
         )
     parts += _picture(run, f"reliability_{role}.png")

@@ -137,6 +137,7 @@ def fit_arm(run: RunContext, name: str) -> NoveltyScaling:
         at_least_scalar=spec.at_least_scalar,
         reference_rows=spec.reference_rows,
         slopes=slopes,
+        steepest=spec.fit == "steepest",
         max_nll_increase=spec.max_nll_increase,
         **common,
     )
