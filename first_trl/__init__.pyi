@@ -32,7 +32,7 @@ from .teacher.capture import add_teacher_topk as add_teacher_topk
 from .teacher.option_probs import add_option_probs as add_option_probs
 from .training.config import FirstDistillConfig as FirstDistillConfig
 from .training.sft import FirstSFTTrainer as FirstSFTTrainer
-from .training.token_dropout import TokenDropoutSFTTrainer as TokenDropoutSFTTrainer
+from .training.sft import TokenDropoutSFTTrainer as TokenDropoutSFTTrainer
 from .training.trainer import FirstDistillTrainer as FirstDistillTrainer
 
 __version__: str

@@ -15,7 +15,8 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from .calibration.conditional import OptionTemperature
 from .evaluation.choice_scoring import bare_context, check_length, choice_lengths, choice_logprobs
 from .evaluation.loading import load_model
-from .evaluation.next_token import context_length, cut_to_length, next_token_logits
+from .evaluation.next_token import context_length, cut_to_length, next_token_states
+from .evaluation.novelty_scaling import NoveltyScaling
 from .tasks import get_task
 from .tasks.answers import answer_token_ids, choice_token_ids
 from .tasks.decision_extras import read_decision_extras, read_temperature, stored_threshold
@@ -29,6 +30,9 @@ CONFIDENCES = ("full_vocab", "choice", "renormalized")
 SCORINGS = ("token", "choices")
 # Prompts a forward, where one row asks several
 _LEAST_BATCH = 8
+
+
+Temperature = float | OptionTemperature | NoveltyScaling
 
 
 class AnswerPipeline(Pipeline):
@@ -54,11 +58,13 @@ class AnswerPipeline(Pipeline):
     token.
 
     Args:
-        temperature (`float` or [`~first_trl.calibration.conditional.OptionTemperature`], *optional*, defaults to `1.0`):
+        temperature (`float`, [`~first_trl.calibration.conditional.OptionTemperature`] or [`~first_trl.evaluation.novelty_scaling.NoveltyScaling`], *optional*, defaults to `1.0`):
             Logits are divided by it: a post-hoc temperature that was fitted for this model. [`answer_pipeline`] takes the
             one that was saved with the model.
+        new_above (`float`, *optional*, defaults to 0.99):
+            Novelty above which a prompt is called new, where the temperature is one by novelty.
         choices (`list[str]`, *optional*):
-            Answers exactly as they are appended to the prompt (`" A"`), one token each.
+            Answers exactly as they are appended to the prompt (`" A"`), one token each unless `scoring="choices"`.
         confidence (`str`, *optional*, defaults to `"full_vocab"`):
             One of the above.
         abstain_below (`float` or `str`, *optional*):
@@ -94,6 +100,11 @@ class AnswerPipeline(Pipeline):
     - **abstained** (`bool`): whether the confidence is below `abstain_below`.
     - **choices** (`list[float]` or `None`): probability of every choice among all tokens.
     - **option_mass** (`float` or `None`): their sum. Far below 1, the model would rather say something else.
+
+    And with a temperature by novelty:
+
+    - **novelty** (`float`): share of the training rows that are no farther from the others than this prompt is from them.
+    - **new** (`bool`): whether this is above `new_above`.
     """
 
     _load_tokenizer = True  # type: ignore[assignment]
@@ -108,7 +119,7 @@ class AnswerPipeline(Pipeline):
         self,
         choices: Sequence[str] | None = None,
         max_length: int | None = None,
-        temperature: float | OptionTemperature | None = None,
+        temperature: Temperature | None = None,
         abstain_below: float | str | None = None,
         confidence: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -116,12 +127,15 @@ class AnswerPipeline(Pipeline):
         length: str | None = None,
         layout: Any = None,
         permutations: int | None = None,
+        new_above: float | None = None,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         plain = temperature if isinstance(temperature, int | float) else 1.0
         if not (plain > 0.0 and np.isfinite(plain)):
             raise ValueError(f"`temperature` must be a finite number above 0, got {temperature}.")
         if not (abstain_below is None or isinstance(abstain_below, str) or 0.0 <= abstain_below <= 1.0):
             raise ValueError(f"`abstain_below` must be a probability from 0 to 1, got {abstain_below}.")
+        if new_above is not None and not 0.0 <= new_above <= 1.0:
+            raise ValueError(f"`new_above` must be a share from 0 to 1, got {new_above}.")
         if confidence is not None and confidence not in CONFIDENCES:
             raise ValueError(f"`confidence` must be one of {', '.join(CONFIDENCES)}; got {confidence!r}.")
         if scoring is not None and scoring not in SCORINGS:
@@ -144,7 +158,7 @@ class AnswerPipeline(Pipeline):
                 "permutations": permutations,
             },
             {"temperature": temperature},
-            {"abstain_below": abstain_below, "confidence": confidence},
+            {"abstain_below": abstain_below, "confidence": confidence, "new_above": new_above},
         )
         preprocess, forward, postprocess = (
             {name: value for name, value in step.items() if value is not None} for step in steps
@@ -263,7 +277,7 @@ class AnswerPipeline(Pipeline):
         return {"ids": ids, "tokens": tokens, **whole}
 
     def _forward(  # type: ignore[override]
-        self, inputs: dict[str, Any], temperature: float | OptionTemperature = 1.0
+        self, inputs: dict[str, Any], temperature: Temperature = 1.0
     ) -> dict[str, Any]:
         rows = inputs["row"] if isinstance(inputs["row"], list) else [inputs["row"]]
         flat = [asked for row in rows for asked in row["asked"]]
@@ -283,7 +297,11 @@ class AnswerPipeline(Pipeline):
         return {"row": answered if isinstance(inputs["row"], list) else answered[0]}
 
     def postprocess(  # type: ignore[override]
-        self, outputs: dict[str, Any], abstain_below: float | str | None = None, confidence: str = "full_vocab"
+        self,
+        outputs: dict[str, Any],
+        abstain_below: float | str | None = None,
+        confidence: str = "full_vocab",
+        new_above: float = 0.99,
     ) -> dict[str, Any]:
         """Answer and confidence of one prompt."""
         assert self.tokenizer is not None
@@ -329,6 +347,7 @@ class AnswerPipeline(Pipeline):
             "abstained": abstained,
             "choices": probabilities,
             "option_mass": mass,
+            **({"novelty": row["novelty"], "new": row["novelty"] > new_above} if "novelty" in row else {}),
         }
 
 
@@ -342,13 +361,22 @@ def _orders(question: str, options: Sequence[str], permutations: int) -> list[tu
 
 
 def _token_scores(
-    model: Any, asked: list[dict[str, Any]], batch_size: int, temperature: float | OptionTemperature
+    model: Any, asked: list[dict[str, Any]], batch_size: int, temperature: Temperature
 ) -> list[dict[str, Any]]:
     """Log-probabilities of the choices' tokens, and the most likely of all tokens."""
     found: list[dict[str, Any]] = [{} for _ in asked]
     prompts = [one["ids"] for one in asked]
-    for index, logits in next_token_logits(model, prompts, batch_size=batch_size, disable_tqdm=True, desc=""):
-        divisors = [_divisor(temperature, asked[number]["tokens"]) for number in index]
+    scaling = temperature if isinstance(temperature, NoveltyScaling) else None
+    layers = scaling.layers if scaling is not None else []
+    for index, logits, states in next_token_states(
+        model, prompts, layers, batch_size=batch_size, disable_tqdm=True, desc=""
+    ):
+        more: list[dict[str, Any]] = [{} for _ in index]
+        if scaling is not None:
+            given, novelty = scaling.of_states(dict(zip(layers, states, strict=True)), logits)
+            divisors, more = given.tolist(), [{"novelty": float(each)} for each in novelty]
+        else:
+            divisors = [_divisor(temperature, asked[number]["tokens"]) for number in index]
         lp = torch.log_softmax(
             logits / torch.tensor(divisors, dtype=logits.dtype, device=logits.device)[:, None], dim=-1
         )
@@ -361,24 +389,30 @@ def _token_scores(
                 "scores": logprobs,
                 "top_token": int(best.indices[i]),
                 "top_logprob": float(best.values[i].double()),
+                **more[i],
             }
     return found
 
 
-def _divisor(temperature: float | OptionTemperature, choices: Sequence[Any] | None) -> float:
+def _saved_novelty(source: str, temperature: Any, extras: Mapping[str, Any], **where: Any) -> NoveltyScaling:
+    if temperature is not None:
+        raise ValueError("`novelty` brings temperatures of its own. Leave `temperature` or `novelty` out.")
+    return NoveltyScaling.load(source, digest=(extras.get("novelty") or {}).get("sha256"), **where)
+
+
+def _divisor(temperature: Any, choices: Sequence[Any] | None) -> float:
     if isinstance(temperature, OptionTemperature):
         return temperature.common if choices is None else temperature.temperature("choice", len(choices))
     return temperature
 
 
 def _whole_scores(
-    model: Any, asked: list[dict[str, Any]], batch_size: int, temperature: float | OptionTemperature
+    model: Any, asked: list[dict[str, Any]], batch_size: int, temperature: Temperature
 ) -> list[dict[str, Any]]:
     """Log-probabilities of whole choices, and the same under the normalisation that was asked for."""
-    if isinstance(temperature, OptionTemperature):
-        raise ValueError(
-            'scoring="choices" takes one temperature, and this one depends on the number of options. Give `temperature`.'
-        )
+    if not isinstance(temperature, int | float):
+        on = "the prompt" if isinstance(temperature, NoveltyScaling) else "the number of options"
+        raise ValueError(f'scoring="choices" takes one temperature, and this one depends on {on}. Give `temperature`.')
     contexts, tokens = [one["ids"] for one in asked], [one["tokens"] for one in asked]
     options: dict[str, Any] = {"batch_size": batch_size * len(tokens[0]), "temperature": temperature}
     names = [f"{i}" for i in range(len(asked))]
@@ -418,7 +452,7 @@ def answer_pipeline(
     *,
     revision: str | None = None,
     tokenizer: Any = None,
-    temperature: float | OptionTemperature | None = None,
+    temperature: Temperature | None = None,
     confidence: str = "full_vocab",
     choices: Sequence[str] | None = None,
     abstain_below: float | str | None = None,
@@ -428,6 +462,8 @@ def answer_pipeline(
     length: str = "none",
     layout: Any = None,
     permutations: int = 0,
+    novelty: bool = False,
+    new_above: float = 0.99,
     batch_size: int = 1,
     device: Any = None,
     dtype: Any = "auto",
@@ -447,7 +483,10 @@ def answer_pipeline(
         temperature (`float` or [`~first_trl.calibration.conditional.OptionTemperature`], *optional*):
             Defaults to the one that was saved with the model (`decision.json` and `first_trl_decision.json`), and to 1 where
             there is none or the model is loaded already; 1 ignores it.
-        confidence, choices, abstain_below, max_length, chat_template_kwargs, scoring, length, layout, permutations:
+        novelty (`bool`, *optional*, defaults to `False`):
+            Use the temperature by novelty that was saved with the model (`novelty.safetensors`): the answer stays, the
+            confidence falls where a prompt is unlike the training rows, and the result says how new it is.
+        confidence, choices, abstain_below, max_length, chat_template_kwargs, scoring, length, layout, permutations, new_above:
             Defaults of every call, see [`AnswerPipeline`].
         batch_size (`int`, *optional*, defaults to `1`):
             Prompts per forward.
@@ -481,7 +520,9 @@ def answer_pipeline(
     if isinstance(model, str | Path):
         source = str(model)
         extras = read_decision_extras(source, revision=revision, token=token)
-        if temperature is None:
+        if novelty:
+            temperature = _saved_novelty(source, temperature, extras, revision=revision, token=token)
+        elif temperature is None:
             temperature = read_temperature(source, revision=revision, token=token)
         loaded, home = load_model(source, revision=revision, token=token, dtype=dtype, **model_kwargs)
         if tokenizer is None:
@@ -495,6 +536,11 @@ def answer_pipeline(
         if given:
             raise ValueError(
                 f"`model` is loaded already, so {', '.join(sorted(given))} cannot be applied; pass its name instead."
+            )
+        if novelty:
+            raise ValueError(
+                "`model` is loaded already, so what was saved with it is not known. Pass its name, or "
+                "`temperature=NoveltyScaling.load(folder)`."
             )
         loaded = model
         if tokenizer is None:
@@ -526,6 +572,7 @@ def answer_pipeline(
         scoring=scoring,
         length=length,
         permutations=permutations,
+        new_above=new_above,
         **{name: value for name, value in defaults.items() if value is not None},
     )
     pipe.extras = extras

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,23 @@ class NoveltyReference:
             `ValueError`: Another width, or states that are zero or not finite.
         """
         points = self._project(_unit(states, self.width))
-        distance = self._distance(points, self.rows.to(points.device, torch.float32))
-        return self._standard(distance)
+        place = str(points.device)
+        if place not in self._placed:
+            self._placed[place] = self._ready(self.rows.to(points.device))
+        return self._standard(self._distance(points, *self._placed[place]))
+
+    @cached_property
+    def _placed(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """What [`_ready`] has made, by device."""
+        return {}
+
+    def _ready(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows as they are computed with, and half their squared length."""
+        rows = rows.float()
+        if self.metric == "cosine":
+            # Rounding to 16 bits took their length a little from 1
+            rows = rows / rows.norm(dim=-1, keepdim=True)
+        return rows, 0.5 * rows.square().sum(-1)
 
     def percentile(self, feature: np.ndarray) -> np.ndarray:
         """Share of the reference rows that are no farther than this from the others, 0 to 1."""
@@ -86,14 +102,12 @@ class NoveltyReference:
             return states
         return (states - self.center.to(states.device)) @ self.basis.to(states.device)
 
-    def _distance(self, points: torch.Tensor, rows: torch.Tensor, *, leave_one_out: bool = False) -> np.ndarray:
+    def _distance(
+        self, points: torch.Tensor, rows: torch.Tensor, half_square: torch.Tensor, *, leave_one_out: bool = False
+    ) -> np.ndarray:
         if self.metric == "mahalanobis":
             return 0.5 * (points.double() - rows.double()).square().sum(-1).cpu().numpy()
-        if self.metric == "cosine":
-            # Rounding to 16 bits took their length a little from 1
-            rows = rows / rows.norm(dim=-1, keepdim=True)
         k = min(self.k, len(rows) - leave_one_out)
-        half_square = 0.5 * rows.square().sum(-1)
         found = []
         size = max(1, _MAX_SIMILARITIES // len(rows))
         for start in range(0, len(points), size):
@@ -228,7 +242,7 @@ def fit_reference(
         points = points[torch.from_numpy(np.sort(order)).to(points.device)]
     rows = (points if metric != "mahalanobis" else points.mean(0, keepdim=True)).half()
     blank = NoveltyReference(rows, layer, metric, k, basis, center, 0.0, 0.0, 1.0, np.zeros(len(_QUANTILES)))
-    distance = blank._distance(points, rows.float(), leave_one_out=metric != "mahalanobis")
+    distance = blank._distance(points, *blank._ready(rows), leave_one_out=metric != "mahalanobis")
     floor = max(1e-3 * float(np.median(distance)), 1e-9)
     logs = np.log(distance + floor)
     # Copies of one row have no spread beyond rounding

@@ -24,10 +24,12 @@ All are standardised on the training rows. Everything is chosen on validation ro
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers.utils import cached_file
 
 from ..calibration.novelty import (
     NoveltyTemperature,
@@ -41,6 +43,9 @@ from .novelty import NoveltyReference, fit_reference, principal_components, proj
 
 
 FEATURES = ("distance", "max_probability", "distance_and_max_probability", "hidden_state")
+# Beside the weights of a model
+NOVELTY_NAME = "novelty.safetensors"
+_VERSION = 1
 # Layers that differ by less than this, in nats a row, are as good as each other
 TIE = 0.0005
 # Of slopes from held-out groups, and of the steepest one
@@ -96,6 +101,77 @@ class NoveltyScaling:
     def of(self, rows: AnswerStates) -> np.ndarray:
         """The temperature of each row."""
         return self.temperature.temperature(self.features(rows.states, rows.max_probability()))
+
+    def of_states(self, states: Mapping[int, torch.Tensor], logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """
+        The temperature of each row of a forward, and its novelty: the share of the reference rows that are no newer.
+
+        Args:
+            states (`Mapping[int, torch.Tensor]`): Layer -> hidden states `[B, H]` at the answer position.
+            logits (`torch.Tensor` of shape `[B, V]`, float32): What they lead to.
+        """
+        sure = None if self.unsure is None else torch.softmax(logits, -1).amax(-1).double().cpu().numpy()
+        x = self.features(states, sure)
+        novelty = np.full(len(x), np.nan) if self.reference is None else self.reference.percentile(x[:, 0])
+        return self.temperature.temperature(x), novelty
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers that it reads."""
+        return [self.reference.layer] if self.reference is not None else [self.head[0]] if self.head else []
+
+    def save(self, folder: str | Path) -> str:
+        """
+        Write `novelty.safetensors` beside the weights of the model that it was fitted for: the reference rows and the fit.
+
+        Args:
+            folder (`str` or `Path`): Where the model, or its LoRA adapter, was saved.
+
+        Returns:
+            `str`: SHA-256 of the file.
+
+        Raises:
+            `ValueError`: The feature has no distance in it. The others are for comparison.
+        """
+        if self.reference is None:
+            raise ValueError(
+                f"The feature {self.feature!r} says nothing about distance: it is for comparison, not for use."
+            )
+        fit = {"feature": self.feature, "temperature": self.temperature.to_dict(), "unsure": self.unsure}
+        return self.reference.save(Path(folder) / NOVELTY_NAME, version=_VERSION, **fit)
+
+    @classmethod
+    def load(
+        cls, source: str | Path, *, revision: str | None = None, token: Any = None, digest: str | None = None
+    ) -> "NoveltyScaling":
+        """
+        The inverse of [`save`].
+
+        Args:
+            source (`str` or `Path`): Folder or Hub id of the model.
+            revision (`str`, *optional*), token (`str` or `bool`, *optional*): As in `from_pretrained`.
+            digest (`str`, *optional*): SHA-256 that the file must have.
+
+        Raises:
+            `ValueError`: There is no such file, it is damaged, or of a later version of this package.
+        """
+        path = cached_file(
+            str(source), NOVELTY_NAME, revision=revision, token=token, _raise_exceptions_for_missing_entries=False
+        )
+        if path is None:
+            raise ValueError(
+                f"{source} brings no {NOVELTY_NAME}: nothing is known of its training rows. Fit a temperature by novelty with "
+                "an arm of kind novelty_scaling, or leave `novelty` out."
+            )
+        reference, values = NoveltyReference.load(Path(path), digest)
+        if values.get("version") != _VERSION:
+            raise ValueError(
+                f"{path} has version {values.get('version')!r}, and this package reads {_VERSION}. Update first_trl, or export "
+                "the model again."
+            )
+        unsure = values["unsure"]
+        temperature = NoveltyTemperature.from_dict(values["temperature"])
+        return cls(values["feature"], temperature, reference, None if unsure is None else tuple(unsure), None, {})
 
 
 def log_unsure(max_probability: np.ndarray) -> np.ndarray:

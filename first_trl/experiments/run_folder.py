@@ -306,7 +306,7 @@ class RunFolder:
         return self.root / evaluation_unit(arm) / "novelty.json"
 
     def novelty_reference(self, arm: str) -> Path:
-        """Training rows that distances are measured to."""
+        """Training rows that distances are measured to, with the fit: what is saved beside the weights of its model."""
         return self.novelty(arm).with_suffix(".safetensors")
 
     # report and what is shared

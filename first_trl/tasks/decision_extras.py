@@ -4,6 +4,7 @@ What `decision.json` cannot express, in a file of our own beside it: `first_trl_
 ```json
 {"version": 1,
  "option_temperature": {"common": 1.4, "kinds": {"choice": {"log_temperature": 0.3, "slope": 0.1, ...}}},
+ "novelty": {"file": "novelty.safetensors", "sha256": "..."},
  "thresholds": {"temperature": 1.4, "fitted_on": "validation", "readings": {"full_vocab": [{"max_error": 0.05, ...}]}}}
 ```
 
@@ -130,7 +131,7 @@ def save_thresholds(
 
 
 def stored_threshold(
-    extras: Mapping[str, Any], promise: str, reading: str, temperature: float | OptionTemperature | None = None
+    extras: Mapping[str, Any], promise: str, reading: str, temperature: Any = None
 ) -> ConfidenceThreshold:
     """
     The threshold that a model brings for a promised error rate.
@@ -159,7 +160,7 @@ def stored_threshold(
             "and store it with first_trl.tasks.decision_extras.save_thresholds, or give a number."
         )
     if temperature is not None and (
-        isinstance(temperature, OptionTemperature) or not math.isclose(temperature, stored["temperature"])
+        not isinstance(temperature, int | float) or not math.isclose(temperature, stored["temperature"])
     ):
         raise ValueError(
             f"The thresholds of this model were fitted at temperature {stored['temperature']:g}, not at that of these "

@@ -99,6 +99,15 @@ def test_temperature_by_novelty_leaves_accuracy_and_says_how_new_rows_are(run):
         if fitted["slopes"] == [0.0]:
             assert given == pytest.approx(fitted["scalar"])
     assert set(fitted["choice"]["cross_group"]) == {"1"}
+    markdown = (run / "report" / "report.md").read_text()
+    assert "## How new the rows are" in markdown and "novelty.png" in markdown
+    assert (run / "report" / "novelty.png").stat().st_size > 5000 and set(report["novelty"]) == {
+        "sft_novelty",
+        "lora_novelty",
+    }
+    exported = (run / "students" / "sft" / "model" / "novelty.safetensors").read_bytes()
+    assert exported == (run / "evaluate" / "sft_novelty" / "novelty.safetensors").read_bytes()
+    assert not (run / "students" / "first" / "model" / "novelty.safetensors").exists()
     # The one temperature is the one of temperature scaling, to the digits of the table it is read from
     scalar = json.loads((run / "evaluate" / "sft_novelty" / "novelty.json").read_text())["scalar"]
     scaled = json.loads((run / "evaluate" / "sft_ts" / "temperature.json").read_text())["temperature"]

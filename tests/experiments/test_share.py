@@ -216,7 +216,7 @@ def test_mistakes_are_named(run, tmp_path, capsys):
         push_run(tmp_path / "nothing", "alice")
     with pytest.raises(ValueError, match=r"'frist' is no arm of this run. Choose among "):
         push_run(run, "alice", arms=["frist"])
-    with pytest.raises(ValueError, match=r"'sft_ts' is another arm with one number behind it"):
+    with pytest.raises(ValueError, match=r"'sft_ts' is another arm with temperatures behind it"):
         push_run(run, "alice", arms=["sft_ts"])
     assert main(["push", str(run)]) == 2
     assert "--namespace" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from ...utils.files import write_json
 from ...vocabulary import BAYES, BAYES_LABEL, FEW_ROWS
 from ..run_folder import ReportFolder
 from .arms import find_sweeps
-from .figures import curve_figure, mass_figure, save_figure
+from .figures import curve_figure, mass_figure, novelty_figure, save_figure
 from .markdown import to_markdown
 from .run_content import RunContent, write_run_parts
 
@@ -37,6 +37,7 @@ def write_report(
     manifest: "Manifest",
     counts: dict[str, Any],
     timings: list[dict[str, Any]],
+    novelty: dict[str, dict[str, Any]] | None = None,
     extra: dict[str, Any] | None = None,
 ) -> None:
     """
@@ -52,6 +53,7 @@ def write_report(
         manifest ([`Manifest`]): Of the training cache.
         counts (`dict`): Role -> rows read, dropped and cut.
         timings (`list`): Units with their seconds.
+        novelty (`dict`, *optional*): Arm -> its fitted temperature by novelty, and how new the evaluated rows are.
         extra (`dict`, *optional*): Further entries of `report.json`, for merged reports and cards.
     """
     labels = {name: _label(recipe, name) for name in arms}
@@ -81,6 +83,12 @@ def write_report(
         caption = f"Choice of {symbol} on validation (`{name}`): the teacher's ECE and NLL over {symbol}."
         save(f"recalibration_{name}", caption, curve_figure(name, fit))
 
+    drawn = {
+        labels[name]: fit for name, fit in (novelty or {}).items() if fit["feature"] == "distance" and name in shown
+    }
+    if drawn:
+        save("novelty", "What a row's temperature is by its distance to the training rows.", novelty_figure(drawn))
+
     write_json(
         report.json,
         {
@@ -94,6 +102,7 @@ def write_report(
             "labels": labels,
             "results": results,
             "posthoc_temperatures": temperatures,
+            "novelty": novelty or {},
             "recalibration": fits,
             "kept_mass": manifest.kept_mass,
             "cache_id": manifest.cache_id,
@@ -102,7 +111,9 @@ def write_report(
             **(extra or {}),
         },
     )
-    content = RunContent(recipe, labels, results, temperatures, fits, manifest, counts, timings, figures)
+    content = RunContent(
+        recipe, labels, results, temperatures, fits, manifest, counts, timings, figures, novelty or {}
+    )
     report.markdown.write_text(to_markdown(write_run_parts(content)), encoding="utf-8")
 
 

@@ -28,6 +28,7 @@ class RunContent:
     counts: Mapping[str, Any]
     timings: Sequence[Mapping[str, Any]]
     figures: Mapping[str, str]
+    novelty: Mapping[str, Mapping[str, Any]]
 
 
 def write_run_parts(run: RunContent) -> list[Part]:
@@ -45,6 +46,8 @@ def write_run_parts(run: RunContent) -> list[Part]:
     )
     for index, role in enumerate(recipe.evaluation.splits):
         parts += _role_parts(run, role, index)
+    if run.novelty:
+        parts += [Heading(2, "How new the rows are"), _novelty_table(run), *_picture(run, "novelty.png")]
     parts += _teacher_parts(run)
     if recipe.report.notes:
         notes = [" ".join(note.split()) for note in recipe.report.notes]
@@ -134,6 +137,31 @@ def _score_table(run: RunContent, role: str, reading: str) -> Table:
     header = ["arm", *(metric.title for metric in report_metrics()), *named]
     how = " over the answer options" if over_options else ""
     return Table(f"`{role}`{how}, seed {run.recipe.seed}.", header, rows)
+
+
+def _novelty_table(run: RunContent) -> Table:
+    """One row an arm and role: its temperatures, and how well the feature tells the role from the first one."""
+    rows: list[list[Value | str]] = []
+    for name, fit in run.novelty.items():
+        slopes = ", ".join(f"{slope:.2f}" for slope in fit["slopes"][:2]) + (", ..." if len(fit["slopes"]) > 2 else "")
+        for i, (role, summary) in enumerate(fit["roles"].items()):
+            tenths = summary["temperature"]["tenths"]
+            told = fit["auroc"].get(role, {})
+            first = [run.labels[name], fit["feature"].replace("_", " "), str(fit["layer"] or NOTHING), slopes]
+            rows.append(
+                [
+                    *(first if i == 0 else [""] * 4),
+                    role,
+                    f"{tenths[5]:.2f} ({tenths[1]:.2f} to {tenths[9]:.2f})",
+                    *(f"{told[key]:.2f}" if told else NOTHING for key in ("feature", "max_probability")),
+                ]
+            )
+    caption = (
+        "Temperatures by novelty: median and 10 to 90 % of the rows. AUROC: how often a row of the role is newer by the "
+        f"feature than one of `{run.recipe.evaluation.splits[0]}`, and how often the model is less sure of it."
+    )
+    header = ["arm", "feature", "layer", "slope", "role", "temperature", "AUROC", "of the largest probability"]
+    return Table(caption, header, rows)
 
 
 def _fit_table(fits: Mapping[str, Mapping[str, Any]]) -> Table:

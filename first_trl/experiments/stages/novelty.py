@@ -1,6 +1,7 @@
 """Arms with temperatures by novelty: one forward of a model for all of them, then fits and scores without it."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,9 @@ from ...calibration.scores import auroc_between
 from ...evaluation.answer_states import AnswerStates, candidate_layers, collect_answer_states, layer_count
 from ...evaluation.cross_group import cross_group_slopes
 from ...evaluation.multiple_choice import MultipleChoiceResult
-from ...evaluation.novelty_scaling import NoveltyScaling, fit_novelty_scaling
+from ...evaluation.novelty import file_digest
+from ...evaluation.novelty_scaling import NOVELTY_NAME, NoveltyScaling, fit_novelty_scaling
+from ...tasks.decision_extras import write_decision_extras
 from ...utils.files import write_json
 from ..recipe import NoveltySpec
 from ..run_folder import read_json
@@ -178,12 +181,30 @@ def novelty_results(run: RunContext, name: str) -> Iterator[tuple[str, MultipleC
         },
     )
     if fitted.reference is not None:
-        fitted.reference.save(run.folder.novelty_reference(name))
+        fitted.save(run.folder.novelty(name).parent)
     for role, rows in states.items():
         ids = np.array([str(each) for each in run.folder.load_rows(role)["id"]])
         result = rows.result(ids, temperatures[role], n_bins=run.recipe.evaluation.n_bins)
         result.predictions.update(temperature=temperatures[role], novelty=newness[role])
         yield role, result
+
+
+def export_novelty(run: RunContext) -> None:
+    """Put what was fitted beside the weights of each student: of its first arm with a distance that is no point of a sweep."""
+    for student, spec in run.recipe.arms.items():
+        behind = [
+            name
+            for name, arm in run.recipe.arms.items()
+            if arm.kind == "novelty_scaling" and arm.of == student and (not arm.swept or spec.swept)
+        ]
+        made = [file for name in behind if (file := run.folder.novelty_reference(name)).is_file()]
+        model = run.folder.student(student).model
+        if made and model.is_dir():
+            shutil.copyfile(made[0], model / NOVELTY_NAME)
+            write_decision_extras(model, novelty={"file": NOVELTY_NAME, "sha256": file_digest(made[0])})
+        elif (model / NOVELTY_NAME).is_file():
+            (model / NOVELTY_NAME).unlink()
+            write_decision_extras(model, novelty=None)
 
 
 def _layer(fitted: NoveltyScaling) -> int | None:
