@@ -10,6 +10,11 @@ IGNORE_INDEX = -100
 # Column of tokenised rows, and of a teacher cache: whether the label is an answer, or a filler where there is none
 HAS_GOLD = "has_gold"
 TEACHER_HAS_GOLD = "teacher_has_gold"
+# Soft labels over the choices of a row: probabilities, or how many annotators chose each
+TARGET_PROBS = "target_probs"
+TARGET_VOTES = "target_votes"
+# Log-probability of an entry that only fills up a row of a cache: the lowest number of float16, which no softmax gives
+NO_ENTRY = -65504.0
 # Row of a report for tasks whose true answer distribution is known
 BAYES = "bayes"
 

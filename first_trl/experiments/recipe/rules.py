@@ -141,6 +141,9 @@ def _arm(recipe: Recipe, name: str, arm: ArmSpec) -> Iterator[str]:
     for role in arm.data:
         if role not in recipe.task.splits or role in recipe.evaluation.splits:
             yield f"{place}.data names {role!r}; choose roles of task.splits that nothing is evaluated on."
+    for key in ("brier_weight", "rps_weight"):
+        if getattr(arm, key) and not arm.restrict_to_choices and key not in misplaced:
+            yield f"{place}.{key} is a score among the choices: set {place}.restrict_to_choices."
     for key, text in arm.problems():
         if key not in misplaced:
             yield f"{place}.{key} {text}"

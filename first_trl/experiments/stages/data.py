@@ -48,7 +48,14 @@ def data_units(run: RunContext) -> list[Unit]:
         inputs["scoring"] = recipe.evaluation.scoring
     if recipe.evaluation.permutations:
         inputs["permuted"] = True
+    if _with_choices(recipe):
+        inputs["with_choices"] = sorted(_with_choices(recipe))
     return [Unit(DATA, inputs, partial(_write, run))]
+
+
+def _with_choices(recipe: Recipe) -> set[str]:
+    """Roles whose choices students train on."""
+    return {role for arm in recipe.arms.values() if arm.restrict_to_choices for role in arm.data}
 
 
 def used_roles(recipe: Recipe) -> list[str]:
@@ -143,7 +150,7 @@ def _write(run: RunContext, folder: Path) -> None:
         # Multiple choice is evaluated on the text of the rows, everything else works on tokens
         if role in ("train", "validation") or role not in evaluated or not counts[role]["choices"]:
             counts[role] |= _tokenize(run, role, rows[role], reasons, tokenizer)
-        if role not in ("train", "pretrain"):
+        if role not in ("train", "pretrain") or role in _with_choices(run.recipe):
             rows[role].save_to_disk(run.folder.rows(role))
         run.workspace.say(f"    {role}: {_describe(counts[role])}")
     write_json(run.folder.counts, counts)
