@@ -1,3 +1,5 @@
+from .cache.choices import add_soft_labels as add_soft_labels
+from .cache.choices import restrict_to_choices as restrict_to_choices
 from .cache.folder import load_teacher_cache as load_teacher_cache
 from .cache.folder import store_recalibration as store_recalibration
 from .cache.verify import verify_teacher_cache as verify_teacher_cache
@@ -30,7 +32,7 @@ from .teacher.capture import add_teacher_topk as add_teacher_topk
 from .teacher.option_probs import add_option_probs as add_option_probs
 from .training.config import FirstDistillConfig as FirstDistillConfig
 from .training.sft import FirstSFTTrainer as FirstSFTTrainer
-from .training.token_dropout import TokenDropoutSFTTrainer as TokenDropoutSFTTrainer
+from .training.sft import TokenDropoutSFTTrainer as TokenDropoutSFTTrainer
 from .training.trainer import FirstDistillTrainer as FirstDistillTrainer
 
 __version__: str
