@@ -1,3 +1,5 @@
+from .cache.choices import add_soft_labels as add_soft_labels
+from .cache.choices import restrict_to_choices as restrict_to_choices
 from .cache.folder import load_teacher_cache as load_teacher_cache
 from .cache.folder import store_recalibration as store_recalibration
 from .cache.verify import verify_teacher_cache as verify_teacher_cache

@@ -10,6 +10,11 @@ IGNORE_INDEX = -100
 # Column of tokenised rows, and of a teacher cache: whether the label is an answer, or a filler where there is none
 HAS_GOLD = "has_gold"
 TEACHER_HAS_GOLD = "teacher_has_gold"
+# Soft labels over the choices of a row: probabilities, or how many annotators chose each
+TARGET_PROBS = "target_probs"
+TARGET_VOTES = "target_votes"
+# Log-probability of an entry that only fills up a row of a cache: the lowest number of float16, which no softmax gives
+NO_ENTRY = -65504.0
 # Row of a report for tasks whose true answer distribution is known
 BAYES = "bayes"
 
@@ -31,6 +36,10 @@ METRICS = (
     Metric("brier", "Brier", 1, 3),
 )
 HIGHER_IS_BETTER = frozenset({"accuracy", "trust"})
+# Rows that thresholds are fitted on, where a recipe has them
+THRESHOLD_ROLE = "threshold"
+# Share of wrong answers that reports and cards state a threshold for
+REPORTED_MAX_ERROR = 0.05
 # Bins of a diagram with fewer rows tell nothing
 FEW_ROWS = 10
 READINGS = ("full_vocab", "options")

@@ -8,7 +8,7 @@ has a drawn ECE of 0 and a large argmax ECE.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -150,18 +150,3 @@ def baselines(predictions: OptionPredictions) -> dict[str, OptionPredictions]:
         name: OptionPredictions(predictions.ids, predictions.kinds, values, predictions.gold, predictions.options)
         for name, values in (("uniform", uniform), ("prior", prior))
     }
-
-
-def votes_to_distribution(votes: Sequence[float]) -> np.ndarray:
-    """
-    Votes of annotators as a distribution.
-
-    Raises:
-        `ValueError`: A negative or fractional count, NaN, or no vote.
-    """
-    counts = np.asarray(votes, dtype=np.float64)
-    if counts.ndim != 1 or not np.isfinite(counts).all() or (counts < 0).any() or (counts % 1 != 0).any():
-        raise ValueError(f"Votes are counts (0, 1, 2, ...), got {list(votes)}.")
-    if not counts.sum():
-        raise ValueError("No annotator voted: leave the row out, or give it a gold answer.")
-    return counts / counts.sum()

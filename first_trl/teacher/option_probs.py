@@ -11,9 +11,7 @@ from ..evaluation.multiple_choice import evaluate_multiple_choice
 from ..evaluation.option_order import evaluate_option_order
 from ..evaluation.whole_answers import evaluate_whole_answers
 from ..tasks.multiple_choice import MultipleChoice
-
-
-TARGET_PROBS = "target_probs"
+from ..vocabulary import TARGET_PROBS
 
 
 def add_option_probs(

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
+from first_trl.calibration.distribution import votes_to_distribution
 from first_trl.evaluation.distributions import (
     OptionPredictions,
     baselines,
     check_distribution,
     distribution_scores,
-    votes_to_distribution,
 )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from ...plugins import BACKENDS, TASKS, estimator_target
 from ...training.options import DistillOptions, For, marks
 from ...utils.names import nearest
-from ...vocabulary import BAYES, POST_HOC
+from ...vocabulary import BAYES, POST_HOC, THRESHOLD_ROLE
 from .arguments import config_problems, init_problems, lora_problems, training_problems
 from .models import ArmSpec, Recipe
 from .parse import refuse
@@ -44,6 +44,8 @@ def _roles(recipe: Recipe) -> Iterator[str]:
     for role in recipe.evaluation.splits:
         if role not in splits:
             yield f"evaluation.splits names {role!r}, which task.splits does not hold ({', '.join(splits)})."
+    if THRESHOLD_ROLE in recipe.evaluation.splits:
+        yield f"evaluation.splits names {THRESHOLD_ROLE!r}: thresholds are fitted on its rows, nothing is reported on them."
     if not recipe.evaluation.splits:
         yield "evaluation.splits is empty; name at least one role to evaluate on."
     if recipe.evaluation.permutations == 1:
@@ -139,6 +141,9 @@ def _arm(recipe: Recipe, name: str, arm: ArmSpec) -> Iterator[str]:
     for role in arm.data:
         if role not in recipe.task.splits or role in recipe.evaluation.splits:
             yield f"{place}.data names {role!r}; choose roles of task.splits that nothing is evaluated on."
+    for key in ("brier_weight", "rps_weight"):
+        if getattr(arm, key) and not arm.restrict_to_choices and key not in misplaced:
+            yield f"{place}.{key} is a score among the choices: set {place}.restrict_to_choices."
     for key, text in arm.problems():
         if key not in misplaced:
             yield f"{place}.{key} {text}"

@@ -14,6 +14,7 @@ from ...tasks.copies import drop_copies
 from ...tasks.multiple_choice import MultipleChoice
 from ...tasks.overlap import drop_overlap
 from ...utils.files import write_json
+from ...vocabulary import THRESHOLD_ROLE
 from ..recipe import Recipe, SplitSpec
 from ..run_folder import DATA
 from .context import RunContext
@@ -47,12 +48,20 @@ def data_units(run: RunContext) -> list[Unit]:
         inputs["scoring"] = recipe.evaluation.scoring
     if recipe.evaluation.permutations:
         inputs["permuted"] = True
+    if _with_choices(recipe):
+        inputs["with_choices"] = sorted(_with_choices(recipe))
     return [Unit(DATA, inputs, partial(_write, run))]
 
 
+def _with_choices(recipe: Recipe) -> set[str]:
+    """Roles whose choices students train on."""
+    return {role for arm in recipe.arms.values() if arm.restrict_to_choices for role in arm.data}
+
+
 def used_roles(recipe: Recipe) -> list[str]:
-    """Roles that students train on, and that temperatures and epochs are chosen on."""
-    return list(dict.fromkeys(["train", "validation", *(role for arm in recipe.arms.values() for role in arm.data)]))
+    """Roles that students train on, and that temperatures, thresholds and epochs are chosen on."""
+    chosen_on = [role for role in ("train", "validation", THRESHOLD_ROLE) if role in recipe.task.splits]
+    return list(dict.fromkeys([*chosen_on, *(role for arm in recipe.arms.values() for role in arm.data)]))
 
 
 def honest_roles(recipe: Recipe) -> list[str]:
@@ -141,7 +150,7 @@ def _write(run: RunContext, folder: Path) -> None:
         # Multiple choice is evaluated on the text of the rows, everything else works on tokens
         if role in ("train", "validation") or role not in evaluated or not counts[role]["choices"]:
             counts[role] |= _tokenize(run, role, rows[role], reasons, tokenizer)
-        if role not in ("train", "pretrain"):
+        if role not in ("train", "pretrain") or role in _with_choices(run.recipe):
             rows[role].save_to_disk(run.folder.rows(role))
         run.workspace.say(f"    {role}: {_describe(counts[role])}")
     write_json(run.folder.counts, counts)
@@ -150,7 +159,7 @@ def _write(run: RunContext, folder: Path) -> None:
 def _domain(run: RunContext, role: str) -> str:
     """What a score on the rows of a role is a score of."""
     spec = run.recipe.task.splits[role]
-    if role == "validation":
+    if role in ("validation", THRESHOLD_ROLE):
         return "validation"
     shifted = spec.task is not None or spec.unseen == "group" or role not in run.recipe.evaluation.splits[:1]
     return "out-of-domain" if shifted else "in-domain"
