@@ -66,6 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--shard-size", type=int, default=1000, help="rows a file")
     run.add_argument("--vllm-url", help="score with the vLLM server at this address instead")
     run.add_argument("--vllm-model", help="served name; default: the only one")
+    run.add_argument(
+        "--concurrency",
+        type=int,
+        default=8,
+        metavar="N",
+        help="requests that wait for the vLLM server at a time; more keep a large server busy (default: 8)",
+    )
     run.add_argument("--head-size", type=int, help="rows of the vLLM teacher's head, where it is padded")
 
 
@@ -127,7 +134,7 @@ def main(args: argparse.Namespace) -> int:
 def _teacher(args: argparse.Namespace) -> str | TeacherBackend:
     if args.vllm_url is None:
         return os.fspath(args.teacher)
-    return VLLMBackend(args.vllm_url, args.vllm_model, head_size=args.head_size)
+    return VLLMBackend(args.vllm_url, args.vllm_model, head_size=args.head_size, concurrency=args.concurrency)
 
 
 def _init_kwargs(args: argparse.Namespace) -> dict[str, Any]:

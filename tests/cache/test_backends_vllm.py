@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from first_trl import add_teacher_topk, load_teacher_cache, verify_teacher_cache
 from first_trl.cache.manifest import read_manifest
 from first_trl.cache.schema import flatten_cache
+from first_trl.cli import main
 from first_trl.teacher.backends.vllm import VLLMBackend
 from tests.support.tiny import tiny_llama, tiny_rows, tiny_tokenizer
 from tests.support.vllm.protocol import ProtocolServer
@@ -223,6 +224,22 @@ def test_stopped_with_requests_under_way_and_started_again(serve, tmp_path, stop
     # The probe of the new backend is the other request
     assert 0 < len(server.requests) - before - 1 < 20
     assert shard_bytes(tmp_path / "cache") == shard_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("asked", [2, 5])
+def test_requests_at_once_are_an_option_of_the_command(asked, serve, tmp_path):
+    server = serve(model())
+    server.latency = 0.2
+    rows(12).to_json(tmp_path / "rows.jsonl")
+    tokenizer().save_pretrained(tmp_path / "tokenizer")
+    command = [
+        "precompute", "--dataset", str(tmp_path / "rows.jsonl"), "--tokenizer", str(tmp_path / "tokenizer"),
+        "--vllm-url", server.url, "--concurrency", str(asked), "--max-rows-per-batch", "1", "--output-dir",
+        str(tmp_path / "cache"),
+    ]  # fmt: skip
+    assert main(command) == 0
+    assert server.most_at_once == asked
+    assert load_teacher_cache(tmp_path / "cache").num_rows == 12
 
 
 def test_concurrency_is_checked():

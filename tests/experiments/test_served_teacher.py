@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from first_trl.cli import main
+from first_trl.teacher.backends.vllm import VLLMBackend
 from tests.support.quickstart import TINY
 from tests.support.vllm.protocol import ProtocolServer
 
@@ -24,7 +25,7 @@ def serve():
         server.stop()
 
 
-def test_the_served_teacher_must_be_the_trained_one(serve, tmp_path, capsys):
+def test_the_served_teacher_must_be_the_trained_one(serve, tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
 
     def call(url, *options):
@@ -52,5 +53,15 @@ def test_the_served_teacher_must_be_the_trained_one(serve, tmp_path, capsys):
         assert not (run / "cache" / "manifest").exists()
     # A run from before there were probes makes it from the models it holds
     (run / "teacher" / "probe.json").unlink()
-    assert call(serve(trained).url, "--stage", "capture") == 0, capsys.readouterr().err
+    asked = []
+    start = VLLMBackend.__init__
+
+    def begin(self, *args, **options):
+        asked.append(options["concurrency"])
+        start(self, *args, **options)
+
+    monkeypatch.setattr(VLLMBackend, "__init__", begin)
+    again = ("--stage", "capture", "capture.vllm_concurrency=3")
+    assert call(serve(trained).url, *again) == 0, capsys.readouterr().err
+    assert asked == [3]
     assert (run / "teacher" / "probe.json").is_file() and (run / "cache" / "manifest" / "train.json").is_file()

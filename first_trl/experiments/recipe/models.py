@@ -153,6 +153,7 @@ class CaptureSpec:
         vllm_url (`str`, *optional*): Score with the vLLM server at this address instead of in this process. It must
             serve the teacher of this run.
         vllm_model (`str`, *optional*): Name it is served under, when there are several.
+        vllm_concurrency (`int`): Requests that wait for the server at a time; the cache is the same with any number.
         backend (`str`, *optional*): Engine that scores: `transformers`, `vllm` (with `vllm_url`), or one that a plugin
             registers. By default `vllm` where `vllm_url` is given, else `transformers`.
         backend_options (`dict`): Keyword arguments of a plugin's engine.
@@ -165,6 +166,7 @@ class CaptureSpec:
     num_draws: Annotated[int, Strict(), Ge(0)] = 0
     vllm_url: Text | None = None
     vllm_model: Text | None = None
+    vllm_concurrency: Count = 8
     backend: Text | None = None
     backend_options: Mapping = field(default_factory=dict)
 

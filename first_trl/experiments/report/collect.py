@@ -19,7 +19,7 @@ _FREE = frozenset((
     "reproduces", "hub", "arms",
 ))  # fmt: skip
 _FREE_LEAVES = frozenset((
-    "label", "batch_size", "max_tokens_per_batch", "shard_size", "vllm_url", "vllm_model",
+    "label", "batch_size", "max_tokens_per_batch", "shard_size", "vllm_url", "vllm_model", "vllm_concurrency",
     "per_device_eval_batch_size", "gradient_checkpointing", "dataloader_num_workers", "logging_steps",
     "save_strategy", "save_steps", "save_total_limit",
 ))  # fmt: skip

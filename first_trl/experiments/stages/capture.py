@@ -60,12 +60,13 @@ def capture_units(run: RunContext) -> Iterator[Unit]:
 
 def _capture(run: RunContext, teacher: Teacher, fold: int | None, folder: Path) -> None:
     options = asdict(run.recipe.capture)
-    url, served = options.pop("vllm_url"), options.pop("vllm_model")
+    url, server = options.pop("vllm_url"), {"model": options.pop("vllm_model")}
+    server["concurrency"] = options.pop("vllm_concurrency")
     name, settings = options.pop("backend"), options.pop("backend_options")
     tokenizer = run.tokenizer()
     backend: Any
     if url is not None:
-        backend = _served_teacher(run, teacher, url, served)
+        backend = _served_teacher(run, teacher, url, **server)
     else:
         backend = BACKENDS.find(name or "transformers")(teacher_model(run, teacher, fold), **settings)
     selection = run.folder.teacher(teacher.name, fold).selection
@@ -80,7 +81,7 @@ def _capture(run: RunContext, teacher: Teacher, fold: int | None, folder: Path) 
         add_teacher_topk(rows, backend, tokenizer, output_dir=folder, split=role, **options)
 
 
-def _served_teacher(run: RunContext, teacher: Teacher, url: str, served: str | None) -> VLLMBackend:
+def _served_teacher(run: RunContext, teacher: Teacher, url: str, **options: Any) -> VLLMBackend:
     folder = run.folder.teacher(teacher.name).model
     how = f"vllm serve {folder if teacher.sft is not None else run.recipe.teacher.name_or_path} --max-logprobs 20"
     if teacher.sft is not None and run.recipe.teacher.lora is not None:
@@ -89,7 +90,7 @@ def _served_teacher(run: RunContext, teacher: Teacher, url: str, served: str | N
             f"teacher={folder}\n(and capture.vllm_model=teacher)"
         )
     try:
-        server = VLLMBackend(url, served)
+        server = VLLMBackend(url, **options)
     except OSError as error:
         raise ValueError(
             f"No vLLM server answers at {url} ({error}). Serve the teacher, for example with\n  {how}\nand run the same "
