@@ -1,7 +1,8 @@
 """
-Optimizer steps of the trainers under DeepSpeed ZeRO-3 on this process group, for comparison with one process.
+Optimizer steps of the trainers under DeepSpeed ZeRO-3 or FSDP2 on this process group, for comparison with one process.
 
-    DS_ACCELERATOR=cpu python -m torch.distributed.run --nproc_per_node 2 -m tests.support.zero3_steps OUTPUT
+    DS_ACCELERATOR=cpu python -m torch.distributed.run --nproc_per_node 2 -m tests.support.sharded_steps OUTPUT
+    accelerate launch --config_file recipes/accelerate/fsdp2.yaml -m tests.support.sharded_steps OUTPUT
 """
 
 import os
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from datasets import Dataset
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
@@ -20,6 +22,7 @@ from first_trl.experiments.recipe import ModelSpec
 from first_trl.experiments.run_folder import TrainingFolder
 from first_trl.experiments.stages.training import load_trained, make_model, whole_models
 from first_trl.training.sft import FirstSFTTrainer
+from tests.support.fsdp2_on_cpu import shard_on_cpu
 from tests.support.tiny import tiny_cache, tiny_config, tiny_llama, tiny_rows, tiny_tokenizer
 
 
@@ -30,6 +33,7 @@ ZERO3 = {
     "gradient_accumulation_steps": "auto",
     "gradient_clipping": "auto",
 }
+FSDP2 = "ACCELERATE_USE_FSDP" in os.environ
 # Trainer, whether the head is tied, and whether the student is loaded in shares (after the settings are known)
 RUNS = {
     "untied": ("distill", False, False),
@@ -48,7 +52,7 @@ def steps(folder: Path, kind: str, tied: bool, shares: bool) -> dict[str, Any]:
         "max_steps": 3, "eval_strategy": "steps", "eval_steps": 1, "per_device_train_batch_size": 4 if launched else 8,
     }  # fmt: skip
     if launched:
-        options |= {"deepspeed": ZERO3, "ddp_backend": "gloo"}
+        options |= {"ddp_backend": "gloo", **({} if FSDP2 else {"deepspeed": ZERO3})}
     tokenizer = tiny_tokenizer()
     # Before the settings of ZeRO-3 are known, by which models are split as they are made
     if not launched or os.environ["RANK"] == "0":
@@ -81,6 +85,9 @@ def steps(folder: Path, kind: str, tied: bool, shares: bool) -> dict[str, Any]:
             fused_loss=True,
         )  # fmt: skip
     trainer.train()
+    if launched and FSDP2:
+        # An evaluation leaves the last norm and the head gathered
+        assert all(isinstance(parameter, DTensor) for parameter in trainer.model.model.layers.parameters())
     trainer.save_model(str(folder / "model"))
     trainer.accelerator.wait_for_everyone()
     # What the pipeline does next, in the same process: the model is read to be run
@@ -96,7 +103,11 @@ def steps(folder: Path, kind: str, tied: bool, shares: bool) -> dict[str, Any]:
 def main() -> None:
     torch.set_num_threads(1)
     output = Path(sys.argv[1])
-    results = {name: steps(output.parent / name.replace(" ", "_"), *run) for name, run in RUNS.items()}
+    if FSDP2:
+        shard_on_cpu()
+    # FSDP2 splits a model that is whole
+    runs = {name: run for name, run in RUNS.items() if not (FSDP2 and run[-1])}
+    results = {name: steps(output.parent / name.replace(" ", "_"), *run) for name, run in runs.items()}
     if dist.get_rank() == 0:
         torch.save(results, output)
 

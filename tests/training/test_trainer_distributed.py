@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from first_trl import FirstDistillTrainer
 from tests.support.distributed_steps import DDP_ESTIMATORS, HELD_OUT, SHAPES, SHARDED, held_out, step
+from tests.support.sharded_steps import RUNS, steps
 from tests.support.tiny import StopAt, tiny_cache, tiny_config, tiny_llama, tiny_rows, tiny_tokenizer
-from tests.support.zero3_steps import RUNS, steps
 
 
 ROOT = Path(__file__).parents[2]
@@ -104,7 +104,7 @@ def zero3(tmp_path_factory):
     output = tmp_path_factory.mktemp("zero3") / "results.pt"
     launch(
         "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
-        "-m", "tests.support.zero3_steps", str(output), DS_ACCELERATOR="cpu",
+        "-m", "tests.support.sharded_steps", str(output), DS_ACCELERATOR="cpu",
     )  # fmt: skip
     return torch.load(output, weights_only=True)
 
@@ -113,13 +113,54 @@ def zero3(tmp_path_factory):
 @pytest.mark.parametrize("name", RUNS)
 def test_zero3_equals_one_process(name, zero3, tmp_path):
     """Three steps, with an evaluation after each, and the saved model read again by the same processes."""
+    assert_same_steps(name, zero3, tmp_path)
+
+
+def assert_same_steps(name, launched, folder):
     kind, tied, _ = RUNS[name]
-    one, two = steps(tmp_path, kind, tied, False), zero3[name]
+    one, two = steps(folder, kind, tied, False), launched[name]
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-5) and len(one["loss"]) == 3
     assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-5) and len(one["eval_loss"]) == 3
     assert set(two["weights"]) == set(one["weights"])
     for weight, tensor in one["weights"].items():
         torch.testing.assert_close(two["weights"][weight], tensor, rtol=1e-5, atol=1e-5, msg=weight)
+
+
+def accelerate_with_fsdp2(*command, **options):
+    """accelerate goes on as DDP on CPU processes, which `fsdp2_on_cpu` sets right."""
+    launch(
+        "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "fsdp2.yaml"), "--mixed_precision", "no",
+        "--main_process_port", str(free_port()), "-m", *command, **options,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def fsdp2(tmp_path_factory):
+    output = tmp_path_factory.mktemp("fsdp2") / "results.pt"
+    accelerate_with_fsdp2("tests.support.sharded_steps", str(output))
+    return torch.load(output, weights_only=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, (*_, shares) in RUNS.items() if not shares])
+def test_fsdp2_of_accelerate_equals_one_process(name, fsdp2, tmp_path):
+    """As under ZeRO-3, with models that accelerate shards."""
+    assert_same_steps(name, fsdp2, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_completes_under_fsdp2(tmp_path):
+    """Every stage and arm of the quickstart, with an adapter among the students."""
+    accelerate_with_fsdp2(
+        "tests.support.fsdp2_on_cpu", "run", "quickstart", "--smoke", folder=tmp_path, PYTHONPATH=str(ROOT)
+    )
+    assert_whole(tmp_path / "outputs" / "smoke" / "quickstart")
+
+
+def assert_whole(run):
+    assert (run / "report" / "report.md").is_file()
+    weights = load_file(run / "students" / "first" / "model" / "model.safetensors")
+    assert all(tensor.numel() > 0 and torch.isfinite(tensor).all() for tensor in weights.values())
 
 
 @pytest.mark.slow
@@ -131,10 +172,7 @@ def test_a_run_completes_under_zero3(tmp_path):
         "--main_process_port", str(free_port()), "-m", "first_trl", "run", "quickstart", "--smoke",
         folder=tmp_path, DS_ACCELERATOR="cpu", PYTHONPATH=str(ROOT),
     )  # fmt: skip
-    run = tmp_path / "outputs" / "smoke" / "quickstart"
-    assert (run / "report" / "report.md").is_file()
-    weights = load_file(run / "students" / "first" / "model" / "model.safetensors")
-    assert all(tensor.numel() > 0 and torch.isfinite(tensor).all() for tensor in weights.values())
+    assert_whole(tmp_path / "outputs" / "smoke" / "quickstart")
 
 
 def train(folder, stop=None, resume=False):
