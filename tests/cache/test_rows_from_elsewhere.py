@@ -1,11 +1,13 @@
 """Rows in the words of other tools: read as they are meant, or refused."""
 
+import json
+
 import pytest
 from datasets import Dataset
 
 from first_trl import add_teacher_topk
 from first_trl.tasks.conversation import render
-from tests.support.families import CHAT, family_tokenizer
+from tests.support.families import CHAT, TOOLS, family_tokenizer
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 
@@ -29,3 +31,58 @@ def test_content_in_parts_is_text_for_templates_that_do_not_read_parts():
         render(tokenizer, [{"role": "user", "content": [*parts, {"type": "image", "image": "x.png"}]}])
     reads = CHAT.replace("{{ m['content'] }}", "{% for part in m['content'] %}<{{ part['text'] }}>{% endfor %}")
     assert "<Which ><river?>" in render(family_tokenizer(template=reads), [{"role": "user", "content": parts}])
+
+
+CALLS = TOOLS.replace(
+    "{{ m['content'] }}", "{{ m['content'] or '' }}{% for c in m['tool_calls'] or [] %}{{ c | tojson }}{% endfor %}"
+)
+
+
+def captured_texts(template, rows, folder):
+    """What the teacher reads of the rows, from a cache in a folder."""
+    tokenizer = family_tokenizer(template=template)
+    teacher = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=512)
+    cache = add_teacher_topk(Dataset.from_list(rows), teacher, tokenizer, k=2, output_dir=folder, disable_tqdm=True)
+    return [tokenizer.decode(ids) for ids in cache["input_ids"]]
+
+
+def test_nulls_of_columns_are_not_read(tmp_path):
+    """Arrow gives every call the arguments of all others."""
+    calls = [{"name": "river", "arguments": {"a": 1}}, {"name": "mill", "arguments": {"b": "x", "c": {"d": 2}}}]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "Which?"},
+                {"role": "assistant", "content": None, "tool_calls": [call]},
+                {"role": "tool", "content": "A", "name": call["name"]},
+                {"role": "assistant", "content": "A"},
+            ]
+        }
+        for call in calls
+    ]
+    filled = Dataset.from_list(rows)[0]["messages"]
+    assert filled[1]["tool_calls"][0]["arguments"] == {"a": 1, "b": None, "c": None}
+    texts = captured_texts(CALLS, rows, tmp_path)
+    for call, text in zip(calls, texts, strict=True):
+        assert json.dumps(call) in text.replace("\\u0020", " ") and "null" not in text and "None" not in text
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_tools_without_parameters(as_text, tmp_path):
+    tool = {"type": "function", "function": {"name": "river", "parameters": {}}}
+    row = {
+        "messages": [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "A"}],
+        "tools": json.dumps([tool]) if as_text else [tool],
+    }
+    for text in captured_texts(TOOLS, [row, row], tmp_path):
+        assert json.dumps(tool) in text
+
+
+def test_roles_of_sharegpt_are_those_of_the_template(tmp_path):
+    turns = [("system", "Name the river."), ("human", "Which?"), ("gpt", "A"), ("human", "And?"), ("gpt", "B")]
+    names = {"human": "user", "gpt": "assistant"}
+    theirs = [{"from": role, "value": text} for role, text in turns]
+    ours = [{"role": names.get(role, role), "content": text} for role, text in turns]
+    (text,) = captured_texts(CHAT, [{"messages": theirs}], tmp_path / "theirs")
+    assert [text] == captured_texts(CHAT, [{"messages": ours}], tmp_path / "ours")
+    assert "<|im_start|>user\nWhich?<|im_end|>" in text and "human" not in text

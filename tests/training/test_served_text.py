@@ -70,5 +70,9 @@ def test_arguments_of_the_template_are_stored(tmp_path):
     cache = capture(tokenizer, {"prompt": TURNS}, tmp_path, chat_template_kwargs={"enable_thinking": True})
     assert read_manifest(cache).tokenizer["template_arguments"] == {"enable_thinking": True}
     assert tokenizer.decode(cache[0]["input_ids"]).endswith("<think>\n<|end|>")
+    options = {"chat_template_kwargs": {"enable_thinking": False, "left_out": None}}
+    cache = capture(tokenizer, {"prompt": TURNS}, tmp_path / "off", **options)
+    assert read_manifest(cache).tokenizer["template_arguments"] == {"enable_thinking": False}
+    assert tokenizer.decode(cache[0]["input_ids"]).endswith("</think>\n\n<|end|>")
     with pytest.raises(ValueError, match="cannot set 'tokenize'"):
         capture(tokenizer, {"prompt": TURNS}, tmp_path / "other", chat_template_kwargs={"tokenize": True})
