@@ -51,6 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also ask every question in N orders of its lettered options: how often the answer flips, and the scores of "
         "the average over the orders",
     )
+    parser.add_argument(
+        "--target-probs",
+        metavar="FILE",
+        help="also write the scored rows with the model's probabilities (averaged over --permutations) as `target_probs`, "
+        "Parquet: soft labels for a student of any tokenizer",
+    )
     parser.add_argument("--temperature", type=float, help="default: that of the model's decision.json, else 1")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument(
@@ -80,6 +86,8 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError("--scoring decision belongs to --task system_one, and the other scorings to the other tasks.")
     if args.length != "none" and args.scoring not in ("auto", "choices"):
         raise ValueError(f"--length is about whole texts: leave it out, or --scoring {args.scoring}.")
+    if args.target_probs is not None and args.task == "system_one":
+        raise ValueError("--target-probs writes rows of a task with prompts; system_one has requests.")
     if args.permutations == 1:
         raise ValueError("--permutations must be 2 or more: the given order is one of them.")
     if args.temperature is not None and not args.temperature > 0:
@@ -241,9 +249,6 @@ def _score_choices(
         np.exp(values[:n] - np.logaddexp.reduce(values[:n]))
         for values, n in zip(scores, predicted["n_choices"], strict=True)
     ]
-    gold = [np.eye(len(p))[g] for p, g in zip(probabilities, labelled["gold"], strict=True)]
-    choices = [tuple(choice) for choice in labelled["choices"]]
-    predictions = OptionPredictions(list(labelled["id"]), ["choice"] * len(gold), probabilities, gold, choices)
     orders = None
     if args.permutations:
         from ..evaluation.option_order import evaluate_option_order
@@ -252,6 +257,19 @@ def _score_choices(
         task: Any = get_task(args.task, **dict(map(_key_value, args.option)))
         how: dict[str, Any] = {"permutations": args.permutations, "seed": args.seed, "scoring": scoring}
         orders = evaluate_option_order(model, tokenizer, task, labelled, length=args.length, **how, **options)
+    if args.target_probs is not None:
+        from datasets import List, Value
+
+        from ..vocabulary import TARGET_PROBS
+
+        soft = [p.tolist() for p in (probabilities if orders is None else orders.averaged)]
+        path = Path(args.target_probs)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        labelled.add_column(TARGET_PROBS, soft, feature=List(Value("float64"))).to_parquet(path)
+        print(f"Wrote {len(soft)} rows with `{TARGET_PROBS}` to {path}.")
+    gold = [np.eye(len(p))[g] for p, g in zip(probabilities, labelled["gold"], strict=True)]
+    choices = [tuple(choice) for choice in labelled["choices"]]
+    predictions = OptionPredictions(list(labelled["id"]), ["choice"] * len(gold), probabilities, gold, choices)
     return predictions, scoring, temperature, orders
 
 

@@ -71,8 +71,9 @@ class TaskSpec:
     Args:
         name (`str`): Task name, see `first_trl.tasks.list_tasks`.
         splits (`dict[str, SplitSpec]`): Role -> rows. Roles: `train` and `validation` (required), any number of
-            evaluation roles such as `test` and `ood`, `pretrain` for models made from scratch, and further roles that
-            arms train on (`arms.NAME.data`), such as prompts without answers.
+            evaluation roles such as `test` and `ood`, `pretrain` for models made from scratch, `threshold` for the
+            thresholds that students bring (else `validation` has to serve), and further roles that arms train on
+            (`arms.NAME.data`), such as prompts without answers.
         path (`str`, *optional*): Hub id, file or folder; default is the benchmark's own Hub dataset.
         revision (`str`, *optional*): Revision of the Hub dataset.
         options (`dict`): Options of the task, e.g. `template`.
