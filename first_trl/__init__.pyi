@@ -1,3 +1,5 @@
+from .cache.choices import add_soft_labels as add_soft_labels
+from .cache.choices import restrict_to_choices as restrict_to_choices
 from .cache.folder import load_teacher_cache as load_teacher_cache
 from .cache.folder import store_recalibration as store_recalibration
 from .cache.verify import verify_teacher_cache as verify_teacher_cache
@@ -8,8 +10,10 @@ from .calibration.conditional import fit_option_temperature as fit_option_temper
 from .calibration.threshold import check_threshold as check_threshold
 from .calibration.threshold import fit_threshold as fit_threshold
 from .evaluation.multiple_choice import evaluate_multiple_choice as evaluate_multiple_choice
+from .evaluation.option_order import evaluate_option_order as evaluate_option_order
 from .evaluation.posthoc import fit_posthoc_temperature as fit_posthoc_temperature
 from .evaluation.token_level import evaluate_token_level as evaluate_token_level
+from .evaluation.whole_answers import evaluate_whole_answers as evaluate_whole_answers
 from .experiments.recipe import load_recipe as load_recipe
 from .experiments.stages.run import run_recipe as run_recipe
 from .inference import answer_pipeline as answer_pipeline
@@ -25,9 +29,10 @@ from .tasks.base import get_task as get_task
 from .tasks.base import list_tasks as list_tasks
 from .tasks.decision import save_decision_config as save_decision_config
 from .teacher.capture import add_teacher_topk as add_teacher_topk
+from .teacher.option_probs import add_option_probs as add_option_probs
 from .training.config import FirstDistillConfig as FirstDistillConfig
 from .training.sft import FirstSFTTrainer as FirstSFTTrainer
-from .training.token_dropout import TokenDropoutSFTTrainer as TokenDropoutSFTTrainer
+from .training.sft import TokenDropoutSFTTrainer as TokenDropoutSFTTrainer
 from .training.trainer import FirstDistillTrainer as FirstDistillTrainer
 
 __version__: str

@@ -10,6 +10,11 @@ IGNORE_INDEX = -100
 # Column of tokenised rows, and of a teacher cache: whether the label is an answer, or a filler where there is none
 HAS_GOLD = "has_gold"
 TEACHER_HAS_GOLD = "teacher_has_gold"
+# Soft labels over the choices of a row: probabilities, or how many annotators chose each
+TARGET_PROBS = "target_probs"
+TARGET_VOTES = "target_votes"
+# Log-probability of an entry that only fills up a row of a cache: the lowest number of float16, which no softmax gives
+NO_ENTRY = -65504.0
 # Row of a report for tasks whose true answer distribution is known
 BAYES = "bayes"
 
@@ -31,6 +36,10 @@ METRICS = (
     Metric("brier", "Brier", 1, 3),
 )
 HIGHER_IS_BETTER = frozenset({"accuracy", "trust"})
+# Rows that thresholds are fitted on, where a recipe has them
+THRESHOLD_ROLE = "threshold"
+# Share of wrong answers that reports and cards state a threshold for
+REPORTED_MAX_ERROR = 0.05
 # Bins of a diagram with fewer rows tell nothing
 FEW_ROWS = 10
 READINGS = ("full_vocab", "options")
@@ -70,14 +79,27 @@ def number(value: float, metric: Metric, *, sign: bool = False) -> str:
 
 def score_meaning(sample: dict[str, Any], n_bins: int) -> str:
     """What the columns stand for, given one report of the role."""
+    brier = "the whole vocabulary."
     if sample.get("unit") == "token":
         text = "Accuracy: the most likely token is the reference's, over every token of the reference answers. "
+    elif sample.get("scoring") == "choices":
+        length = sample.get("length", "none")
+        how = {
+            "none": "the most likely whole text",
+            "unconditional": "the whole text whose log-probability the question raises most",
+        }.get(length, f"the whole text with the highest log-probability divided by its {length}")
+        text = f"Accuracy: the choice with {how} is the gold one. "
+        brier = "the choices and everything else."
     else:
         text = "Accuracy: the most likely token of the whole vocabulary is the gold answer's. "
     text += (
         f"Confidence: its probability. ECE: {n_bins} bins of equal width. Trust = accuracy − ECE. NLL (nats) and "
-        "Brier score over the whole vocabulary."
+        f"Brier score over {brier}"
     )
     if sample.get("chance_accuracy"):
         text += f" Picking an option at random is right {100 * sample['chance_accuracy']:.1f} % of the time."
     return text
+
+
+# Arms of a recipe that put temperatures behind another arm
+POST_HOC = ("temperature_scaling", "novelty_scaling")

@@ -30,6 +30,10 @@ CACHE_ID = "teacher_cache"
 ROW_DIGEST = "teacher_row_digest"
 DRAW_IDS = "teacher_draw_ids"
 DRAW_COUNTS = "teacher_draw_counts"
+# Of rows whose entries are the choices: which choice each entry is (-1: none, it fills up the row), and soft labels beside
+# a teacher
+CHOICE_INDEX = "teacher_choice_index"
+SOFT_LABELS = "teacher_soft_labels"
 
 TEACHER_COLUMNS = (TOPK_IDS, TOPK_LOGPROBS, TAIL_LOGPROB, CACHE_ID, ROW_DIGEST)
 REQUIRED_COLUMNS = (INPUT_IDS, LABELS, *TEACHER_COLUMNS)

@@ -1,13 +1,16 @@
 """Temperatures that depend on the question: on its type and number of options, or on any feature of the input."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+
+Array = npt.NDArray[np.float64]
+Partition = Callable[[Array], tuple[Array, Array]]
 
 # Log temperatures are kept within these bounds, which no sensible model reaches
 _LOG_BOUND = math.log(20.0)
@@ -47,34 +50,90 @@ def fit_log_temperature(
     Raises:
         `ValueError`: Shapes that do not fit, NaN, a right option outside the row or with probability 0.
     """
+    z, y = checked_options(logprobs, gold)
+    return fit_by_partition(
+        partition_of(z), z[np.arange(len(z)), y], features, prior_mean=prior_mean, prior_sd=prior_sd, low=low
+    )
+
+
+def partition_of(logits: npt.NDArray[np.float64]) -> Partition:
+    """
+    The log-partition function of every row as [`fit_by_partition`] takes it.
+
+    Args:
+        logits (`numpy.ndarray` of shape `(N, C)`): The largest of a row is 0; `-inf` where a row has fewer options.
+    """
+    finite = np.where(logits > -np.inf, logits, 0.0)
+
+    def partition(beta: Array) -> tuple[Array, Array]:
+        scaled = logits * beta[:, None]
+        log_z = np.logaddexp.reduce(scaled, axis=1)
+        return log_z, (np.exp(scaled - log_z[:, None]) * finite).sum(1)
+
+    return partition
+
+
+def fit_by_partition(
+    partition: Partition,
+    right: Array,
+    features: Array,
+    *,
+    prior_mean: Sequence[float],
+    prior_sd: Sequence[float],
+    low: Sequence[float] | None = None,
+    offset: float | Array = 0.0,
+    range_: tuple[float, float] = (-_LOG_BOUND, _LOG_BOUND),
+    start: Sequence[float] | None = None,
+) -> Array:
+    """
+    [`fit_log_temperature`] for logits that are known by their partition function alone, such as those over a whole
+    vocabulary.
+
+    Args:
+        partition (`Callable`):
+            From one `beta = 1 / T` a row to `log sum exp(beta z)` and its derivative by `beta`, shape `(N,)` each.
+        right (`numpy.ndarray` of shape `(N,)`):
+            Logit of the right answer, on the scale of `partition`.
+        features, prior_mean, prior_sd, low:
+            As in [`fit_log_temperature`].
+        offset (`float` or `numpy.ndarray` of shape `(N,)`, *optional*, defaults to 0):
+            Part of the log temperature that is known.
+        range_ (`tuple[float, float]`, *optional*):
+            Log temperatures are kept within it.
+        start (sequence of `F` numbers, *optional*):
+            Where the search starts; the prior mean by default.
+
+    Returns:
+        `numpy.ndarray` of shape `(F,)`
+    """
     from scipy.optimize import minimize
 
-    z, y = _options(logprobs, gold)
     x = np.asarray(features, np.float64)
-    if x.ndim != 2 or len(x) != len(z):
-        raise ValueError(f"`features` must have one row for each of the {len(z)} questions, got the shape {x.shape}.")
+    if x.ndim != 2 or len(x) != len(right):
+        raise ValueError(
+            f"`features` must have one row for each of the {len(right)} questions, got the shape {x.shape}."
+        )
     if not np.isfinite(x).all():
         row = int(np.flatnonzero(~np.isfinite(x).all(1))[0])
         raise ValueError(f"`features` row {row} is {x[row].tolist()}: NaN or infinite.")
     mean, sd = np.asarray(prior_mean, np.float64), np.asarray(prior_sd, np.float64)
-    rows = np.arange(len(z))
-    right = z[rows, y]
-    finite = np.maximum(z, np.finfo(np.float64).min)
+    lower, upper = range_
 
-    def loss(theta: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
-        log_t = np.clip(x @ theta, -_LOG_BOUND, _LOG_BOUND)
+    def loss(theta: Array) -> tuple[float, Array]:
+        free = offset + x @ theta
+        log_t = np.clip(free, lower, upper)
         beta = np.exp(-log_t)
-        scaled = z * beta[:, None]
-        log_z = np.logaddexp.reduce(scaled, axis=1)
-        expected = (np.exp(scaled - log_z[:, None]) * np.where(z > -np.inf, finite, 0.0)).sum(1)
-        slope = np.where(np.abs(log_t) < _LOG_BOUND, beta * (right - expected), 0.0)
+        log_z, expected = partition(beta)
+        slope = np.where((free > lower) & (free < upper), beta * (right - expected), 0.0)
         pull = np.where(np.isinf(sd), 0.0, (theta - mean) / np.square(np.where(np.isinf(sd), 1.0, sd)))
         value = float((log_z - beta * right).sum() + 0.5 * ((theta - mean) * pull).sum())
         return value, x.T @ slope + pull
 
     bounds = [(None if low is None or not np.isfinite(low[i]) else low[i], None) for i in range(x.shape[1])]
-    start = mean if low is None else np.maximum(mean, np.asarray(low, np.float64))
-    found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 500, "gtol": 1e-9})
+    first = mean if start is None else np.asarray(start, np.float64)
+    if low is not None:
+        first = np.maximum(first, np.asarray(low, np.float64))
+    found = minimize(loss, first, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 500, "gtol": 1e-9})
     return np.asarray(found.x, np.float64)
 
 
@@ -165,7 +224,7 @@ def fit_option_temperature(logprobs: Any, gold: Any, kinds: Sequence[str] | None
     Raises:
         `ValueError`: as [`fit_log_temperature`].
     """
-    z, y = _options(logprobs, gold)
+    z, y = checked_options(logprobs, gold)
     names = np.asarray(["choice"] * len(z) if kinds is None else list(kinds))
     if len(names) != len(z):
         raise ValueError(f"`kinds` has {len(names)} entries for {len(z)} questions.")
@@ -188,7 +247,7 @@ def fit_option_temperature(logprobs: Any, gold: Any, kinds: Sequence[str] | None
     return OptionTemperature(math.exp(common), fitted)
 
 
-def _options(logprobs: Any, gold: Any) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+def checked_options(logprobs: Any, gold: Any) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
     """Log-probabilities with the largest of a row at 0 and `-inf` for options that it lacks, and right options."""
     if not (isinstance(logprobs, np.ndarray) and logprobs.ndim == 2):
         lists = [np.asarray(values, np.float64) for values in logprobs]

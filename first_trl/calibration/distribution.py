@@ -1,5 +1,6 @@
 """A distribution over a few options, given by someone: checked, and scaled to add up to 1."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,3 +28,18 @@ def check_distribution(values: Any, what: str) -> np.ndarray:
     if abs(total - 1.0) > SUM_TOLERANCE:
         raise ValueError(f"{what} adds up to {total:.4g}, not to 1. Divide counts by their sum first.")
     return p / total
+
+
+def votes_to_distribution(votes: Sequence[float]) -> np.ndarray:
+    """
+    Votes of annotators as a distribution.
+
+    Raises:
+        `ValueError`: A negative or fractional count, NaN, or no vote.
+    """
+    counts = np.asarray(votes, dtype=np.float64)
+    if counts.ndim != 1 or not np.isfinite(counts).all() or (counts < 0).any() or (counts % 1 != 0).any():
+        raise ValueError(f"Votes are counts (0, 1, 2, ...), got {list(votes)}.")
+    if not counts.sum():
+        raise ValueError("No annotator voted: leave the row out, or give it a gold answer.")
+    return counts / counts.sum()

@@ -142,3 +142,10 @@ def rank_scores(
         ],
     }
     return auroc, aurc, selective
+
+
+def auroc_between(low: np.ndarray, high: np.ndarray) -> float:
+    """Probability that a value of `high` is above one of `low`, ties one half."""
+    order = np.sort(low)
+    below = np.searchsorted(order, high, "left") + np.searchsorted(order, high, "right")
+    return float(below.mean() / (2 * len(low)))

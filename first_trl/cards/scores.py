@@ -39,7 +39,8 @@ class Scored:
         scores (`dict[str, Score]`): By the keys of the report.
         calibration (`dict`): Report of the confidences, with bins, for the diagram.
         options (`dict[str, float]`): Accuracy and ECE renormalised over the choices.
-        unit (`str`): What was scored: `"row"`, or `"token"` of free text.
+        unit (`str`): What was scored: `"row"`, `"answer"` where rows were scored by the whole text of their answers, or
+            `"token"` of free text.
     """
 
     n: int
@@ -87,7 +88,7 @@ def score_result(result: MultipleChoiceResult, *, seed: int = 0) -> Scored:
         **_stated(report["full_vocab"], report_metrics()[len(METRICS) :]),
     }
     options = {name: float(report["options"][name]) for name in ("accuracy", "ece")}
-    return Scored(len(correct), n_bins, scores, calibration, options)
+    return Scored(len(correct), n_bins, scores, calibration, options, _unit(report))
 
 
 def score_tokens(predictions: Mapping[str, np.ndarray], report: Mapping[str, Any], *, seed: int = 0) -> Scored:
@@ -114,8 +115,12 @@ def scores_of_report(report: Mapping[str, Any]) -> Scored | None:
         _stated(values, report_metrics()),
         dict(values["calibration"]) | null_of_report(report),
         {name: float(options[name]) for name in ("accuracy", "ece")} if isinstance(options, Mapping) else {},
-        str(report.get("unit", "row")),
+        _unit(report),
     )
+
+
+def _unit(report: Mapping[str, Any]) -> str:
+    return "answer" if report.get("scoring") == "choices" else str(report.get("unit", "row"))
 
 
 def shown_metrics(models: Iterable[Scored]) -> tuple[Metric, ...]:

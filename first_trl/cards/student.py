@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..calibration import reliability_diagram, save_figure
+from ..calibration.threshold import ConfidenceThreshold
 from ..utils.versions import __version__
 from ..vocabulary import FEW_ROWS, Metric
 from .license import License
@@ -22,7 +23,11 @@ if TYPE_CHECKING:
 
 DIAGRAM = "reliability.png"
 _SMALL_SAMPLE = 300
-_ECE_NOTE = "top label over the whole vocabulary, equal-width bins"
+_ECE_NOTES = {
+    "row": "top label over the whole vocabulary, equal-width bins",
+    "token": "top label over the whole vocabulary, equal-width bins",
+    "answer": "probability of the answer's whole text, equal-width bins",
+}
 # Scores in the Hub's metadata, where there is room to spell them out
 _METRIC_NAMES = {
     "accuracy": "Accuracy",
@@ -33,6 +38,7 @@ _METRIC_NAMES = {
 }
 _TASKS = {
     "row": ("multiple-choice", "Multiple choice by the next token"),
+    "answer": ("multiple-choice", "Multiple choice by whole texts"),
     "token": ("text-generation", "Next token of reference texts"),
 }
 
@@ -72,6 +78,37 @@ class Evaluation:
         return self.models[self.student]
 
 
+@dataclass(frozen=True)
+class DecisionFacts:
+    """
+    A student as a decision model.
+
+    Args:
+        stock (`bool`): Whether stock transformers can load it as one.
+        temperature (`float`): That lives with it.
+        fitted_on (`str`): Rows that the threshold was fitted on.
+        threshold ([`ConfidenceThreshold`]): For the probability of the most likely of all tokens.
+    """
+
+    stock: bool
+    temperature: float
+    fitted_on: str
+    threshold: ConfidenceThreshold
+
+    @property
+    def text(self) -> str:
+        """What the threshold promises."""
+        promise = f'`abstain_below="max_error={self.threshold.max_error:g}"`'
+        rows = f"{self.threshold.n:,} `{self.fitted_on}` rows"
+        if self.threshold.threshold is None or self.threshold.error is None:
+            return f"No threshold on {rows} keeps the error rate below {100 * self.threshold.max_error:g} %."
+        return (
+            f"{promise} answers at a confidence of {self.threshold.threshold:.3f} and above: {100 * self.threshold.coverage:.0f} % of "
+            f"{rows}, with {100 * self.threshold.error:.1f} % errors there; on rows like these, and as far as nothing else was "
+            f"chosen on them, at most {100 * self.threshold.max_error:g} % with {100 * (1 - self.threshold.delta):g} % confidence."
+        )
+
+
 @dataclass
 class StudentCard:
     """
@@ -102,6 +139,7 @@ class StudentCard:
         prompt (`str`), choices (`list[str]`): For the example; without choices it shows the next token.
         versions (`dict[str, str]`): Libraries that the student was made with.
         cache_versions (`dict[str, str]`): Libraries that the teacher cache was made with.
+        decision ([`DecisionFacts`], *optional*): The student as a decision model.
     """
 
     name: str
@@ -130,6 +168,7 @@ class StudentCard:
     choices: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     cache_versions: dict[str, str] = field(default_factory=dict)
+    decision: DecisionFacts | None = None
 
     @property
     def _metrics(self) -> tuple[Metric, ...]:
@@ -175,7 +214,7 @@ class StudentCard:
                     continue
                 arguments: dict[str, Any] = {}
                 if metric.key in ("ece", "trust"):
-                    arguments = {"n_bins": evaluation.scored.n_bins, "confidence": _ECE_NOTE}
+                    arguments = {"n_bins": evaluation.scored.n_bins, "confidence": _ECE_NOTES[evaluation.scored.unit]}
                 if score.low is not None:
                     arguments["interval_95"] = [score.low, score.high]
                 results.append(
@@ -253,7 +292,17 @@ class StudentCard:
             limits=limits(units, self.distilled),
             prompt=json.dumps(self.prompt, ensure_ascii=False),
             choices=json.dumps(choices, ensure_ascii=False) if choices else "",
+            whole="answer" in units,
+            request=self._request(),
         )
+
+    def _request(self) -> str:
+        if self.decision is None or not self.decision.stock:
+            return ""
+        # Imported here: other cards need no tokenizer library
+        from ..tasks.decision import decision_request
+
+        return repr(decision_request({"prompt": self.prompt, "choices": self.choices or ["A", "B"]}))
 
     def _base(self) -> str:
         if self.base_model is None:

@@ -79,15 +79,25 @@ def legend(units: set[str], n_bins: int, *, in_metadata: bool = True) -> str:
             "basic bootstrap; accuracy: Wilson; NLL and Brier: normal). Accuracy: the most likely of all tokens is the "
             "right answer's."
         ]
+    if "answer" in units:
+        parts += [
+            ("Answers. " if both else "")
+            + "In brackets: 95 % intervals over the rows (ECE: inverted bootstrap; trust: "
+            "basic bootstrap; accuracy: Wilson; NLL and Brier: normal). Accuracy: the choice whose whole text the model "
+            "prefers is the right one. Confidence: the probability of that text; the Brier score is summed over the choices "
+            "and everything else."
+        ]
     if "token" in units:
         parts += [
             ("Free text. " if both else "") + "In brackets: 95 % intervals from a bootstrap of whole texts (ECE and "
             "trust: basic; the others: percentiles). Accuracy: the most likely of all tokens is the reference's, over "
             "every token of the reference given the ones before it."
         ]
+    tokens = units != {"answer"}
     parts += [
-        "The intervals say nothing of other seeds. Confidence: the probability of the most likely token. ECE: "
-        f"{n_bins} bins of equal width. Trust = accuracy − ECE. NLL in nats, Brier score summed over the vocabulary."
+        f"The intervals say nothing of other seeds.{' Confidence: the probability of the most likely token.' if tokens else ''} "
+        f"ECE: {n_bins} bins of equal width. Trust = accuracy − ECE. NLL in nats"
+        f"{', Brier score summed over the vocabulary' if tokens else ''}."
     ]
     return " ".join([*parts, "The same figures are in the metadata, as fractions."] if in_metadata else parts)
 
@@ -103,7 +113,8 @@ def limits(units: set[str], distilled: bool) -> list[str]:
     else:
         use = (
             "Meant for short answers in the form of its training data, where a confidence decides what happens next: "
-            "answer, abstain, ask a person. The confidence is the probability of the answer's first token."
+            "answer, abstain, ask a person. The confidence is the probability of the answer's "
+            + ("whole text." if units == {"answer"} else "first token.")
         )
         unmeasured = "Confidence in free text, over several tokens, was not measured."
         if units == {"row", "token"}:

@@ -1,6 +1,7 @@
 """`first-trl evaluate MODEL --task ...`: predictions and calibration of any model on a task, without a recipe."""
 
 import argparse
+import dataclasses
 import json
 import warnings
 from pathlib import Path
@@ -42,7 +43,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="choices: what a log-probability is divided by, or compared with its value without the question "
         "(default: none, the probability of the whole text)",
     )
-    parser.add_argument("--temperature", type=float, help="default: that of the model's decision.json, else 1")
+    parser.add_argument(
+        "--permutations",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also ask every question in N orders of its lettered options: how often the answer flips, and the scores of "
+        "the average over the orders",
+    )
+    parser.add_argument(
+        "--target-probs",
+        metavar="FILE",
+        help="also write the scored rows with the model's probabilities (averaged over --permutations) as `target_probs`, "
+        "Parquet: soft labels for a student of any tokenizer",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        help="default: the one saved with the model (by number of options where it has one), else 1",
+    )
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument(
         "--max-length", type=int, help="longer prompts lose their beginning (default: the model's context)"
@@ -64,11 +83,18 @@ def main(args: argparse.Namespace) -> int:
     from transformers.decision import DecisionConfig
 
     from ..evaluation.loading import load_model
+    from ..tasks.decision_extras import read_temperature
     from ..utils.processes import process_state
 
     options = dict(map(_key_value, args.option))
     if (args.task == "system_one") != (args.scoring == "decision") and args.scoring != "auto":
         raise ValueError("--scoring decision belongs to --task system_one, and the other scorings to the other tasks.")
+    if args.length != "none" and args.scoring not in ("auto", "choices"):
+        raise ValueError(f"--length is about whole texts: leave it out, or --scoring {args.scoring}.")
+    if args.target_probs is not None and args.task == "system_one":
+        raise ValueError("--target-probs writes rows of a task with prompts; system_one has requests.")
+    if args.permutations == 1:
+        raise ValueError("--permutations must be 2 or more: the given order is one of them.")
     if args.temperature is not None and not args.temperature > 0:
         raise ValueError(f"--temperature must be above 0, got {args.temperature}.")
     rows = _rows(args, options)
@@ -79,7 +105,8 @@ def main(args: argparse.Namespace) -> int:
     revision = args.revision if home == args.model else None
     tokenizer = AutoTokenizer.from_pretrained(home, revision=revision)
     config = DecisionConfig.from_pretrained(args.model, revision=args.revision)
-    predictions, report, lines = _score(args, model, tokenizer, config, rows)
+    saved = read_temperature(args.model, revision=args.revision) if args.temperature is None else args.temperature
+    predictions, report, lines = _score(args, model, tokenizer, config, saved, rows)
     folder = Path(args.output_dir)
     report = {"model": args.model, "revision": args.revision, "task": args.task, "split": args.split, **report}
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,24 +158,36 @@ def _rows(args: argparse.Namespace, options: dict[str, Any]) -> Any:
 
 
 def _score(
-    args: argparse.Namespace, model: Any, tokenizer: Any, config: Any, rows: Any
+    args: argparse.Namespace, model: Any, tokenizer: Any, config: Any, saved: Any, rows: Any
 ) -> tuple[list[dict[str, Any]], dict[str, Any], list[str]]:
     """Predictions as rows, the report, and what a reader must know."""
     from ..evaluation.distributions import baselines, distribution_scores
 
+    orders: Any = None
     if args.task == "system_one":
         from ..calibration.conditional import OptionTemperature
         from ..evaluation.decisions import predict_decisions
 
-        given = None if args.temperature is None else OptionTemperature(args.temperature, {})
-        found = predict_decisions(model, tokenizer, rows, config, temperature=given, batch_size=args.batch_size)
+        # Without one by number of options, decision.json has one for each type of question
+        given = saved if isinstance(saved, OptionTemperature) else None
+        given = given if args.temperature is None else OptionTemperature(args.temperature, {})
+        options: dict[str, Any] = {"temperature": given, "batch_size": args.batch_size}
+        found = predict_decisions(model, tokenizer, rows, config, **options)
+        if args.permutations:
+            from ..evaluation.option_order import evaluate_decision_order
+
+            options |= {"permutations": args.permutations, "seed": args.seed}
+            orders = evaluate_decision_order(model, tokenizer, rows, config, **options)
         scoring, temperature = (
             "decision",
-            args.temperature if args.temperature is not None else dict(config.temperature),
+            dict(config.temperature) if given is None else given.to_dict() if given.kinds else given.common,
         )
     else:
-        found, scoring, temperature = _score_choices(args, model, tokenizer, config, rows)
+        found, scoring, temperature, orders = _score_choices(args, model, tokenizer, saved, rows)
     scores = {"model": distribution_scores(found, n_bins=args.bins)}
+    if orders is not None:
+        averaged = dataclasses.replace(found, probabilities=orders.averaged)
+        scores[f"mean of {args.permutations} orders"] = distribution_scores(averaged, n_bins=args.bins)
     scores |= {name: distribution_scores(one, n_bins=args.bins) for name, one in baselines(found).items()}
     predictions = [
         {"id": name, "kind": kind, "options": list(options), "probabilities": p.tolist(), "gold": q.tolist()}
@@ -162,61 +201,94 @@ def _score(
         "ECE argmax: against the gold's most likely option. ECE drawn: against labels drawn from the gold; the two are "
         "equal where the gold is one option. Prior: the mean gold of the scored questions themselves.",
     ]
-    return predictions, {"scoring": scoring, "temperature": temperature, "n_bins": args.bins, "scores": scores}, lines
+    report = {"scoring": scoring, "temperature": temperature, "n_bins": args.bins, "scores": scores}
+    if scoring == "choices":
+        report["length"] = args.length
+        lines.append(
+            "Whole texts are compared by their log-probability"
+            + {
+                "none": "; longer ones have less (see --length).",
+                "unconditional": " minus that without the question.",
+            }.get(args.length, f" divided by their {args.length}.")
+        )
+    if orders is not None:
+        report["option_order"] = order = orders.report
+        lines.insert(
+            0,
+            f"Option order: in another order of the options the answer is another one in {100 * order['flip_rate']:.1f} % of "
+            f"cases, for {100 * order['any_flip']:.1f} % of the questions at least once; the confidence moves by "
+            f"{100 * order['confidence_spread']:.1f} points (standard deviation over {order['n_orders']:.3g} orders).",
+        )
+    return predictions, report, lines
 
 
 def _score_choices(
-    args: argparse.Namespace, model: Any, tokenizer: Any, config: Any, rows: Any
-) -> tuple[Any, str, float]:
+    args: argparse.Namespace, model: Any, tokenizer: Any, temperature: Any, rows: Any
+) -> tuple[Any, str, Any, Any]:
     import numpy as np
 
     from ..calibration import CalibrationWarning
-    from ..evaluation.choice_scoring import score_choices
-    from ..evaluation.confidence import choice_scores
+    from ..calibration.conditional import OptionTemperature
     from ..evaluation.distributions import OptionPredictions
     from ..evaluation.multiple_choice import evaluate_multiple_choice
-    from ..tasks import answer_token_ids_of_rows
+    from ..evaluation.whole_answers import evaluate_whole_answers
+    from ..tasks.answers import NotOneToken
 
-    temperature = args.temperature if args.temperature is not None else float(config.temperature.get("choice", 1.0))
-    scoring = args.scoring
-    if scoring == "auto":
-        try:
-            answer_token_ids_of_rows(tokenizer, rows)
-            scoring = "token"
-        except ValueError:
-            scoring = "choices"
+    by_options = temperature if isinstance(temperature, OptionTemperature) else None
+    scoring = "choices" if args.scoring == "auto" and args.length != "none" else args.scoring
     labelled = rows.select([i for i, gold in enumerate(rows["gold"]) if gold >= 0])
     if len(labelled) == 0:
         raise ValueError(f"No row of split {args.split!r} has an answer: there is nothing to score.")
     options = {"batch_size": args.batch_size, "max_length": args.max_length}
-    if scoring == "token":
-        with warnings.catch_warnings():
-            # What a small sample means for an ECE is said of its own report, which is not printed here
-            warnings.simplefilter("ignore", CalibrationWarning)
-            result = evaluate_multiple_choice(model, tokenizer, labelled, temperature=temperature, **options)
-        logprobs = [
-            values[:n]
-            for values, n in zip(result.predictions["choice_logprobs"], result.predictions["n_choices"], strict=True)
-        ]
-        probabilities = [np.exp(values - np.logaddexp.reduce(values)) for values in logprobs]
-    else:
-        bare = "" if args.length == "unconditional" else None
-        found = score_choices(model, tokenizer, labelled, unconditional_prompt=bare, **options)
-        definition = {"none": "renormalized", "unconditional": "unconditional"}.get(args.length, "length_normalized")
-        unit = args.length if definition == "length_normalized" else "tokens"
-        probabilities = [
-            choice_scores(
-                found.logprobs[i] / temperature,
-                definition=definition,
-                lengths=found.lengths[unit][i],
-                unconditional=None if found.unconditional is None else found.unconditional[i] / temperature,
+    options["temperature"] = 1.0 if by_options is not None else temperature
+    with warnings.catch_warnings():
+        # What a small sample means for an ECE is said of its own report, which is not printed here
+        warnings.simplefilter("ignore", CalibrationWarning)
+        if scoring != "choices":
+            try:
+                predicted = evaluate_multiple_choice(model, tokenizer, labelled, **options).predictions
+                scoring = "token"
+            except NotOneToken:
+                if scoring == "token":
+                    raise
+                scoring = "choices"
+        if by_options is not None and (scoring == "choices" or args.permutations):
+            raise ValueError(
+                "The temperature that was saved with this model depends on the number of options, which whole answers and "
+                "--permutations do not support. Give --temperature."
             )
-            for i in range(len(found.ids))
-        ]
+        if scoring == "choices":
+            predicted = evaluate_whole_answers(model, tokenizer, labelled, length=args.length, **options).predictions
+    scores = predicted.get("choice_scores", predicted["choice_logprobs"])
+    if by_options is not None:
+        divisors = [by_options.temperature("choice", int(n)) for n in predicted["n_choices"]]
+        scores, temperature = scores / np.array(divisors)[:, None], by_options.to_dict()
+    probabilities = [
+        np.exp(values[:n] - np.logaddexp.reduce(values[:n]))
+        for values, n in zip(scores, predicted["n_choices"], strict=True)
+    ]
+    orders = None
+    if args.permutations:
+        from ..evaluation.option_order import evaluate_option_order
+        from ..tasks import get_task
+
+        task: Any = get_task(args.task, **dict(map(_key_value, args.option)))
+        how: dict[str, Any] = {"permutations": args.permutations, "seed": args.seed, "scoring": scoring}
+        orders = evaluate_option_order(model, tokenizer, task, labelled, length=args.length, **how, **options)
+    if args.target_probs is not None:
+        from datasets import List, Value
+
+        from ..vocabulary import TARGET_PROBS
+
+        soft = [p.tolist() for p in (probabilities if orders is None else orders.averaged)]
+        path = Path(args.target_probs)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        labelled.add_column(TARGET_PROBS, soft, feature=List(Value("float64"))).to_parquet(path)
+        print(f"Wrote {len(soft)} rows with `{TARGET_PROBS}` to {path}.")
     gold = [np.eye(len(p))[g] for p, g in zip(probabilities, labelled["gold"], strict=True)]
     choices = [tuple(choice) for choice in labelled["choices"]]
     predictions = OptionPredictions(list(labelled["id"]), ["choice"] * len(gold), probabilities, gold, choices)
-    return predictions, scoring, temperature
+    return predictions, scoring, temperature, orders
 
 
 _COLUMNS = {
@@ -260,7 +332,8 @@ def _write_eval_results(folder: Path, args: argparse.Namespace, report: dict[str
             dataset_id=args.eval_results,
             task_id=f"{args.task}_{name}",
             value=scores[name],
-            notes=f"first-trl evaluate, split {args.split}, {scores['n']} questions, scoring {report['scoring']}",
+            notes=f"first-trl evaluate, split {args.split}, {scores['n']} questions, scoring {report['scoring']}"
+            + (f", length {report['length']}" if "length" in report else ""),
         )
         for name in ("accuracy", "ece_argmax", "ece_drawn", "nll", "kl", "brier")
     ]

@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,16 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from ..tasks.encode import encode_pairs, encode_prompts, prompt_texts
+from ..tasks.answers import choice_token_ids
+from ..tasks.encode import encode_prompts, prompt_texts
+from ..utils.processes import ALL, Share
 from .confidence import Confidences, answers_to_confidences, choice_scores
 from .next_token import context_length, cut_to_length, evaluation_mode
 
 
 UNITS = ("characters", "bytes", "tokens")
+# What the log-probability of a choice is divided by, or `unconditional`: what it is without the question is taken off
+LENGTHS = ("none", *UNITS, "unconditional")
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class ChoiceScores:
         logprobs (`list[np.ndarray]`): summed log-probability of each choice behind its question, in nats.
         lengths (`dict[str, list[np.ndarray]]`): `characters`, `bytes` (both without a leading space) and `tokens`.
         unconditional (`list[np.ndarray]` or `None`): log-probabilities without the question.
-        n_truncated (`int`): questions that lost their beginning.
+        truncated (`np.ndarray` of shape `[N]`, bool): questions that lost their beginning.
     """
 
     ids: list[str]
@@ -39,7 +43,38 @@ class ChoiceScores:
     logprobs: list[np.ndarray]
     lengths: dict[str, list[np.ndarray]]
     unconditional: list[np.ndarray] | None
-    n_truncated: int
+    truncated: np.ndarray
+
+    @property
+    def n_truncated(self) -> int:
+        """Questions that lost their beginning."""
+        return int(self.truncated.sum())
+
+    def scores(self, length: str = "none") -> list[np.ndarray]:
+        """
+        What the choices of each question are compared by; their softmax is the probability of each.
+
+        Args:
+            length (`str`, *optional*, defaults to `"none"`):
+                `"none"`: the log-probability of the text, which favours short choices. `"tokens"`, `"characters"`,
+                `"bytes"`: divided by the length. `"unconditional"`: minus the log-probability without the question.
+
+        Returns:
+            `list[np.ndarray]`: in nats, one array per question.
+        """
+        check_length(length)
+        if length == "none":
+            return self.logprobs
+        if length == "unconditional":
+            if self.unconditional is None:
+                raise ValueError(
+                    "length='unconditional' needs choices that were scored with an `unconditional_prompt`."
+                )
+            return [values - bare for values, bare in zip(self.logprobs, self.unconditional, strict=True)]
+        for name, lengths in zip(self.ids, self.lengths[length], strict=True):
+            if not lengths.all():
+                raise ValueError(f"Row {name}: a choice has no {length}, so nothing can be divided by its length.")
+        return [values / lengths for values, lengths in zip(self.logprobs, self.lengths[length], strict=True)]
 
     def confidences(
         self, definition: str = "renormalized", *, unit: str = "characters", name: str = "choices"
@@ -81,10 +116,12 @@ def score_choices(
     *,
     unconditional_prompt: str | None = None,
     batch_size: int = 32,
+    temperature: float = 1.0,
     max_length: int | None = None,
     prefix_cache: bool = True,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     disable_tqdm: bool = False,
+    distributed: bool = False,
 ) -> ChoiceScores:
     """
     Log-probability of every choice of every question, as whole strings.
@@ -101,9 +138,12 @@ def score_choices(
             Rows with `prompt` (texts or conversations), `choices` (as appended to the prompt) and `gold` (-1 = hidden), and `id` where there is one.
         unconditional_prompt (`str`, *optional*):
             Also score each choice behind this text, for the definition `"unconditional"`: `""` (the begin-of-sequence token
-            alone, as lm-evaluation-harness does) or for example `"Answer:"`.
+            alone, as lm-evaluation-harness does) or for example `"Answer:"`. The tokens are those behind the question; the
+            harness cuts the bare text anew, which with sentencepiece vocabularies are others.
         batch_size (`int`, *optional*, defaults to `32`):
             Choices per forward.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            The logits of every token are divided by it.
         max_length (`int`, *optional*):
             Questions that would not fit with their choices lose tokens at the front; they are counted and reported in a
             warning. Defaults to the context length of the model.
@@ -114,6 +154,9 @@ def score_choices(
             Arguments of the chat template where prompts are conversations, such as `enable_thinking`.
         disable_tqdm (`bool`, *optional*, defaults to `False`):
             No progress bar.
+        distributed (`bool`, *optional*, defaults to `False`):
+            Divide the batches over the processes of the launch. Every process must call, and every one gets the whole
+            result, the same as of one process.
 
     Returns:
         [`ChoiceScores`]
@@ -129,6 +172,8 @@ def score_choices(
         raise ValueError("The dataset is empty: there is no row to score. Check the split and its filters.")
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    if not (temperature > 0.0 and np.isfinite(temperature)):
+        raise ValueError(f"`temperature` must be a finite number above 0, got {temperature}.")
     tools = dataset["tools"] if "tools" in dataset.column_names else None
     prompts = prompt_texts(processing_class, dataset["prompt"], tools=tools, chat_template_kwargs=chat_template_kwargs)
     choices = [list(row) for row in dataset["choices"]]
@@ -137,63 +182,59 @@ def score_choices(
     for name, row, answer in zip(ids, choices, gold, strict=True):
         if not row or not -1 <= answer < len(row):
             raise ValueError(f"Row {name} has gold = {answer} but {len(row)} choices; -1 marks a hidden answer.")
-    prompt_ids, choice_ids = _encode(processing_class, prompts, choices, ids)
+    prompt_ids, choice_ids = choice_token_ids(processing_class, prompts, choices, [f"Row {name}" for name in ids])
     limit = context_length(model) if max_length is None else max_length
-    contexts, truncated = [], 0
+    contexts, truncated = [], []
     for name, context, row in zip(ids, prompt_ids, choice_ids, strict=True):
         room = None if limit is None else limit - max(len(tokens) for tokens in row)
         if room is not None and room < 2:
             raise ValueError(f"Row {name}: a choice leaves no room for the question within {limit} tokens.")
         (cut,), (was_cut,) = cut_to_length([context], room, processing_class.all_special_ids)
         contexts.append(cut)
-        truncated += was_cut
-    if truncated:
+        truncated.append(was_cut)
+    if any(truncated):
         warnings.warn(
-            f"{truncated} of {len(contexts)} prompts do not fit into {limit} tokens with their choices and lose their "
+            f"{sum(truncated)} of {len(contexts)} prompts do not fit into {limit} tokens with their choices and lose their "
             "beginning. Use a model with a longer context or shorter prompts.",
             UserWarning,
             stacklevel=2,
         )
-    with evaluation_mode(model):
-        logprobs = _score(model, contexts, choice_ids, ids, batch_size, prefix_cache, disable_tqdm)
-        unconditional = None
-        if unconditional_prompt is not None:
-            bare = _bare_context(processing_class, unconditional_prompt)
-            unconditional = _score(
-                model, [bare] * len(contexts), choice_ids, ids, batch_size, prefix_cache, disable_tqdm
-            )
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "temperature": temperature,
+        "prefix_cache": prefix_cache,
+        "disable_tqdm": disable_tqdm,
+        "share": Share.of(distributed),
+    }
+    logprobs = choice_logprobs(model, contexts, choice_ids, ids, **options)
+    unconditional = None
+    if unconditional_prompt is not None:
+        bare = bare_context(processing_class, unconditional_prompt)
+        unconditional = choice_logprobs(model, [bare] * len(contexts), choice_ids, ids, **options)
+    lengths = choice_lengths(choices, choice_ids)
+    return ChoiceScores(ids, gold, logprobs, lengths, unconditional, np.array(truncated))
+
+
+def check_length(length: str) -> None:
+    """`ValueError` for an unknown normalisation."""
+    if length not in LENGTHS:
+        raise ValueError(f"`length` must be one of {', '.join(LENGTHS)}; got {length!r}.")
+
+
+def choice_lengths(
+    choices: Sequence[Sequence[str]], choice_ids: Sequence[Sequence[Sequence[int]]]
+) -> dict[str, list[np.ndarray]]:
+    """Lengths of choices in `characters` and `bytes` (both without a leading space) and `tokens`."""
     bare_text = [[choice.removeprefix(" ") for choice in row] for row in choices]
-    lengths = {
+    return {
         "characters": [np.array([len(text) for text in row]) for row in bare_text],
         "bytes": [np.array([len(text.encode()) for text in row]) for row in bare_text],
         "tokens": [np.array([len(tokens) for tokens in row]) for row in choice_ids],
     }
-    return ChoiceScores(ids, gold, logprobs, lengths, unconditional, truncated)
 
 
-def _encode(
-    processing_class: Any, prompts: list[str], choices: list[list[str]], ids: list[str]
-) -> tuple[list[list[int]], list[list[list[int]]]]:
-    flat_prompts = [prompt for prompt, row in zip(prompts, choices, strict=True) for _ in row]
-    flat_choices = [choice for row in choices for choice in row]
-    flat_prompt_ids, flat_choice_ids = encode_pairs(processing_class, flat_prompts, flat_choices)
-    prompt_ids, choice_ids, start = [], [], 0
-    for name, row in zip(ids, choices, strict=True):
-        tokens = flat_choice_ids[start : start + len(row)]
-        kept = [t for t in tokens if t]
-        if len(kept) < len(row):
-            text = next(choice for choice, t in zip(row, tokens, strict=True) if not t)
-            raise ValueError(
-                f"Row {name}: the choice {text!r} merges with the last token of the prompt. Move the space: into the choice "
-                "(' answer' behind 'Answer:'), or to the end of the prompt."
-            )
-        prompt_ids.append(flat_prompt_ids[start])
-        choice_ids.append(kept)
-        start += len(row)
-    return prompt_ids, choice_ids
-
-
-def _bare_context(processing_class: Any, prompt: str) -> list[int]:
+def bare_context(processing_class: Any, prompt: str) -> list[int]:
+    """Tokens that stand for no question: those of a text, or of `""` the begin-, else the end-of-sequence token."""
     if prompt:
         return encode_prompts(processing_class, [prompt])[0]
     token = processing_class.bos_token_id
@@ -220,38 +261,52 @@ def _batches(contexts: list[list[int]], choices: list[list[list[int]]], size: in
         yield batch
 
 
-def _score(
+def choice_logprobs(
     model: Any,
     contexts: list[list[int]],
     choices: list[list[list[int]]],
-    ids: list[str],
+    ids: Sequence[str],
+    *,
     batch_size: int,
-    prefix_cache: bool,
-    disable_tqdm: bool,
+    temperature: float = 1.0,
+    prefix_cache: bool = True,
+    disable_tqdm: bool = True,
+    share: Share = ALL,
 ) -> list[np.ndarray]:
-    scores: list[np.ndarray] = [np.empty(0)] * len(contexts)
+    """Summed log-probability of each choice behind its context, all as token ids; see [`score_choices`]."""
+    n_choices = [len(row) for row in choices]
+    scores, done = np.zeros((len(contexts), max(n_choices))), np.zeros(len(contexts), dtype=bool)
+    batches = list(_batches(contexts, choices, batch_size))
+    mine = [batches[i] for i in share.part(range(len(batches)))]
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
-    with tqdm(total=len(contexts), desc="Scoring choices", disable=disable_tqdm) as progress, torch.no_grad():
-        for batch in _batches(contexts, choices, batch_size):
+    with (
+        evaluation_mode(model),
+        tqdm(total=sum(map(len, mine)), desc="Scoring choices", disable=disable_tqdm) as progress,
+        torch.no_grad(),
+    ):
+        for batch in mine:
             prefix = [contexts[i] for i in batch]
             parents = np.repeat(np.arange(len(batch)), [len(choices[i]) for i in batch])
             flat = [tokens for i in batch for tokens in choices[i]]
-            totals = _score_behind_cache(model, prefix, parents, flat, keeps_logits) if prefix_cache else None
+            options = (flat, keeps_logits, temperature)
+            totals = _score_behind_cache(model, prefix, parents, *options) if prefix_cache else None
             if totals is None:
                 # What holds for one batch holds for all
                 prefix_cache = False
-                totals = _score_whole(model, [prefix[p] for p in parents], flat, keeps_logits)
+                totals = _score_whole(model, [prefix[p] for p in parents], *options)
             values = totals.double().cpu().numpy()
             for row, i in enumerate(batch):
-                scores[i] = values[parents == row]
+                scores[i, : n_choices[i]] = values[parents == row]
+                done[i] = True
                 if np.isnan(scores[i]).any():
                     raise ValueError(
                         f"The model's logits for row {ids[i]} are NaN or infinite. Load it in bfloat16 or float32, and check "
                         "its weights."
                     )
             progress.update(len(batch))
-    return scores
+    share.merge(done, [scores])
+    return [row[:n] for row, n in zip(scores, n_choices, strict=True)]
 
 
 def _padded(rows: list[list[int]], device: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -263,15 +318,20 @@ def _padded(rows: list[list[int]], device: Any) -> tuple[torch.Tensor, torch.Ten
     return tokens.to(device), mask.to(device)
 
 
-def _summed(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def _summed(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor, temperature: float) -> torch.Tensor:
     """Sum over positions of the log-probability of the targets; float32 softmax."""
-    logits = logits.float()
+    logits = logits.float() / temperature
     logprobs = logits.gather(-1, targets[..., None])[..., 0] - logits.logsumexp(-1)
     return logprobs.where(mask.bool(), 0.0).sum(-1)
 
 
 def _score_behind_cache(
-    model: Any, prefix: list[list[int]], parents: np.ndarray, choices: list[list[int]], keeps_logits: bool
+    model: Any,
+    prefix: list[list[int]],
+    parents: np.ndarray,
+    choices: list[list[int]],
+    keeps_logits: bool,
+    temperature: float,
 ) -> torch.Tensor | None:
     """`None` where the model keeps more of a text than keys and values, which cannot be repeated."""
     device = model.get_input_embeddings().weight.device
@@ -285,7 +345,7 @@ def _score_behind_cache(
         **({"logits_to_keep": 1} if keeps_logits else {}),
     )
     last = first.logits[:, -1:][parent.to(first.logits.device)]
-    total = _summed(last, tokens[:, :1].to(last.device), mask[:, :1].to(last.device))
+    total = _summed(last, tokens[:, :1].to(last.device), mask[:, :1].to(last.device), temperature)
     if tokens.shape[1] == 1:
         return total
     cache: Any = getattr(first, "past_key_values", None)
@@ -298,7 +358,7 @@ def _score_behind_cache(
         past_key_values=cache,
         use_cache=True,
     ).logits
-    return total + _summed(logits, tokens[:, 1:].to(logits.device), mask[:, 1:].to(logits.device))
+    return total + _summed(logits, tokens[:, 1:].to(logits.device), mask[:, 1:].to(logits.device), temperature)
 
 
 def _is_repeatable(cache: Any) -> bool:
@@ -310,7 +370,9 @@ def _is_repeatable(cache: Any) -> bool:
     )
 
 
-def _score_whole(model: Any, prefix: list[list[int]], choices: list[list[int]], keeps_logits: bool) -> torch.Tensor:
+def _score_whole(
+    model: Any, prefix: list[list[int]], choices: list[list[int]], keeps_logits: bool, temperature: float
+) -> torch.Tensor:
     device = model.get_input_embeddings().weight.device
     rows = [context + tokens for context, tokens in zip(prefix, choices, strict=True)]
     tokens, mask = _padded(rows, device)
@@ -320,4 +382,4 @@ def _score_whole(model: Any, prefix: list[list[int]], choices: list[list[int]], 
     logits = model(
         input_ids=tokens, attention_mask=mask, use_cache=False, **({"logits_to_keep": width} if keeps_logits else {})
     ).logits[:, -width:-1]
-    return _summed(logits, tokens[:, start:].to(logits.device), mask[:, start:].to(logits.device))
+    return _summed(logits, tokens[:, start:].to(logits.device), mask[:, start:].to(logits.device), temperature)

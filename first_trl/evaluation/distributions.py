@@ -7,8 +7,8 @@ the *argmax*: the answer should be the gold's most likely option 80 % of the tim
 has a drawn ECE of 0 and a large argmax ECE.
 """
 
-from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,10 @@ import numpy as np
 
 from ..calibration import expected_calibration_error
 from ..calibration.distribution import check_distribution
+
+
+# Questions with the same names of options from which on these have a prior of their own
+_LEAST_SHARED = 10
 
 
 @dataclass(frozen=True)
@@ -123,12 +127,19 @@ def baselines(predictions: OptionPredictions) -> dict[str, OptionPredictions]:
 
     Returns:
         `dict`: `uniform`, the same probability for every option; `prior`, the mean gold distribution of the questions with
-        the same type and options (by name where names are known, else by number). The prior is that of the scored
-        questions themselves, so it is a little better than a prior could be that had not seen them.
+        the same type and options: by name where 10 questions or more have the same names, else by number and place. The
+        prior is that of the scored questions themselves, so it is a little better than a prior could be that had not seen
+        them.
     """
+    named: list[Hashable] = [
+        (kind, predictions.options[i] if predictions.options else len(predictions.gold[i]))
+        for i, kind in enumerate(predictions.kinds)
+    ]
+    # The prior of a question of its own would be its answer
+    often = {name for name, count in Counter(named).items() if count >= _LEAST_SHARED}
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for i, (kind, q) in enumerate(zip(predictions.kinds, predictions.gold, strict=True)):
-        groups[(kind, predictions.options[i] if predictions.options else len(q))].append(i)
+        groups[named[i] if named[i] in often else (kind, len(q))].append(i)
     prior: list[np.ndarray] = [np.empty(0)] * len(predictions.ids)
     for rows in groups.values():
         mean = np.mean([predictions.gold[i] for i in rows], axis=0)
@@ -139,18 +150,3 @@ def baselines(predictions: OptionPredictions) -> dict[str, OptionPredictions]:
         name: OptionPredictions(predictions.ids, predictions.kinds, values, predictions.gold, predictions.options)
         for name, values in (("uniform", uniform), ("prior", prior))
     }
-
-
-def votes_to_distribution(votes: Sequence[float]) -> np.ndarray:
-    """
-    Votes of annotators as a distribution.
-
-    Raises:
-        `ValueError`: A negative or fractional count, NaN, or no vote.
-    """
-    counts = np.asarray(votes, dtype=np.float64)
-    if counts.ndim != 1 or not np.isfinite(counts).all() or (counts < 0).any() or (counts % 1 != 0).any():
-        raise ValueError(f"Votes are counts (0, 1, 2, ...), got {list(votes)}.")
-    if not counts.sum():
-        raise ValueError("No annotator voted: leave the row out, or give it a gold answer.")
-    return counts / counts.sum()

@@ -3,6 +3,7 @@
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.decision import DecisionConfig
 from transformers.utils import find_adapter_config_file
 
 
@@ -23,7 +24,12 @@ def load_model(
     """
     where = {"revision": revision, "token": token}
     if find_adapter_config_file(source, **where) is None:
-        return _class_of(source, where).from_pretrained(source, dtype=dtype, **where, **kwargs), source
+        model = _class_of(source, where).from_pretrained(source, dtype=dtype, **where, **kwargs)
+        subfolder = DecisionConfig.from_pretrained(source, **where).adapter
+        if subfolder:
+            # As stock pipelines do: a decision model may keep a LoRA beside the weights of its base
+            model.load_adapter(source, adapter_kwargs={"subfolder": subfolder, **where})
+        return model, source
     # Imported here: a full model needs no peft
     from peft import AutoPeftModelForCausalLM
     from transformers.utils import cached_file

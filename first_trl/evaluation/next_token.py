@@ -85,6 +85,36 @@ def next_token_logits(
     Raises:
         `ValueError`: when a prompt has no token, or the logits are not finite.
     """
+    for index, logits, _ in next_token_states(
+        model, rows, (), batch_size=batch_size, disable_tqdm=disable_tqdm, desc=desc, share=share
+    ):
+        yield index, logits
+
+
+def next_token_states(
+    model: Any,
+    rows: Sequence[Sequence[int]],
+    layers: Sequence[int],
+    *,
+    batch_size: int,
+    disable_tqdm: bool,
+    desc: str,
+    share: Share = ALL,
+) -> Iterator[tuple[np.ndarray, torch.Tensor, list[torch.Tensor]]]:
+    """
+    As [`next_token_logits`], with the hidden states that the logits come from.
+
+    Args:
+        layers (`Sequence[int]`):
+            Transformer blocks behind which states are read: 1 is the first, `num_hidden_layers` the last (for most models
+            with the final norm). None are read by default.
+
+    Yields:
+        `tuple`: row indices, logits, and one `[B, H]` for each of `layers`, on the model's device in its dtype.
+
+    Raises:
+        `ValueError`: Also for a layer that the model does not have.
+    """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     lengths = np.array([len(row) for row in rows])
@@ -109,10 +139,13 @@ def next_token_logits(
             kwargs: dict[str, Any] = {"use_cache": False}
             if keeps_logits:
                 kwargs["logits_to_keep"] = torch.from_numpy(needed).to(device)
+            if layers:
+                kwargs["output_hidden_states"] = True
             with torch.no_grad():
-                logits = model(
-                    input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), **kwargs
-                ).logits
+                output = model(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), **kwargs)
+            logits = output.logits
+            states = [_layer(output, layer)[torch.arange(len(index)), torch.from_numpy(last)] for layer in layers]
+            del output
             position = torch.from_numpy(column if keeps_logits else last).to(logits.device)
             logits = logits[torch.arange(len(index), device=logits.device), position].float()
             finite = torch.isfinite(logits.logsumexp(-1))
@@ -122,4 +155,15 @@ def next_token_logits(
                     f"The model's logits for prompt {row} are NaN or infinite. Load it in bfloat16 or float32, and check "
                     "its weights."
                 )
-            yield index, logits
+            yield index, logits, states
+
+
+def _layer(output: Any, layer: int) -> torch.Tensor:
+    found = getattr(output, "hidden_states", None)
+    if found is None:
+        raise ValueError(
+            f"{type(output).__name__} holds no hidden states: the novelty of inputs of this model is not known."
+        )
+    if not 1 <= layer < len(found):
+        raise ValueError(f"There is no layer {layer}: the model has {len(found) - 1}, counted from 1.")
+    return found[layer]

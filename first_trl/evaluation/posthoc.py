@@ -8,17 +8,13 @@ import torch
 from datasets import Dataset
 
 from ..calibration.errors import equal_width_ece
+from ..calibration.partition import HIGHEST, LOG_BETAS, LOWEST, PartitionTable
 from ..calibration.scores import brier_of
 from ..calibration.temperature import TemperatureFit, search_temperature
 from ..utils.processes import Share
 from .multiple_choice import read_multiple_choice_rows
 from .next_token import next_token_logits
 from .supervised import read_supervised_rows, supervised_logits
-
-
-# 1/T in quarter octaves from 1/16 to 16. The Brier score at T reads 2/T, one octave up, so T stops at 1/8.
-_LOG_BETAS = np.arange(-16, 17) * (np.log(2.0) / 4.0)
-_LOW, _HIGH = 1.0 / 8.0, 16.0
 
 
 def fit_posthoc_temperature(
@@ -58,7 +54,7 @@ def fit_posthoc_temperature(
     options = {"batch_size": batch_size, "disable_tqdm": disable_tqdm, "share": share}
     gold_token, batches = _gold_and_logits(model, processing_class, dataset, max_length=max_length, **options)
     n = len(gold_token)
-    partition, slope = np.empty((n, len(_LOG_BETAS))), np.empty((n, len(_LOG_BETAS)))
+    partition, slope = np.empty((n, len(LOG_BETAS))), np.empty((n, len(LOG_BETAS)))
     gold_logit, correct, done = np.empty(n), np.empty(n, dtype=bool), np.zeros(n, dtype=bool)
     for index, logits in batches:
         done[index] = True
@@ -67,24 +63,17 @@ def fit_posthoc_temperature(
         gold = torch.from_numpy(gold_token[index]).to(z.device)
         gold_logit[index] = z.gather(-1, gold[:, None])[:, 0].double().cpu().numpy()
         correct[index] = (best.indices[:, 0] == gold).cpu().numpy()
-        finite = z.clamp_min(torch.finfo(z.dtype).min)
-        for i, log_beta in enumerate(_LOG_BETAS):
-            scaled = z * float(np.exp(log_beta))
-            weights = scaled.exp()
-            total = weights.sum(dim=-1)
-            partition[index, i] = total.double().log().cpu().numpy()
-            slope[index, i] = ((weights * finite).sum(dim=-1) / total).double().cpu().numpy()
+        partition[index], slope[index] = partition_table(z)
     share.merge(done, [partition, slope, gold_logit, correct])
-    # d/d(log beta) = beta d/d(beta)
-    slope *= np.exp(_LOG_BETAS)
+    table = PartitionTable(partition, slope)
 
     def scores(temperature: float) -> dict[str, float]:
         beta = 1.0 / temperature
-        log_z = _hermite(partition, slope, np.log(beta))
+        log_z = table.at(beta)
         # The largest logit is 0, so the confidence is 1 / Z.
         confidence = np.exp(-log_z)
         gold_logprob = beta * gold_logit - log_z
-        sum_squares = np.exp(_hermite(partition, slope, np.log(2.0 * beta)) - 2.0 * log_z)
+        sum_squares = np.exp(table.at(2.0 * beta) - 2.0 * log_z)
         return {
             "temperature": temperature,
             "ece": equal_width_ece(confidence, correct, n_bins),
@@ -92,7 +81,7 @@ def fit_posthoc_temperature(
             "brier": float(brier_of(sum_squares, np.exp(gold_logprob)).mean()),
         }
 
-    return search_temperature(scores, n, objective=objective, low=_LOW, high=_HIGH)
+    return search_temperature(scores, n, objective=objective, low=LOWEST, high=HIGHEST)
 
 
 def _gold_and_logits(
@@ -109,14 +98,20 @@ def _gold_and_logits(
     return gold_token, next_token_logits(model, [rows.prompt_ids[i] for i in labelled], **options)
 
 
-def _hermite(values: np.ndarray, slopes: np.ndarray, x: float) -> np.ndarray:
-    """Cubic Hermite interpolation of every row of `values` [N, G] at `x`, on the grid of log beta."""
-    step = _LOG_BETAS[1] - _LOG_BETAS[0]
-    i = int(np.clip((x - _LOG_BETAS[0]) // step, 0, len(_LOG_BETAS) - 2))
-    t = float(np.clip((x - _LOG_BETAS[i]) / step, 0.0, 1.0))
-    return (
-        (1 + 2 * t) * (1 - t) ** 2 * values[:, i]
-        + t * (1 - t) ** 2 * step * slopes[:, i]
-        + t**2 * (3 - 2 * t) * values[:, i + 1]
-        + t**2 * (t - 1) * step * slopes[:, i + 1]
-    )
+def partition_table(logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Values and slopes of a [`~first_trl.calibration.partition.PartitionTable`].
+
+    Args:
+        logits (`torch.Tensor` of shape `[B, V]`, float32): The largest of a row is 0; `-inf` for what cannot be.
+    """
+    finite = logits.clamp_min(torch.finfo(logits.dtype).min)
+    values, slopes = np.empty((len(logits), len(LOG_BETAS))), np.empty((len(logits), len(LOG_BETAS)))
+    for i, log_beta in enumerate(LOG_BETAS):
+        beta = float(np.exp(log_beta))
+        weights = (logits * beta).exp()
+        total = weights.sum(dim=-1)
+        values[:, i] = total.double().log().cpu().numpy()
+        # d/d(log beta) = beta d/d(beta)
+        slopes[:, i] = beta * ((weights * finite).sum(dim=-1) / total).double().cpu().numpy()
+    return values, slopes

@@ -12,6 +12,10 @@ from ..plugins import METRICS
 from .confidence import Confidences
 
 
+# Predictions with one entry per choice
+_RAGGED = frozenset({"choice_tokens", "choice_logprobs", "choice_scores"})
+
+
 @dataclass(frozen=True)
 class MultipleChoiceResult:
     """
@@ -25,7 +29,7 @@ class MultipleChoiceResult:
             choice), `top_token` and `top_prob` (most likely token of the whole vocabulary), `topk_mass` (probability of the k
             most likely tokens), `top_is_gold` (`bool`),
             `gold_logprob` (NaN where hidden), `sum_squares` (sum of p² over the vocabulary, for the Brier score) and
-            `truncated` (`bool`).
+            `truncated` (`bool`). Of answers scored by their whole text see [`evaluate_whole_answers`].
         report (`dict`): see [`multiple_choice_report`].
     """
 
@@ -37,7 +41,7 @@ class MultipleChoiceResult:
         rows = []
         for i in range(len(self.predictions["id"])):
             row = {name: values[i].tolist() for name, values in self.predictions.items() if name != "id"}
-            for name in ("choice_tokens", "choice_logprobs"):
+            for name in _RAGGED & set(row):
                 row[name] = row[name][: row["n_choices"]]
             row["gold_logprob"] = None if row["gold"] < 0 else row["gold_logprob"]
             rows.append({"id": str(self.predictions["id"][i]), **row})
@@ -67,11 +71,11 @@ class MultipleChoiceResult:
         p = {key: values[labelled] for key, values in self.predictions.items()}
         extras = {"option_mass": float(p["option_mass"].mean())}
         if definition in ("choice", "renormalized"):
-            logprobs = p["choice_logprobs"]
-            answer = logprobs.argmax(axis=1)
-            confidence, correct = np.exp(logprobs.max(axis=1)), answer == p["gold"]
+            scores = p.get("choice_scores", p["choice_logprobs"])
+            answer = scores.argmax(axis=1)
+            confidence, correct = np.exp(p["choice_logprobs"][np.arange(len(answer)), answer]), answer == p["gold"]
             if definition == "renormalized":
-                confidence = np.exp(logprobs.max(axis=1) - np.logaddexp.reduce(logprobs, axis=1))
+                confidence = np.exp(scores.max(axis=1) - np.logaddexp.reduce(scores, axis=1))
                 extras |= {key: self.report["options"][key] for key in ("nll", "brier")}
         elif definition in ("full_vocab", "topk"):
             confidence, correct = p["top_prob"], p["top_is_gold"].astype(bool)
@@ -98,10 +102,11 @@ class MultipleChoiceResult:
         if not rows:
             raise ValueError("There are no predictions.")
         predictions = {name: [row[name] for row in rows] for name in rows[0]}
-        arrays = {name: np.array(values) for name, values in predictions.items() if not name.startswith("choice_")}
+        arrays = {name: np.array(values) for name, values in predictions.items() if name not in _RAGGED}
         arrays["gold_logprob"] = np.array(predictions["gold_logprob"], dtype=np.float64)
-        arrays["choice_tokens"] = fill_rows(predictions["choice_tokens"], -1, np.int64)
-        arrays["choice_logprobs"] = fill_rows(predictions["choice_logprobs"], -np.inf, np.float64)
+        for name in _RAGGED & set(predictions):
+            tokens = name == "choice_tokens"
+            arrays[name] = fill_rows(predictions[name], *((-1, np.int64) if tokens else (-np.inf, np.float64)))
         return cls(arrays, multiple_choice_report(arrays, n_bins=n_bins))
 
 
@@ -119,7 +124,8 @@ def multiple_choice_report(predictions: Mapping[str, np.ndarray], *, n_bins: int
         `dict`: `n` (rows scored), `n_rows`, `n_unlabelled`, `n_truncated`, `option_mass` (mean), and for each of
         `full_vocab` and `options`: `accuracy`, `mean_confidence`, `ece` (top label), `trust` (accuracy - ECE), `nll` (nats,
         of the gold answer), `brier` (summed over the vocabulary, or the options) and `calibration`, the
-        [`calibration_report`] of the confidences with its bins and options. Plain Python values.
+        [`calibration_report`] of the confidences with its bins and options; and `scoring`, `"choices"` where answers were
+        scored by their whole text (see [`evaluate_whole_answers`]), else `"token"`. Plain Python values.
 
     Raises:
         `ValueError`: when no row has an answer.
@@ -131,8 +137,9 @@ def multiple_choice_report(predictions: Mapping[str, np.ndarray], *, n_bins: int
     p = {name: np.asarray(values)[labelled] for name, values in predictions.items()}
     gold = p["gold"]
     every = np.arange(len(gold))
-    log_mass = np.logaddexp.reduce(p["choice_logprobs"], axis=1)
-    options = np.exp(p["choice_logprobs"] - log_mass[:, None])
+    scores = p.get("choice_scores", p["choice_logprobs"])
+    log_mass = np.logaddexp.reduce(scores, axis=1)
+    options = np.exp(scores - log_mass[:, None])
     answer = options.argmax(axis=1)
     correct = answer == gold
     probabilities = np.exp(p["choice_logprobs"])
@@ -142,6 +149,7 @@ def multiple_choice_report(predictions: Mapping[str, np.ndarray], *, n_bins: int
         "n_unlabelled": int((~labelled).sum()),
         "n_truncated": int(np.asarray(predictions["truncated"]).sum()),
         "option_mass": float(p["option_mass"].mean()),
+        "scoring": "choices" if "choice_scores" in p else "token",
         "full_vocab": mean_scores(
             p["top_prob"],
             p["top_is_gold"],
@@ -153,7 +161,7 @@ def multiple_choice_report(predictions: Mapping[str, np.ndarray], *, n_bins: int
         "options": mean_scores(
             options[every, answer],
             correct,
-            log_mass - p["gold_logprob"],
+            log_mass - scores[every, gold],
             brier_of(np.square(options).sum(axis=1), options[every, gold]),
             n_bins,
         )
@@ -201,7 +209,7 @@ def plugin_scores(
     return scores
 
 
-def fill_rows(rows: Sequence[Sequence[Any]], value: float, dtype: Any) -> np.ndarray:
+def fill_rows(rows: Sequence[Any], value: float, dtype: Any) -> np.ndarray:
     """Rows of different lengths as one array, short ones filled with `value`."""
     filled = np.full((len(rows), max(len(row) for row in rows)), value, dtype=dtype)
     for i, row in enumerate(rows):

@@ -5,8 +5,8 @@ Words of a run, one meaning each:
 
 - *run*: a recipe with one seed and one combination of grid values. It has one folder.
 - *cell*: the combination of grid values of a run; empty for a recipe without a grid of runs.
-- *arm*: one row of the report: a teacher, a trained student, or an arm with a temperature behind it.
-- *role*: what rows are for (`train`, `validation`, `pretrain`, or an evaluation split), as the recipe's `task.splits`
+- *arm*: one row of the report: a teacher, a trained student, or an arm with temperatures behind it.
+- *role*: what rows are for (`train`, `validation`, `pretrain`, `threshold`, or an evaluation split), as the recipe's `task.splits`
   names them. A model also has a role, `teacher` or `student`.
 - *unit*: the smallest piece of work that is kept or done again: one subfolder with its marker `unit.json`.
 - *stage*: units of one kind, in the table of [`stages.table`].
@@ -20,7 +20,9 @@ teacher[-NAME][/fold-I]             fine-tuned teachers
 cache[-NAME][/fold-I]               their caches
 recalibration[-NAME]/FIT.json       fitted rescales
 students/ARM                        trained students
-evaluate/ARM                        ROLE.json, ROLE.parquet, temperature.json
+states/ARM                          ROLE.safetensors, layers.json
+base_states/teacher, .../student    train.safetensors
+evaluate/ARM                        ROLE.json, ROLE.parquet, temperature.json, decisions.json, novelty.json, novelty.safetensors
 report/                             report.md, report.json and figures
 share/                              repositories.json
 share.json                          all that was ever shared
@@ -73,6 +75,16 @@ def recalibration_unit(teacher: str = "") -> str:
 def student_unit(arm: str) -> str:
     """Unit of a trained arm."""
     return f"students/{arm}"
+
+
+def states_unit(arm: str) -> str:
+    """Unit of what an arm's model says and how it got there, for the arms with temperatures by novelty behind it."""
+    return f"states/{arm}"
+
+
+def base_states_unit(role: str) -> str:
+    """Unit of what the teacher or student says of the training rows before it is fine-tuned."""
+    return f"base_states/{role}"
 
 
 def evaluation_unit(arm: str) -> str:
@@ -276,6 +288,30 @@ class RunFolder:
     def temperature(self, arm: str) -> Path:
         """The fitted post-hoc temperature of an arm that has one."""
         return self.root / evaluation_unit(arm) / "temperature.json"
+
+    def decisions(self, arm: str) -> Path:
+        """The post-hoc temperature and the thresholds of a trained arm, or why it has none."""
+        return self.root / evaluation_unit(arm) / "decisions.json"
+
+    def states(self, arm: str, role: str) -> Path:
+        """Logits and hidden states of an arm's model at the answer positions of a role."""
+        return self.root / states_unit(arm) / f"{role}.safetensors"
+
+    def base_states(self, role: str) -> Path:
+        """Logits and hidden states of the teacher or student before fine-tuning, at the answer positions of `train`."""
+        return self.root / base_states_unit(role) / "train.safetensors"
+
+    def layers(self, arm: str) -> Path:
+        """Which layers were read, and which of them are tried where an arm names none."""
+        return self.root / states_unit(arm) / "layers.json"
+
+    def novelty(self, arm: str) -> Path:
+        """The fitted temperature by novelty of an arm that has one, and how new the evaluated rows are."""
+        return self.root / evaluation_unit(arm) / "novelty.json"
+
+    def novelty_reference(self, arm: str) -> Path:
+        """Training rows that distances are measured to, with the fit: what is saved beside the weights of its model."""
+        return self.novelty(arm).with_suffix(".safetensors")
 
     # report and what is shared
 

@@ -1,6 +1,7 @@
 """Sparse KL losses: a readable reference on dense logits and a fused one that never builds `[N, V]`."""
 
 from ..plugins import ESTIMATORS
+from .choice_scores import ChoiceScores
 from .chunks import default_chunk_size
 from .estimator import Estimator, Student, Target, cross_entropy
 from .fused import fused_sparse_kl
@@ -10,6 +11,7 @@ from .reference import sparse_kl_reference
 
 __all__ = [
     "ESTIMATORS",
+    "ChoiceScores",
     "Estimator",
     "SparseKLOutput",
     "Student",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .choice_scores import ChoiceScores
 from .estimator import Estimator, Logits, Student, Target
 from .products import HeadProducts
 from .tiles import Tile, TorchTile, kernel_of
@@ -45,6 +46,7 @@ def default_chunk_size(vocab_size: int, device: str = "cpu") -> int:
 class FusedOptions:
     estimator: Estimator
     ce_weight: float
+    scores: ChoiceScores
     logit_scale: float
     softcap: float | None
     chunk_size: int | None
@@ -147,6 +149,8 @@ def _visit(
         best = torch.maximum(rows.tail_max, rows.kept_logits.amax(-1))
         columns["cross_entropy"] = log_z - rows.label_logits
         columns["num_correct"] = (rows.label_logits >= best).to(log_z.dtype)
+    if options.scores:
+        columns["choice_score"] = options.scores.value(student.log_q, targets)
     if options.metrics:
         log_own = student.log_q if over_kept else student.log_p
         entropy = -torch.where(targets.kept, log_own.exp() * log_own, 0.0).sum(-1)
@@ -165,6 +169,8 @@ def _visit(
     on_kept, on_tail = options.estimator.gradient(logits, student, targets)
     if w > 0:
         on_kept, on_tail = (1 - w) * on_kept + w * student.log_p.exp(), (1 - w) * on_tail + w * to_p
+    if options.scores:
+        on_kept = on_kept + options.scores.gradient(student.log_q, targets)
     on_kept = on_kept.gather(1, targets.slots) * scale
     tile.write(gradient, ids, on_kept, on_tail * scale, labels if w > 0 else None, -w * scale)
     return columns
@@ -205,6 +211,8 @@ def gather_chunks(
         unknown = torch.full_like(visited.total, torch.nan)
         student = Student(unknown[:, None].expand_as(log_q), log_q, unknown)
         values = {"kl": options.estimator.divergence(student, visited)}
+        if options.scores:
+            values["choice_score"] = options.scores.value(student.log_q, visited)
         if options.metrics:
             values["student_entropy"] = -torch.where(visited.kept, log_q.exp() * log_q, 0.0).sum(-1)
         _store(columns, slice(start, end), values, targets)
@@ -212,6 +220,8 @@ def gather_chunks(
             continue
 
         gradient, _ = options.estimator.gradient(Logits(logits, unknown, unknown, unknown), student, visited)
+        if options.scores:
+            gradient = gradient + options.scores.gradient(student.log_q, visited)
         if options.softcap is not None:
             gradient *= 1 - (logits / options.softcap).square()
         gradient *= options.logit_scale

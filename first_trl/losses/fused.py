@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .choice_scores import ChoiceScores
 from .chunks import FusedOptions, gather_chunks, project_chunks
 from .estimator import Target
 from .inputs import SparseKLOutput, check_options, check_targets, get_estimator
@@ -27,6 +28,8 @@ def fused_sparse_kl(
     estimator: str = "topk",
     ce_weight: float = 0.0,
     student_temperature: float | None = None,
+    brier_weight: float = 0.0,
+    rps_weight: float = 0.0,
     bias: torch.Tensor | None = None,
     logit_scale: float = 1.0,
     final_logit_softcapping: float | None = None,
@@ -67,6 +70,9 @@ def fused_sparse_kl(
             `w` in `(1 - w) * KL + w * CE`.
         student_temperature (`float`, *optional*):
             Divides the student's probabilities, for `"probability_softmax"` only. Defaults to 1.
+        brier_weight (`float`, *optional*, defaults to `0.0`), rps_weight (`float`, *optional*, defaults to `0.0`):
+            Factors of the Brier and the ranked probability score among the kept ids, which are added to the loss; see
+            [`ChoiceScores`].
         bias (`torch.Tensor` of shape `(V,)`, *optional*):
             Bias of the head.
         logit_scale (`float`, *optional*, defaults to `1.0`):
@@ -99,6 +105,7 @@ def fused_sparse_kl(
     options = FusedOptions(
         estimator=divergence,
         ce_weight=ce_weight,
+        scores=ChoiceScores(brier_weight, rps_weight),
         logit_scale=logit_scale,
         softcap=final_logit_softcapping,
         chunk_size=chunk_size,
@@ -135,10 +142,13 @@ class _FusedSparseKL(torch.autograd.Function):
         absent = targets.total.new_full((), torch.nan if ids.shape[0] else 0.0)
         sums = {name: columns[name].sum() if name in columns else absent for name in SparseKLOutput._fields[1:]}
         sums["teacher_entropy"] = targets.entropy.sum()
+        if not options.scores:
+            sums["choice_score"] = absent.new_zeros(())
         sums["num_tokens"] = absent.new_full((), float(ids.shape[0]))
         loss = sums["kl"].clone()
         if options.ce_weight > 0:
             loss = (1 - options.ce_weight) * sums["kl"] + options.ce_weight * sums["cross_entropy"]
+        loss = loss + sums["choice_score"]
         statistics = torch.stack(list(sums.values()))
         ctx.gradients = gradients
         ctx.scale = scale

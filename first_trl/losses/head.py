@@ -17,7 +17,16 @@ from .fused import fused_sparse_kl
 
 
 # Sums over the supervised tokens of a batch, in the order of `DistillOutput.sums`
-SUMS = ("kl", "cross_entropy", "teacher_entropy", "student_entropy", "mass_outside", "num_correct", "num_tokens")
+SUMS = (
+    "kl",
+    "cross_entropy",
+    "teacher_entropy",
+    "student_entropy",
+    "mass_outside",
+    "num_correct",
+    "choice_score",
+    "num_tokens",
+)
 
 
 _SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -30,8 +39,8 @@ class DistillOutput(ModelOutput):
 
     Args:
         loss (`torch.Tensor` of shape `(1,)`):
-            `(1 - w) * KL + w * CE` summed over the supervised tokens of the batch.
-        sums (`torch.Tensor` of shape `(7,)`):
+            `(1 - w) * KL + w * CE + choice score` summed over the supervised tokens of the batch.
+        sums (`torch.Tensor` of shape `(8,)`):
             The statistics named in `SUMS`, without gradient.
         aux_loss (`torch.Tensor`, *optional*):
             Mixture-of-experts load-balancing loss.
@@ -121,6 +130,8 @@ def add_distill_head(
     ce_weight: float,
     chunk_size: int | None,
     student_temperature: float | None = None,
+    brier_weight: float = 0.0,
+    rps_weight: float = 0.0,
 ) -> None:
     """
     Patch `model.forward`: called with `teacher_ids` and `teacher_log_target` it runs the backbone, takes the hidden
@@ -169,6 +180,8 @@ def add_distill_head(
                 estimator="topk" if check_only else estimator,
                 ce_weight=ce_weight,
                 student_temperature=None if check_only else student_temperature,
+                brier_weight=brier_weight,
+                rps_weight=rps_weight,
                 bias=bias,
                 logit_scale=scale,
                 final_logit_softcapping=softcap,

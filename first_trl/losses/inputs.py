@@ -24,8 +24,8 @@ class SparseKLOutput(NamedTuple):
 
     Fields:
         loss (`torch.Tensor`):
-            `(1 - ce_weight) * kl + ce_weight * cross_entropy`; differentiable with respect to the hidden states, the
-            head and its bias.
+            `(1 - ce_weight) * kl + ce_weight * cross_entropy + choice_score`; differentiable with respect to the hidden
+            states, the head and its bias.
         kl (`torch.Tensor`):
             KL(target || student), teacher-entropy term included, so that it is 0 when both agree. For the `"sampled"`
             estimator the target is the *empirical* distribution of the draws: its gradient is unbiased for the full
@@ -42,6 +42,8 @@ class SparseKLOutput(NamedTuple):
             Student probability outside the kept ids. NaN where `"renormalized"` skips the vocabulary projection.
         num_correct (`torch.Tensor`):
             Number of tokens whose label has the largest logit (a tie counts). NaN without `labels`.
+        choice_score (`torch.Tensor`):
+            Weighted sum of Brier and ranked probability score, see [`ChoiceScores`]; 0 where neither has a weight.
         num_tokens (`torch.Tensor`):
             Number of supervised tokens.
     """
@@ -53,6 +55,7 @@ class SparseKLOutput(NamedTuple):
     student_entropy: torch.Tensor
     mass_outside: torch.Tensor
     num_correct: torch.Tensor
+    choice_score: torch.Tensor
     num_tokens: torch.Tensor
 
 

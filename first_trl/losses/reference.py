@@ -2,6 +2,7 @@
 
 import torch
 
+from .choice_scores import ChoiceScores
 from .estimator import Student, Target
 from .inputs import SparseKLOutput, check_options, check_targets, get_estimator
 
@@ -16,6 +17,8 @@ def sparse_kl_reference(
     estimator: str = "topk",
     ce_weight: float = 0.0,
     student_temperature: float | None = None,
+    brier_weight: float = 0.0,
+    rps_weight: float = 0.0,
 ) -> SparseKLOutput:
     r"""
     KL(target || student) for a target known on a few token ids, from the full student logits.
@@ -53,6 +56,9 @@ def sparse_kl_reference(
             `w` in `(1 - w) * KL + w * CE`.
         student_temperature (`float`, *optional*):
             Divides the student's probabilities, for `"probability_softmax"` only. Defaults to 1.
+        brier_weight (`float`, *optional*, defaults to `0.0`), rps_weight (`float`, *optional*, defaults to `0.0`):
+            Factors of the Brier and the ranked probability score among the kept ids, which are added to the loss; see
+            [`ChoiceScores`].
 
     Returns:
         [`SparseKLOutput`]
@@ -61,6 +67,7 @@ def sparse_kl_reference(
         `ValueError`: on ids or labels outside the vocabulary, repeated ids, or a target whose mass is not 1.
     """
     divergence = get_estimator(estimator, student_temperature)
+    scores = ChoiceScores(brier_weight, rps_weight)
     check_options(estimator, ce_weight, tail_log_target, labels)
     check_targets(ids, log_target, logits.shape[1], tail_log_target=tail_log_target, labels=labels)
     if logits.dtype != torch.float64:
@@ -83,6 +90,8 @@ def sparse_kl_reference(
         num_correct = (logits.gather(1, labels[:, None])[:, 0] >= logits.amax(-1)).sum().to(logits.dtype)
         if ce_weight > 0:
             loss = (1 - ce_weight) * kl + ce_weight * cross_entropy
+    choice_score = scores.value(log_q, target).sum()
+    loss = loss + choice_score
     if divergence.over_kept:
         student_entropy = -(log_q.exp() * target.kept * log_q).sum()
     else:
@@ -95,5 +104,6 @@ def sparse_kl_reference(
         student_entropy=student_entropy.detach(),
         mass_outside=log_tail.exp().sum().detach(),
         num_correct=num_correct.detach(),
+        choice_score=choice_score.detach(),
         num_tokens=logits.new_tensor(float(logits.shape[0])),
     )

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..plugins import ESTIMATORS, RECALIBRATIONS, estimator_target, one
 from ..utils.names import nearest
+from ..vocabulary import NO_ENTRY
 from .methods import Method, logsumexp
 
 
@@ -194,6 +195,18 @@ class Recalibration:
     def target(self, lp: np.ndarray, tail: np.ndarray | None, kept_k: int) -> tuple[np.ndarray, np.ndarray | None]:
         """[`~Recalibration.apply`] on arrays that were checked before; with a `tail` the target has a bucket."""
         k = lp.shape[1]
+        counts = (lp != NO_ENTRY).sum(axis=1)
+        if (counts < k).any():
+            # What fills up a row takes no part in the rescale
+            log_target = np.full((len(lp), kept_k), -np.inf)
+            log_tail = None if tail is None else np.empty(len(lp))
+            for n in np.unique(counts):
+                rows = counts == n
+                part, part_tail = self.target(lp[rows, :n], None if tail is None else tail[rows], min(kept_k, int(n)))
+                log_target[rows, : part.shape[1]] = part
+                if log_tail is not None:
+                    log_tail[rows] = part_tail
+            return log_target, log_tail
         kept = lp[:, :kept_k]
         # "none" has no value to pass on
         head = get_method(self.method).rescale(kept, math.nan if self.value is None else self.value)

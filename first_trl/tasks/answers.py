@@ -1,8 +1,9 @@
 """
-One token per answer.
+Tokens of answers.
 
 Confidence at the answer position is the probability of one token, so every choice has to be exactly one token behind
 its prompt. Whether it is depends on the tokenizer, the choice and the end of the prompt; it is checked on every row.
+Answers of several tokens are scored by their whole text; they must not merge with the prompt either.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from .encode import encode_texts, prompt_texts
+from .encode import encode_pairs, encode_texts, prompt_texts
 
 
 _MEND = (
@@ -19,8 +20,14 @@ _MEND = (
     "(completion=' {letter}'), or move the space: put it into the completion (prompt ends with 'Answer:', completion "
     "' A', right for GPT-2-like vocabularies), or end the prompt just before the letter (template "
     "'...\\nAnswer: (', completion '{letter}'), right for sentencepiece and character vocabularies, which may "
-    "write ' A' as '▁' and 'A' and put a '▁' in front of every text."
+    "write ' A' as '▁' and 'A' and put a '▁' in front of every text. Answers that are meant to have several tokens can "
+    'be scored by the probability of their whole text: `evaluation.scoring: choices` in a recipe, `scoring="choices"` in '
+    "`answer_pipeline`, `--scoring choices` of `first-trl evaluate`."
 )
+
+
+class NotOneToken(ValueError):
+    """An answer cannot be told by one token behind its prompt."""
 
 
 # (end of the prompt, its last tokens, choice) -> tokens of the choice, `None` when it merges with the prompt.
@@ -93,6 +100,75 @@ def answer_token_ids_of_rows(
     return token_ids
 
 
+def check_answers(processing_class: PreTrainedTokenizerBase, dataset: Dataset, scoring: str) -> None:
+    """
+    Checks that the choices of every row can be scored: as one `token` each, or as `choices` of any number of tokens.
+
+    Raises:
+        `ValueError`: see [`answer_token_ids`] and [`choice_token_ids`].
+    """
+    if scoring == "token":
+        answer_token_ids_of_rows(processing_class, dataset)
+    else:
+        tools = dataset["tools"] if "tools" in dataset.column_names else None
+        prompts = prompt_texts(processing_class, dataset["prompt"], tools=tools)
+        choice_token_ids(processing_class, prompts, dataset["choices"], dataset["id"])
+
+
+def choice_token_ids(
+    processing_class: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    choices: Sequence[Sequence[str]],
+    names: Sequence[str],
+) -> tuple[list[list[int]], list[list[list[int]]]]:
+    """
+    Tokens of prompts and of their choices, one or more a choice.
+
+    Args:
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer.
+        prompts (`Sequence[str]`): Texts the model reads.
+        choices (`Sequence[Sequence[str]]`): Of each prompt, exactly as they are appended to it.
+        names (`Sequence[str]`): What each row is called in an error.
+
+    Returns:
+        `tuple`: ids of each prompt, and of each of its choices.
+
+    Raises:
+        `ValueError`: for a row without choices, an empty choice, one that merges with the end of its prompt, or two
+        different ones with the same tokens.
+    """
+    for name, row in zip(names, choices, strict=True):
+        if not row or not all(row):
+            raise ValueError(f"{name}: {'a choice is empty' if row else 'there are no choices'}.")
+    flat_prompt_ids, flat_choice_ids = encode_pairs(
+        processing_class,
+        [prompt for prompt, row in zip(prompts, choices, strict=True) for _ in row],
+        [choice for row in choices for choice in row],
+    )
+    prompt_ids, choice_ids, start = [], [], 0
+    for name, row in zip(names, choices, strict=True):
+        tokens = flat_choice_ids[start : start + len(row)]
+        kept = [ids for ids in tokens if ids]
+        if len(kept) < len(row):
+            text = next(choice for choice, ids in zip(row, tokens, strict=True) if not ids)
+            raise ValueError(
+                f"{name}: the choice {text!r} merges with the last token of the prompt. Move the space: into the choice "
+                "(' answer' behind 'Answer:'), or to the end of the prompt."
+            )
+        owners: dict[tuple[int, ...], str] = {}
+        for choice, ids in zip(row, kept, strict=True):
+            if owners.setdefault(tuple(ids), choice) != choice:
+                raise ValueError(
+                    f"{name}: the answers {owners[tuple(ids)]!r} and {choice!r} are the same tokens "
+                    f"({_tokens(processing_class, ids)}), so nothing tells them apart. Use a tokenizer that knows their "
+                    "words, or letters as answers (completion=' {letter}')."
+                )
+        prompt_ids.append(flat_prompt_ids[start])
+        choice_ids.append(kept)
+        start += len(row)
+    return prompt_ids, choice_ids
+
+
 def _token_ids(
     processing_class: PreTrainedTokenizerBase,
     prompts: Sequence[str],
@@ -134,24 +210,24 @@ def _token_ids(
         for i, choice in enumerate(row_choices):
             ids = first[row] if i == 0 else known[key(row, choice)]
             if ids is None:
-                raise ValueError(
+                raise NotOneToken(
                     f"{name}: appending the answer {choice!r} changes the tokens of the prompt, which ends in "
                     f"{prompts[row][-12:]!r} (token {_tokens(processing_class, prompt_ids[row][-1:])}): the two merge. "
                     f"{_MEND}"
                 )
             if len(ids) != 1:
-                raise ValueError(
+                raise NotOneToken(
                     f"{name}: the answer {choice!r} is {len(ids)} tokens behind the prompt "
                     f"({_tokens(processing_class, ids)}), it must be exactly 1. {_MEND}"
                 )
             token = ids[0]
             if token == processing_class.unk_token_id:
-                raise ValueError(
+                raise NotOneToken(
                     f"{name}: the answer {choice!r} is the unknown token {processing_class.unk_token!r} in this "
                     f"tokenizer. {_MEND}"
                 )
             if token in owners:
-                raise ValueError(
+                raise NotOneToken(
                     f"{name}: the answers {owners[token]!r} and {choice!r} are the same token {token} "
                     f"({_tokens(processing_class, ids)}); every choice needs its own. {_MEND}"
                 )

@@ -48,6 +48,8 @@ class Example:
             prompt.
         key (`str`): What two copies of the same question share, whatever the order of its choices. `""` takes the prompt.
         answer (`str` or `None`): What two copies that contradict each other differ in. `None` takes the completion.
+        options (`tuple[str, ...]` or `None`): Texts of the choices without their letters, where they can be put in another
+            order.
     """
 
     prompt: str
@@ -59,6 +61,7 @@ class Example:
     question: str = ""
     key: str = ""
     answer: str | None = None
+    options: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,18 +69,19 @@ class TaskSplit:
     """
     The rows of one split, and what became of the rows that were read.
 
-    `n_read == len(dataset) + n_dropped + n_not_selected` always holds.
+    `n_read + n_added == len(dataset) + n_dropped + n_not_selected` always holds.
 
     Attributes:
         dataset ([`~datasets.Dataset`]): Columns `id` (`str`), `prompt` (`str`), `completion` (`str`, null where a row
             is unlabelled), `choices` (`list[str]`), `gold` (`int64`, -1 = none), `group` (`str`), `question` (`str`,
-            what tells the question from others) and, where the true distribution over the choices is known,
-            `posterior` (`list[float64]`).
+            what tells the question from others); where the true distribution over the choices is known, `posterior`
+            (`list[float64]`); and of lettered options `options` (`list[str]`, their texts).
         n_read (`int`): Rows of the source, after a slice such as `"train[:90%]"`.
         n_not_selected (`int`): Usable rows left out because of `limit`.
         reasons (`dict[str, int]`): Why rows were dropped, with the count of each reason.
         keys (`dict[str, str]`): For each `id` what copies of the row share; empty where the task has `drop_copies=False`.
         answers (`dict[str, str]`): For each `id` with one right choice which it is.
+        n_added (`int`): Rows beyond the first that the task makes of one, such as other orders of its options.
     """
 
     dataset: Dataset
@@ -86,6 +90,7 @@ class TaskSplit:
     reasons: dict[str, int] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
     answers: dict[str, str] = field(default_factory=dict)
+    n_added: int = 0
 
     @property
     def n_dropped(self) -> int:
@@ -160,6 +165,10 @@ class Task:
     def example(self, row: dict[str, Any], *, split: str) -> Example:
         """Turns one source row into an [`Example`]; raises `ValueError` or [`DropRow`] with the reason alone."""
         raise NotImplementedError(f"{type(self).__name__} reads no source rows")
+
+    def forms(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        """The forms in which a usable row enters the split: itself, unless the task says otherwise."""
+        return [row]
 
     def hint(self, rows: Sequence[dict[str, Any]]) -> str:
         """What the rows as a whole tell about their mend, when some of them cannot be used; `""` for nothing."""
@@ -293,19 +302,23 @@ class Task:
         if limit is not None and limit < n_usable:
             chosen = np.sort(np.random.default_rng(seed).choice(n_usable, size=limit, replace=False))
             kept = [kept[i] for i in chosen]
+        n_kept = len(kept)
+        kept = [form for row in kept for form in self.forms(row)]
         features = FEATURES
-        if "posterior" in kept[0]:
-            features = Features({**FEATURES, "posterior": List(Value("float64"))})
+        for column, kind in (("posterior", "float64"), ("options", "string")):
+            if column in kept[0]:
+                features = Features({**features, column: List(Value(kind))})
         # `from_list` takes the columns of the first row, and an unlabelled row has no completion.
         columns = {name: [row.get(name) for row in kept] for name in features}
         dataset = Dataset.from_dict(columns, features=features)
         return TaskSplit(
             dataset,
             len(source) + n_empty,
-            n_usable - len(kept),
+            n_usable - n_kept,
             dict(reasons),
             {row["id"]: row["key"] for row in kept} if self.drop_copies else {},
             {row["id"]: row["answer"] for row in kept if row["answer"] is not None} if self.drop_copies else {},
+            len(kept) - n_kept,
         )
 
     @classmethod

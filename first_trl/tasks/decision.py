@@ -11,6 +11,7 @@ that the student was trained on, and refuses where it would not.
 import copy
 import json
 import string
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.decision import DecisionConfig
 
+from ..calibration.conditional import OptionTemperature
 from .answers import answer_token_ids_of_rows
 from .base import Task
+from .decision_extras import DECISION_EXTRAS_NAME, write_decision_extras
 from .encode import encode_prompts, front_tokens
 
 
@@ -113,7 +116,12 @@ def decision_request(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def decision_config(
-    task: Task, processing_class: PreTrainedTokenizerBase, rows: Dataset, *, temperature: float = 1.0
+    task: Task,
+    processing_class: PreTrainedTokenizerBase,
+    rows: Dataset,
+    *,
+    temperature: float | OptionTemperature = 1.0,
+    adapter: str | None = None,
 ) -> DecisionConfig:
     """
     The decision config of a student, checked on rows of its task.
@@ -126,8 +134,12 @@ def decision_config(
         rows ([`~datasets.Dataset`]):
             Rows of the task, which say what the answers are. Every position of a choice must have one and the same
             text in all rows (letters have), since a label belongs to a position.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Post-hoc temperature that was fitted for this student.
+        temperature (`float` or [`~first_trl.calibration.conditional.OptionTemperature`], *optional*, defaults to `1.0`):
+            Post-hoc temperature that was fitted for this student; of one by type and number of options, the one of each
+            type.
+        adapter (`str`, *optional*):
+            Subfolder of a LoRA adapter, where the config stands with the weights of its base. Stock transformers then
+            needs one name only, and `transformers serve` answers with the adapter.
 
     Returns:
         [`~transformers.decision.DecisionConfig`]
@@ -136,8 +148,10 @@ def decision_config(
         `ValueError`: where stock transformers would read another prompt or other tokens than the student was trained
             with; the message says which, and what can be done.
     """
-    if not temperature > 0.0 or temperature == float("inf"):
-        raise ValueError(f"`temperature` must be a finite number above 0, got {temperature}.")
+    if not isinstance(temperature, OptionTemperature):
+        if not temperature > 0.0 or temperature == float("inf"):
+            raise ValueError(f"`temperature` must be a finite number above 0, got {temperature}.")
+        temperature = OptionTemperature(float(temperature), {})
     if len(rows) == 0 or not any(rows["choices"]):
         raise ValueError("A decision model chooses among options; these rows have no choices.")
     labels, ids = _labels(rows, answer_token_ids_of_rows(processing_class, rows))
@@ -146,10 +160,11 @@ def decision_config(
     front = processing_class.convert_ids_to_tokens(front_tokens(processing_class, [rows[0]["prompt"]]))
     config = DecisionConfig(
         labels={kind: texts[:2] if kind == "noul" else texts for kind in kinds},
-        temperature={kind: float(temperature) for kind in kinds},
+        temperature={kind: temperature.scalars().get(kind, temperature.common) for kind in kinds},
         chat_template=decision_template(task, "".join(front)),
         # User text is read as it was in training: the template is the student's own and marks no borders in it
         sanitize_control_tokens=False,
+        adapter=adapter,
     )
     _check_prompts(config, processing_class, rows)
     return config
@@ -161,15 +176,18 @@ def save_decision_config(
     processing_class: PreTrainedTokenizerBase,
     rows: Dataset,
     *,
-    temperature: float = 1.0,
+    temperature: float | OptionTemperature = 1.0,
+    adapter: str | None = None,
 ) -> DecisionConfig:
     """
-    Make a saved student a decision model: writes `decision.json` and `decision_template.jinja` beside its weights.
+    Make a saved student a decision model: writes `decision.json` and `decision_template.jinja` beside its weights. A
+    temperature that depends on the number of options goes into `first_trl_decision.json`, which
+    [`~first_trl.answer_pipeline`] reads.
 
     Args:
         folder (`str` or `Path`):
             Where the student, or its LoRA adapter, was saved.
-        task, processing_class, rows, temperature:
+        task, processing_class, rows, temperature, adapter:
             As in [`decision_config`].
 
     Returns:
@@ -177,6 +195,9 @@ def save_decision_config(
 
     Raises:
         `ValueError`: as [`decision_config`].
+
+    Warns:
+        `UserWarning`: the temperature depends on the number of options, and says what stock transformers ignores of it.
 
     Example:
 
@@ -190,8 +211,21 @@ def save_decision_config(
     'blotter'
     ```
     """
-    config = decision_config(task, processing_class, rows, temperature=temperature)
+    config = decision_config(task, processing_class, rows, temperature=temperature, adapter=adapter)
     config.save_pretrained(folder)
+    by_options = temperature if isinstance(temperature, OptionTemperature) else None
+    write_decision_extras(
+        folder, temperature=None, option_temperature=None if by_options is None else by_options.to_dict()
+    )
+    if by_options is not None and by_options.depends_on_options:
+        given = ", ".join(f"{value:.3g} for {kind}" for kind, value in config.temperature.items())
+        warnings.warn(
+            "The temperature depends on the number of options, which decision.json cannot express: stock transformers "
+            f"divides by {given}, whatever the number of options. answer_pipeline and first-trl evaluate read the rest "
+            f"from {DECISION_EXTRAS_NAME}.",
+            UserWarning,
+            stacklevel=2,
+        )
     return config
 
 

@@ -1,11 +1,12 @@
 """What the lettered multiple-choice benchmarks share: one template, letters by position, and the checks of a row."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..utils.tables import as_text, is_nan
 from .base import Example, Task
+from .option_orders import option_orders
 from .template import check_template
 
 
@@ -37,10 +38,16 @@ class MultipleChoice(Task):
         template (`str`): The prompt; fields `{question}`, `{choices}` (one `(A) text` line each) and `{group}`
             (subject or concept).
         completion (`str`): What is appended for an answer; fields `{letter}` and `{text}`.
+        permutations (`int`): Ask every question this many times, with its options in different random orders, so that the
+            place of an option tells nothing; at most as often as there are orders. 0 keeps the order of the source. For
+            training rows: `splits: {train: {split: train, options: {permutations: 4}}}` in a recipe.
+        permutation_seed (`int`): Seed of these orders.
     """
 
     template: str = TEMPLATE
     completion: str = " {letter}"
+    permutations: int = 0
+    permutation_seed: int = 0
 
     n_choices: ClassVar[tuple[int, int]]
     decision_kinds = ("choice", "score")
@@ -59,6 +66,10 @@ class MultipleChoice(Task):
             raise ValueError(
                 f"`completion` {self.completion!r} is the same for every answer; use {{letter}} or {{text}}."
             )
+        for name, least in (("permutations", 0), ("permutation_seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"`{name}` must be a whole number from {least}, got {value!r}.")
 
     def fill(self, question: str, texts: list[str], gold: int, group: str = "") -> Example:
         """Writes prompt and completions for a checked question; `gold` is -1 when unknown."""
@@ -86,7 +97,25 @@ class MultipleChoice(Task):
             question=question,
             key="\x1f".join([question, *sorted(texts)]),
             answer=texts[gold] if gold >= 0 else None,
+            options=tuple(texts),
         )
+
+    def reorder(self, row: Mapping[str, Any], order: Sequence[int]) -> Example:
+        """A row of this task (`question`, `options`, `gold`, `group`) with its options in another order."""
+        gold = int(row.get("gold", -1))
+        texts = [row["options"][i] for i in order]
+        return self.fill(row["question"], texts, list(order).index(gold) if gold >= 0 else -1, row.get("group") or "")
+
+    def forms(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        if not self.permutations:
+            return [row]
+        orders = option_orders(len(row["options"]), self.permutations, seed=self.permutation_seed, key=row["id"])
+        forms = []
+        for number, order in enumerate(orders):
+            example = self.reorder(row, order)
+            changed = {name: getattr(example, name) for name in ("prompt", "completion", "choices", "gold", "options")}
+            forms.append({**row, **changed, "id": row["id"] if number == 0 else f"{row['id']}-order-{number}"})
+        return forms
 
 
 def labelled_choices(choices: Any, answer_key: str | None, *, gold_required: bool = True) -> tuple[list[str], int]:

@@ -7,7 +7,16 @@ import numpy as np
 import torch
 
 from .._trl_compat import DataCollatorForLanguageModeling
-from ..cache.schema import DRAW_COUNTS, DRAW_IDS, TAIL_LOGPROB, TOPK_IDS, TOPK_LOGPROBS
+from ..cache.choices import LOG_ZERO
+from ..cache.schema import (
+    CHOICE_INDEX,
+    DRAW_COUNTS,
+    DRAW_IDS,
+    SOFT_LABELS,
+    TAIL_LOGPROB,
+    TOPK_IDS,
+    TOPK_LOGPROBS,
+)
 from ..plugins import estimator_target
 from ..recalibration import Recalibration
 from ..vocabulary import IGNORE_INDEX, TEACHER_HAS_GOLD
@@ -38,6 +47,8 @@ class DataCollatorForDistillation(DataCollatorForLanguageModeling):
             Estimator the targets are made for.
         top_k (`int`, *optional*):
             Number of cached entries to use.
+        soft_label_weight (`float`, *optional*):
+            Share of the soft labels in the target, where rows hold them beside a teacher.
 
     Raises:
         `ValueError`: The teacher columns do not belong to the labels, or hold what is no log-probability.
@@ -46,6 +57,7 @@ class DataCollatorForDistillation(DataCollatorForLanguageModeling):
     recalibration: Recalibration = field(default_factory=Recalibration)
     estimator: str = "topk"
     top_k: int | None = None
+    soft_label_weight: float | None = None
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
@@ -76,13 +88,29 @@ class DataCollatorForDistillation(DataCollatorForLanguageModeling):
             log_target, tail_log_target = self.recalibration.apply(
                 logprobs.reshape(positions, k), tail, estimator=self.estimator, top_k=self.top_k
             )
-        width = log_target.shape[1]
-        batch["teacher_ids"] = torch.from_numpy(
-            np.ascontiguousarray(ids.reshape(positions, -1 if k else 1)[:, :width])
-        )
+        ids = ids.reshape(positions, -1 if k else 1)[:, : log_target.shape[1]]
+        if CHOICE_INDEX in examples[0] and positions:
+            ids, log_target, tail_log_target = self._over_choices(examples, ids, log_target, tail_log_target)
+        batch["teacher_ids"] = torch.from_numpy(np.ascontiguousarray(ids))
         batch["teacher_log_target"] = torch.from_numpy(log_target).float()
         if tail_log_target is not None:
             batch["teacher_tail_log_target"] = torch.from_numpy(tail_log_target).float()
+
+    def _over_choices(
+        self, examples: list[dict[str, Any]], ids: np.ndarray, log_target: np.ndarray, tail: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Entries in the order of the choices, padding last, with the share of the soft labels."""
+        index = _flat(examples, CHOICE_INDEX, np.int64).reshape(ids.shape)
+        with np.errstate(divide="ignore"):
+            if SOFT_LABELS in examples[0]:
+                soft = np.log(_flat(examples, SOFT_LABELS, np.float64).reshape(ids.shape))
+                own, others = np.log(self.soft_label_weight or 0.0), np.log1p(-(self.soft_label_weight or 0.0))
+                log_target = np.logaddexp(others + log_target, own + soft)
+                tail = None if tail is None else others + tail
+        # A choice of probability 0 is no padding
+        log_target = np.where(index < 0, -np.inf, np.maximum(log_target, LOG_ZERO))
+        order = np.argsort(np.where(index < 0, ids.shape[1], index), axis=1, kind="stable")
+        return np.take_along_axis(ids, order, 1), np.take_along_axis(log_target, order, 1), tail
 
     def _add_draws(self, batch: dict[str, Any], examples: list[dict[str, Any]]) -> None:
         if DRAW_LENGTHS in examples[0]:

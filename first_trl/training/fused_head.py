@@ -17,12 +17,10 @@ class FusedHeadMixin:
     _student_checked = False
     _first_step: int | None = None
 
-    def add_fused_head(
-        self: Any, estimator: str, ce_weight: float, chunk_size: int | None, student_temperature: float | None = None
-    ) -> None:
-        """Patches the student, see [`add_distill_head`]."""
+    def add_fused_head(self: Any, estimator: str, ce_weight: float, chunk_size: int | None, **options: Any) -> None:
+        """Patches the student, see [`add_distill_head`] for the `options`."""
         base: PreTrainedModel = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        add_distill_head(base, estimator, ce_weight, chunk_size, student_temperature)
+        add_distill_head(base, estimator, ce_weight, chunk_size, **options)
         # The loss is a sum over `num_items_in_batch`, whatever the student's own forward accepts
         self.model_accepts_loss_kwargs = True
         self._tokens_since_log: Any = 0

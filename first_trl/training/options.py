@@ -23,7 +23,10 @@ from ..utils.names import nearest
 T = TypeVar("T")
 
 # What decides the result, in the order of a card; recalibration has a line of its own there
-CARD_OPTIONS = ("estimator", "top_k", "ce_weight", "student_temperature", "token_dropout", "token_dropout_id")
+CARD_OPTIONS = (
+    "estimator", "top_k", "ce_weight", "student_temperature", "restrict_to_choices", "soft_label_weight", "brier_weight",
+    "rps_weight", "token_dropout", "token_dropout_id",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,15 @@ class DistillOptions:
             log-probabilities, as in the authors' code, which is far milder.
         recalibration_value (`float`, *optional*):
             c, T or delta. When not set, the value fitted for this method and stored with the cache is used.
+        restrict_to_choices (`bool`, *optional*, defaults to `False`):
+            Whether the target is the teacher's distribution over the choices of each question, all other tokens being
+            one bucket of probability 0, see [`restrict_to_choices`]. The cache needs `prompt` and `choices`, or `choice_ids`. Soft labels
+            (`target_probs`, `target_votes`) are over the choices by themselves.
+        brier_weight (`float`, *optional*, defaults to `0.0`):
+            Factor of the Brier score among the choices, which is added to the loss. For targets over choices.
+        rps_weight (`float`, *optional*, defaults to `0.0`):
+            Factor of the ranked probability score among the choices, which is added to the loss. For targets over
+            choices that are ordered, lowest first.
         token_dropout (`float`, *optional*, defaults to `0.0`):
             Probability that a token of the student's input is replaced in training, while the teacher's target stays
             that of the whole text (word dropout). Special tokens, padding and supervised tokens are never replaced.
@@ -122,6 +134,23 @@ class DistillOptions:
     ) = None
     recalibration: Annotated[str, Strict()] = "none"
     recalibration_value: Annotated[float, Strict()] | None = None
+    restrict_to_choices: Annotated[
+        bool, Strict(), Fact("Target", "the distribution over the choices; all other tokens are one bucket")
+    ] = False
+    brier_weight: Annotated[
+        float,
+        Strict(),
+        Ge(0.0),
+        Lt(float("inf")),
+        Fact("Brier score", "{value:g} times that among the choices is added"),
+    ] = 0.0
+    rps_weight: Annotated[
+        float,
+        Strict(),
+        Ge(0.0),
+        Lt(float("inf")),
+        Fact("Ranked probability score", "{value:g} times that among the choices is added"),
+    ] = 0.0
     token_dropout: Annotated[
         float,
         Strict(),
@@ -176,15 +205,24 @@ class DistillOptions:
                 "top_k",
                 f"has no meaning with `estimator={self.estimator!r}`: leaving draws out would bias it. Leave it unset.",
             )
+        if self.restrict_to_choices and (self.top_k is not None or estimator_target(self.estimator) == "draws"):
+            other = f"`top_k={self.top_k}`" if self.top_k is not None else f"`estimator={self.estimator!r}`"
+            yield (
+                "restrict_to_choices",
+                f"has no meaning with {other}: its target is all the choices. Leave one of the two out.",
+            )
 
 
 @_documented
 @dataclass
 class TrainerOptions(DistillOptions):
     r"""
-    The options of [`FirstDistillConfig`]: those of [`DistillOptions`], and two that are about how, not what.
+    The options of [`FirstDistillConfig`]: those of [`DistillOptions`], and three that a recipe does not have.
 
     Parameters:
+        soft_label_weight (`float`, *optional*):
+            Where rows hold soft labels beside a cached teacher: share `w` of theirs in the target, the teacher's (after
+            its recalibration) has `1 - w`.
         loss_chunk_size (`int`, *optional*):
             Supervised tokens per chunk of the fused loss. When not set, chosen from the vocabulary size.
         token_dropout_id (`int`, *optional*):
@@ -192,6 +230,7 @@ class TrainerOptions(DistillOptions):
             padding and end-of-sequence token.
     """
 
+    soft_label_weight: Annotated[float, Ge(0.0), Le(1.0)] | None = None
     loss_chunk_size: Annotated[int, Ge(1)] | None = None
     token_dropout_id: int | None = None
 

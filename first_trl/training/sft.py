@@ -4,13 +4,37 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from trl import SFTTrainer
 
 from ..losses.head import check_causal
 from ..vocabulary import IGNORE_INDEX
 from .fused_head import FusedHeadMixin, refuse_resized
+from .options import TrainerOptions, check_options
 from .precision import MasterWeightsMixin
-from .token_dropout import TokenDropoutSFTTrainer
+from .token_dropout import TokenDropoutMixin
 from .token_means import TokenMeansMixin
+
+
+class TokenDropoutSFTTrainer(TokenDropoutMixin, SFTTrainer):
+    """
+    [`~trl.SFTTrainer`] with token dropout: the baseline that trains on labels alone what [`FirstDistillTrainer`]
+    trains on a teacher.
+
+    Args:
+        *args, **kwargs:
+            As in [`~trl.SFTTrainer`].
+        token_dropout (`float`, *optional*, defaults to `0.0`):
+            Probability that a token of the input is replaced in training.
+        token_dropout_id (`int`, *optional*):
+            Token put in place, see [`replacement_token`].
+    """
+
+    def __init__(
+        self, *args: Any, token_dropout: float = 0.0, token_dropout_id: int | None = None, **kwargs: Any
+    ) -> None:
+        check_options(TrainerOptions(token_dropout=token_dropout, token_dropout_id=token_dropout_id))
+        super().__init__(*args, **kwargs)
+        self.set_token_dropout(token_dropout, token_dropout_id)
 
 
 class FirstSFTTrainer(MasterWeightsMixin, FusedHeadMixin, TokenMeansMixin, TokenDropoutSFTTrainer):

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from trl import SFTTrainer
 
 from ..vocabulary import IGNORE_INDEX
 from .options import TrainerOptions, check_options
@@ -131,25 +130,3 @@ class TokenDropoutMixin:
         rank = self.accelerator.process_index // self.get_tp_size()
         entropy = np.random.SeedSequence([self.args.seed, *self._dropout_batch, rank])
         return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
-
-
-class TokenDropoutSFTTrainer(TokenDropoutMixin, SFTTrainer):
-    """
-    [`~trl.SFTTrainer`] with token dropout: the baseline that trains on labels alone what [`FirstDistillTrainer`]
-    trains on a teacher.
-
-    Args:
-        *args, **kwargs:
-            As in [`~trl.SFTTrainer`].
-        token_dropout (`float`, *optional*, defaults to `0.0`):
-            Probability that a token of the input is replaced in training.
-        token_dropout_id (`int`, *optional*):
-            Token put in place, see [`replacement_token`].
-    """
-
-    def __init__(
-        self, *args: Any, token_dropout: float = 0.0, token_dropout_id: int | None = None, **kwargs: Any
-    ) -> None:
-        check_options(TrainerOptions(token_dropout=token_dropout, token_dropout_id=token_dropout_id))
-        super().__init__(*args, **kwargs)
-        self.set_token_dropout(token_dropout, token_dropout_id)

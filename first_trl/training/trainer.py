@@ -12,8 +12,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from .._trl_compat import fingerprint, get_dataset_column_names, global_then_local_main_first
+from ..cache.choices import add_soft_labels, has_soft_labels, restrict_to_choices
 from ..cache.manifest import read_manifests
-from ..cache.schema import DRAW_COLUMNS, INPUT_IDS, TEACHER_COLUMNS, count_without_gold, refuse_transform
+from ..cache.schema import (
+    CHOICE_INDEX,
+    DRAW_COLUMNS,
+    INPUT_IDS,
+    SOFT_LABELS,
+    TEACHER_COLUMNS,
+    count_without_gold,
+    refuse_transform,
+)
 from ..cache.verify import verify_teacher_cache
 from ..losses.head import SUMS, check_causal
 from ..losses.inputs import get_estimator
@@ -65,7 +74,8 @@ class FirstDistillTrainer(  # type: ignore[misc]  # TRL's signature
             Configuration. If `None`, a default one is used.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Teacher cache, from [`add_teacher_topk`] or [`load_teacher_cache`]; several of one teacher can be
-            concatenated, caches of prompts without an answer among them.
+            concatenated, caches of prompts without an answer among them. Or rows of questions with soft labels, see
+            [`add_soft_labels`], alone or in a cache.
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict`, *optional*):
             Held-out cache (distillation loss and its parts), or any dataset SFTTrainer takes (negative
             log-likelihood).
@@ -127,11 +137,13 @@ class FirstDistillTrainer(  # type: ignore[misc]  # TRL's signature
         if next(iter(train_dataset), None) is None:
             raise ValueError("The teacher cache is empty: no row to train on. Check the filter or slice that made it.")
         columns = get_dataset_column_names(train_dataset)
-        if not any(name in columns for name in TEACHER_COLUMNS):
+        cached = any(name in columns for name in TEACHER_COLUMNS)
+        if not cached and not has_soft_labels(columns):
             raise ValueError(
                 f"Missing teacher cache columns {list(TEACHER_COLUMNS)}; the train dataset has {columns}. Make them "
-                "with `add_teacher_topk(dataset, teacher, processing_class)`."
+                "with `add_teacher_topk(dataset, teacher, processing_class)`, or give soft labels, `target_probs`."
             )
+        _check_soft_label_weight(args.soft_label_weight, cached, has_soft_labels(columns) or SOFT_LABELS in columns)
         prompt_learning = peft_config if peft_config is not None else getattr(model, "active_peft_config", None)
         if getattr(prompt_learning, "is_prompt_learning", False):
             raise ValueError(
@@ -170,7 +182,14 @@ class FirstDistillTrainer(  # type: ignore[misc]  # TRL's signature
                 "Context and sequence parallelism split a row over devices, away from its teacher entries. Use data "
                 "parallelism, FSDP or ZeRO-3."
             )
-        self.add_fused_head(args.estimator, args.ce_weight, args.loss_chunk_size, args.student_temperature)
+        self.add_fused_head(
+            args.estimator,
+            args.ce_weight,
+            args.loss_chunk_size,
+            student_temperature=args.student_temperature,
+            brier_weight=args.brier_weight,
+            rps_weight=args.rps_weight,
+        )
         plain: Any = self.data_collator
         self.data_collator = DataCollatorForDistillation(
             pad_token_id=plain.pad_token_id,
@@ -179,6 +198,7 @@ class FirstDistillTrainer(  # type: ignore[misc]  # TRL's signature
             recalibration=self._recalibration,
             estimator=args.estimator,
             top_k=args.top_k,
+            soft_label_weight=args.soft_label_weight,
         )
         self.set_token_dropout(args.token_dropout, args.token_dropout_id)
         self._lacks_gold = {"train": False, "eval": False}
@@ -205,7 +225,20 @@ class FirstDistillTrainer(  # type: ignore[misc]  # TRL's signature
         if fingerprint(dataset) in self._prepared:
             return dataset  # `evaluate` was given a dataset of this trainer
         columns = get_dataset_column_names(dataset)
-        if not any(name in columns for name in TEACHER_COLUMNS):  # an evaluation set without a teacher
+        cached = any(name in columns for name in TEACHER_COLUMNS)
+        over_choices = has_soft_labels(columns) or (
+            args.restrict_to_choices and cached and CHOICE_INDEX not in columns
+        )
+        if over_choices and not isinstance(dataset, Dataset):
+            raise ValueError(
+                f"The {dataset_name} dataset is a stream, and targets over the choices are made of all rows at once. Load it "
+                "without `streaming=True`."
+            )
+        if over_choices and not cached:
+            with global_then_local_main_first():
+                dataset = add_soft_labels(dataset, processing_class)
+            over_choices, columns = False, dataset.column_names
+        elif not cached:  # an evaluation set without a teacher
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         if estimator_target(args.estimator) == "draws" and not all(name in columns for name in DRAW_COLUMNS):
             raise ValueError(
@@ -223,12 +256,19 @@ class FirstDistillTrainer(  # type: ignore[misc]  # TRL's signature
         with global_then_local_main_first():
             if map_style:
                 verify_teacher_cache(dataset, processing_class, head_size=self._student_head_size)
+                if over_choices:
+                    dataset = restrict_to_choices(dataset, processing_class)
+                    columns = dataset.column_names
+                    verify_teacher_cache(dataset, processing_class, head_size=self._student_head_size)
                 _report_cuts(dataset, dataset_name, args, packing)
             else:
                 dataset = verify_stream(dataset, processing_class, self._student_head_size)
+            extra: tuple[str, ...] = (TEACHER_HAS_GOLD,) if lacks_gold else ()
+            extra += tuple(name for name in (CHOICE_INDEX, SOFT_LABELS) if name in columns)
+            _check_choices(args, extra)
             dataset = align(
                 dataset,
-                entry_columns(args.estimator) + ((TEACHER_HAS_GOLD,) if lacks_gold else ()),
+                entry_columns(args.estimator) + extra,
                 max_length=args.max_length,
                 truncation_mode=args.truncation_mode,
                 packing_strategy=args.packing_strategy if packing else None,
@@ -246,7 +286,7 @@ class FirstDistillTrainer(  # type: ignore[misc]  # TRL's signature
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
-        wanted = (*entry_columns(self.args.estimator), DRAW_LENGTHS, TEACHER_HAS_GOLD)
+        wanted = (*entry_columns(self.args.estimator), DRAW_LENGTHS, TEACHER_HAS_GOLD, CHOICE_INDEX, SOFT_LABELS)
         columns.extend(name for name in wanted if name not in columns)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -286,7 +326,8 @@ class FirstDistillTrainer(  # type: ignore[misc]  # TRL's signature
             return super().held_out_means(sums)
         weight, count = self.args.ce_weight, max(sums["num_tokens"], 1.0)
         hard = weight * sums["cross_entropy"] if weight > 0 else 0.0
-        return {"loss": ((1 - weight) * sums["kl"] + hard) / count, **self._means(sums, "eval")}
+        loss = (1 - weight) * sums["kl"] + hard + sums["choice_score"]
+        return {"loss": loss / count, **self._means(sums, "eval")}
 
     def train_means(self, sums: dict[str, float]) -> dict[str, float]:
         return self._means(sums, "train")
@@ -304,6 +345,8 @@ class FirstDistillTrainer(  # type: ignore[misc]  # TRL's signature
             "student_mass_outside": sums["mass_outside"] / count,
             "mean_token_accuracy": sums["num_correct"] / count,
         }
+        if self.args.brier_weight or self.args.rps_weight:
+            means["choice_score"] = sums["choice_score"] / count
         if self._over_kept and self.args.ce_weight == 0 and mode == "train":
             # These need the projection on the vocabulary, which this estimator saves while it trains
             for name in ("cross_entropy", "student_mass_outside", "mean_token_accuracy"):
@@ -321,6 +364,13 @@ def resolve_recalibration(args: FirstDistillConfig, train_dataset: Any) -> Recal
         return Recalibration()
     if args.recalibration_value is not None:
         return Recalibration(args.recalibration, args.recalibration_value)
+    columns = get_dataset_column_names(train_dataset)
+    if args.restrict_to_choices or has_soft_labels(columns) or CHOICE_INDEX in columns:
+        raise ValueError(
+            f"`recalibration={args.recalibration!r}` of a target over the choices needs `recalibration_value`: what is stored "
+            "with a cache was fitted to its top k. Fit it with `fit_recalibration` on validation rows of the same kind, from "
+            "`restrict_to_choices` or `add_soft_labels`."
+        )
     manifests = read_manifests(train_dataset)
     fitted = [manifest for manifest in manifests if args.recalibration in manifest.recalibration]
     fits = [manifest.recalibration[args.recalibration] for manifest in fitted]
@@ -347,6 +397,33 @@ def resolve_recalibration(args: FirstDistillConfig, train_dataset: Any) -> Recal
             f"estimator={args.estimator!r}. Fit that target with `fit_recalibration` and set `recalibration_value`."
         )
     return Recalibration.from_dict(fit["recalibration"])
+
+
+def _check_soft_label_weight(weight: float | None, cached: bool, soft: bool) -> None:
+    if cached and soft and weight is None:
+        raise ValueError(
+            "The rows hold soft labels beside a cached teacher: set `soft_label_weight`, their share in the target (1 for soft "
+            "labels alone), or remove one of the two."
+        )
+    if weight is not None and not (cached and soft):
+        raise ValueError(
+            f"`soft_label_weight={weight}` mixes soft labels and a cached teacher, and the train dataset has "
+            f"{'no `target_probs` or `target_votes`' if cached else 'no cached teacher'}. Leave it unset."
+        )
+
+
+def _check_choices(args: FirstDistillConfig, columns: tuple[str, ...]) -> None:
+    over_choices = CHOICE_INDEX in columns
+    if SOFT_LABELS in columns:
+        _check_soft_label_weight(args.soft_label_weight, cached=True, soft=True)
+    scores = [name for name in ("brier_weight", "rps_weight") if getattr(args, name)]
+    if scores and not over_choices:
+        raise ValueError(
+            f"`{scores[0]}` is a score among the choices, and the target is over the vocabulary: set "
+            "`restrict_to_choices=True`, or give soft labels."
+        )
+    if over_choices and args.top_k is not None:
+        raise ValueError(f"`top_k={args.top_k}` would leave choices out of a target over the choices. Leave it unset.")
 
 
 def _hard_labels_without_gold(dataset: Dataset | IterableDataset, dataset_name: str, ce_weight: float) -> ValueError:

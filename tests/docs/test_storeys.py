@@ -93,3 +93,10 @@ def test_few_rooms_and_few_loose_files():
     ]
     assert len([path for path in entries if path.is_dir() and path.name not in ("recipes", "model_cards")]) <= 14
     assert len([path for path in entries if path.suffix == ".py"]) <= 6
+
+
+def test_an_option_of_the_trainer_touches_few_files():
+    # The option, what it does, and the two trainers that have it
+    sources = [path for suffix in ("*.py", "*.pyi") for path in PACKAGE.rglob(suffix)]
+    found = {path.name for path in sources if "token_dropout" in path.read_text(encoding="utf-8")}
+    assert found <= {"options.py", "token_dropout.py", "sft.py", "trainer.py"}

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
+from first_trl.calibration.distribution import votes_to_distribution
 from first_trl.evaluation.distributions import (
     OptionPredictions,
     baselines,
     check_distribution,
     distribution_scores,
-    votes_to_distribution,
 )
 
 
@@ -79,6 +79,15 @@ def test_baselines():
     assert prior["nll"] <= uniform["nll"]
     assert uniform["mean_confidence"] == pytest.approx(np.mean([1 / len(q) for q in data.gold]))
     assert distribution_scores(baselines(data)["prior"])["kl"] > 0
+
+
+def test_the_prior_of_a_question_of_its_own_is_not_its_answer():
+    gold = [np.eye(3)[i % 3 if i < 25 else 0] for i in range(40)]
+    options = [(f"a{i}", f"b{i}", f"c{i}") for i in range(25)] + [("yes", "no", "unknown")] * 15
+    data = OptionPredictions([str(i) for i in range(40)], ["choice"] * 40, gold, gold, options)
+    prior = baselines(data)["prior"].probabilities
+    np.testing.assert_allclose(prior[:25], [[9 / 25, 8 / 25, 8 / 25]] * 25)
+    np.testing.assert_allclose(prior[25:], [[1, 0, 0]] * 15)
 
 
 @pytest.mark.parametrize(

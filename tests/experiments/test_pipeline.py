@@ -25,6 +25,8 @@ ARMS = {
     "first": {"kind": "distill", "recalibration": "probability_temperature"},
     "bucket": {"kind": "distill", "estimator": "bucket", "ce_weight": 0.2},
     "lora": {"kind": "distill", "lora": {"r": 4, "target_modules": "all-linear"}},
+    "sft_novelty": {"kind": "novelty_scaling", "of": "sft"},
+    "lora_novelty": {"kind": "novelty_scaling", "of": "lora", "novelty": {"fit": "cross_group", "layers": [1]}},
 }
 
 
@@ -79,6 +81,50 @@ def test_temperature_scaling_leaves_accuracy_and_changes_confidence(run):
     results = json.loads((run / "report" / "report.json").read_text())["results"]
     assert results["sft"]["test"]["full_vocab"]["accuracy"] == results["sft_ts"]["test"]["full_vocab"]["accuracy"]
     assert results["sft"]["test"]["full_vocab"]["ece"] != results["sft_ts"]["test"]["full_vocab"]["ece"]
+
+
+def test_temperature_by_novelty_leaves_accuracy_and_says_how_new_rows_are(run):
+    report = json.loads((run / "report" / "report.json").read_text())
+    results = report["results"]
+    for arm, of in (("sft_novelty", "sft"), ("lora_novelty", "lora")):
+        for role in ("test", "ood"):
+            mine, plain = (results[name][role]["full_vocab"] for name in (arm, of))
+            assert mine["accuracy"] == plain["accuracy"]
+        fitted = json.loads((run / "evaluate" / arm / "novelty.json").read_text())
+        predictions = load_dataset("parquet", data_files=str(run / "evaluate" / arm / "ood.parquet"), split="train")
+        given = np.array(predictions["temperature"])
+        assert fitted["roles"]["ood"]["temperature"]["mean"] == pytest.approx(given.mean())
+        assert 0.0 <= fitted["auroc"]["ood"]["feature"] <= 1.0 and set(fitted["auroc"]) == {"ood"}
+        assert (run / "evaluate" / arm / "novelty.safetensors").stat().st_size < 5_000_000
+        if fitted["slopes"] == [0.0]:
+            assert given == pytest.approx(fitted["scalar"])
+    assert set(fitted["choice"]["cross_group"]) == {"1"}
+    markdown = (run / "report" / "report.md").read_text()
+    assert "## How new the rows are" in markdown and "novelty.png" in markdown
+    assert (run / "report" / "novelty.png").stat().st_size > 5000 and set(report["novelty"]) == {
+        "sft_novelty",
+        "lora_novelty",
+    }
+    exported = (run / "students" / "sft" / "model" / "novelty.safetensors").read_bytes()
+    assert exported == (run / "evaluate" / "sft_novelty" / "novelty.safetensors").read_bytes()
+    assert not (run / "students" / "first" / "model" / "novelty.safetensors").exists()
+    # The one temperature is the one of temperature scaling, to the digits of the table it is read from
+    scalar = json.loads((run / "evaluate" / "sft_novelty" / "novelty.json").read_text())["scalar"]
+    scaled = json.loads((run / "evaluate" / "sft_ts" / "temperature.json").read_text())["temperature"]
+    assert scalar == pytest.approx(scaled, rel=1e-3)
+
+
+def test_a_finished_run_is_extended_without_training(run, recipe, capsys, tmp_path):
+    import shutil
+
+    folder = tmp_path / "copy"
+    shutil.copytree(run, folder)
+    extra = "arms.first_novelty={kind: novelty_scaling, of: first, novelty: {feature: distance_and_max_probability}}"
+    assert main(["run", recipe, *TINY, extra, "--output-dir", str(folder)]) == 0
+    redone = {
+        line.split(":")[0].strip() for line in capsys.readouterr().out.splitlines() if line.endswith(": running")
+    }
+    assert redone == {"states/first", "evaluate/first_novelty", "report"}
 
 
 def test_the_fitted_value_reaches_the_student(run):
@@ -218,7 +264,8 @@ def test_a_further_evaluation_role_and_a_smaller_batch_train_nothing_again(run, 
     redone = {
         line.split(":")[0].strip() for line in capsys.readouterr().out.splitlines() if line.endswith(": running")
     }
-    assert redone == {"data", "report", *(f"evaluate/{arm}" for arm in (*ARMS, "bayes"))}
+    read = {f"states/{arm['of']}" for arm in ARMS.values() if arm["kind"] == "novelty_scaling"}
+    assert redone == {"data", "report", *read, *(f"evaluate/{arm}" for arm in (*ARMS, "bayes"))}
     # Other training rows are another matter
     assert main(["run", recipe, *TINY, "task.splits.train.limit=80", "--output-dir", str(folder)]) == 0
     assert "students/sft: running" in capsys.readouterr().out

@@ -44,6 +44,17 @@ def test_a_grid_of_an_arm_stays_in_one_run():
     assert run.arms["first@recalibration_value=0.1"].label.endswith("recalibration_value = 0.1")
 
 
+def test_a_grid_of_an_arm_behind_another_is_its_own():
+    (run,) = expand("arms.n={kind: novelty_scaling, of: direct, novelty: {}}", "grid={arms.n.novelty.k: [1, 10]}")
+    made = {name: run.arms[name] for name in run.arms if name.startswith("n@")}
+    assert {name: (arm.of, arm.novelty.k) for name, arm in made.items()} == {
+        "n@novelty.k=1": ("direct", 1),
+        "n@novelty.k=10": ("direct", 10),
+    }
+    (run,) = expand("arms.n={kind: novelty_scaling, of: direct}", "grid={arms.direct.top_k: [1, 2]}")
+    assert run.arms["n@top_k=2"].of == "direct@top_k=2"
+
+
 def test_labels_take_the_values_they_name():
     (run,) = expand('arms.first.label="c is {recalibration_value}"', "grid={arms.first.recalibration_value: [0.3]}")
     assert run.arms["first@recalibration_value=0.3"].label == "c is 0.3"

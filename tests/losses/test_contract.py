@@ -123,7 +123,7 @@ def test_statistics_are_detached_float32_scalars() -> None:
     output = make_problem(0, 3, 4, 11, 3, dtype=torch.bfloat16).fused()
     for value in output:
         assert value.dtype == torch.float32 and value.shape == ()
-    assert [value.requires_grad for value in output] == [True] + [False] * 7
+    assert [value.requires_grad for value in output] == [True] + [False] * 8
     assert output.num_tokens == 3
 
 

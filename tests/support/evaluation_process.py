@@ -11,6 +11,7 @@ from pathlib import Path
 from first_trl.evaluation.multiple_choice import evaluate_multiple_choice
 from first_trl.evaluation.posthoc import fit_posthoc_temperature
 from first_trl.evaluation.token_level import evaluate_token_level
+from first_trl.evaluation.whole_answers import evaluate_whole_answers
 from first_trl.tasks import get_task, tokenize_rows
 from first_trl.utils.processes import process_state
 from tests.support.tiny import tiny_llama
@@ -21,9 +22,11 @@ def results(distributed: bool) -> dict:
     tokenizer, rows = task.tokenizer(), task.load("test", limit=37).dataset
     model = tiny_llama(vocab_size=len(tokenizer))
     tokens = tokenize_rows(rows, tokenizer, supervise="all").dataset
+    pairs = rows.map(lambda row: {"choices": [choice * 2 for choice in row["choices"]]})
     options = {"disable_tqdm": True, "distributed": distributed, "batch_size": 5}
     return {
         "choices": evaluate_multiple_choice(model, tokenizer, rows, **options).to_rows(),
+        "texts": evaluate_whole_answers(model, tokenizer, pairs, length="unconditional", **options).to_rows(),
         "tokens": evaluate_token_level(model, tokenizer, tokens, **options).to_rows(),
         "temperature": fit_posthoc_temperature(model, tokenizer, rows, **options).temperature,
     }

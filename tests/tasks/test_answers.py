@@ -6,6 +6,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from first_trl.tasks import answer_token_ids, answer_token_ids_of_rows, get_task
+from first_trl.tasks.answers import choice_token_ids
+from first_trl.tasks.word_tokenizer import word_tokenizer
 from tests.conftest import DATA
 
 
@@ -114,3 +116,13 @@ def test_datasets_without_choices_are_refused():
         answer_token_ids_of_rows(tokenizer, text)
     with pytest.raises(ValueError, match="no column 'choices'"):
         answer_token_ids_of_rows(tokenizer, text.remove_columns("choices"))
+
+
+def test_whole_answers_that_are_the_same_tokens_are_refused():
+    tokenizer = word_tokenizer(["which", "?", "cat", "<unk>"], unknown="<unk>")
+    ids = choice_token_ids(tokenizer, ["which ?"], [[" cat", " cat cat"]], ["row 7"])
+    assert [len(tokens) for tokens in ids[1][0]] == [1, 2]
+    with pytest.raises(ValueError, match="row 7: the answers ' dog' and ' cow' are the same tokens"):
+        choice_token_ids(tokenizer, ["which ?"], [[" cat", " dog", " cow"]], ["row 7"])
+    with pytest.raises(ValueError, match="row 7: there are no choices"):
+        choice_token_ids(tokenizer, ["which ?"], [[]], ["row 7"])

@@ -51,6 +51,7 @@ def test_every_format_gives_the_same_rows(task, tmp_path, name):
         "gold": 1,
         "group": "pens",
         "question": "What absorbs ink?",
+        "options": ["pocket", "blotter"],
     }
     assert (rows[1]["id"], rows[1]["gold"], rows[1]["choices"]) == ("q2", 0, [" A", " B", " C"])
 

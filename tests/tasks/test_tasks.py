@@ -67,6 +67,7 @@ def test_prompt_is_the_documented_one():
         "gold": 3,
         "group": "kettle",
         "question": "Where would you most likely put a kettle to heat it?",
+        "options": ["bookshelf", "mailbox", "pillow", "stove", "bathtub"],
     }
 
 
@@ -92,7 +93,8 @@ def test_original_files(name, folder, split, n):
     loaded = get_task(name).load(split, path=str(FIXTURES / folder))
     rows = loaded.dataset
     assert (loaded.n_read, len(rows), loaded.n_dropped, loaded.n_not_selected) == (n, n, 0, 0)
-    assert rows.column_names == COLUMNS
+    lettered = name not in ("boolq", "alpaca")
+    assert rows.column_names == COLUMNS + ["options"] * lettered
     assert rows.features["gold"] == Value("int64")
     assert len(set(rows["id"])) == n
     for row in rows:

@@ -10,10 +10,9 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from first_trl import FirstDistillTrainer
+from first_trl import FirstDistillTrainer, TokenDropoutSFTTrainer
 from first_trl.training.token_dropout import (
     TokenDropoutMixin,
-    TokenDropoutSFTTrainer,
     drop_tokens,
     replacement_token,
 )

@@ -11,7 +11,8 @@ import datasets
 from datasets import Dataset, ReadInstruction
 from transformers import AutoTokenizer
 
-from ...tasks import Task, TaskSplit, answer_token_ids_of_rows, get_task, tokenize_rows
+from ...tasks import Task, TaskSplit, get_task, tokenize_rows
+from ...tasks.answers import check_answers
 from ...tasks.copies import find_copies
 from ...tasks.sizes import SplitSize
 from ...utils.tables import file_kind
@@ -132,7 +133,7 @@ def _count(
         plan.basis += f", {len(sample)} rows tokenised"
         if answers and plan.role in recipe.evaluation.splits:
             try:
-                answer_token_ids_of_rows(tokenizer, rows)
+                check_answers(tokenizer, rows, recipe.evaluation.scoring)
             except ValueError as error:
                 plan.problem = str(error)
         return split

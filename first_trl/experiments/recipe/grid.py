@@ -103,11 +103,13 @@ def _expand_arms(arms: dict[str, Any], grid: dict[str, list[Any]], where: str) -
         by_arm.setdefault(name, {})[".".join(rest)] = values
     expanded: dict[str, Any] = {}
     for name, arm in arms.items():
-        # A temperature scaling follows the arm that it is applied to
-        for combination in itertools.product(*by_arm.get(arm["of"] or name, by_arm.get(name, {})).values()):
-            swept = dict(zip(by_arm.get(arm["of"] or name, by_arm.get(name, {})), combination, strict=True))
+        # A temperature behind an arm follows it
+        follows = arm["of"] in by_arm
+        keys = by_arm[arm["of"]] if follows else by_arm.get(name, {})
+        for combination in itertools.product(*keys.values()):
+            swept = dict(zip(keys, combination, strict=True))
             copied = {key: dict(value) if isinstance(value, dict) else value for key, value in arm.items()}
-            if arm["of"] is not None and swept:
+            if follows:
                 copied["of"] = f"{arm['of']}@{_suffix(swept)}"
             else:
                 for key, value in swept.items():

@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from ...training.options import DistillOptions, For, recalibrations
 from ...utils.names import nearest
+from ...vocabulary import POST_HOC
 
 
 # A key nobody knows is refused. "3" is no number, and 1 is not `true`.
@@ -70,8 +71,9 @@ class TaskSpec:
     Args:
         name (`str`): Task name, see `first_trl.tasks.list_tasks`.
         splits (`dict[str, SplitSpec]`): Role -> rows. Roles: `train` and `validation` (required), any number of
-            evaluation roles such as `test` and `ood`, `pretrain` for models made from scratch, and further roles that
-            arms train on (`arms.NAME.data`), such as prompts without answers.
+            evaluation roles such as `test` and `ood`, `pretrain` for models made from scratch, `threshold` for the
+            thresholds that students bring (else `validation` has to serve), and further roles that arms train on
+            (`arms.NAME.data`), such as prompts without answers.
         path (`str`, *optional*): Hub id, file or folder; default is the benchmark's own Hub dataset.
         revision (`str`, *optional*): Revision of the Hub dataset.
         options (`dict`): Options of the task, e.g. `template`.
@@ -197,12 +199,48 @@ class RecalibrationSpec:
 
 
 @dataclass(config=_CONFIG)
+class NoveltySpec:
+    """
+    How the temperature of a `novelty_scaling` arm depends on the input, see
+    [`~first_trl.evaluation.novelty_scaling.fit_novelty_scaling`].
+
+    Args:
+        feature (`str`): `distance` of the hidden state to those of training rows; `max_probability`, the control;
+            `distance_and_max_probability`; or `hidden_state`, a learnt head.
+        fit (`str`): Where the slope is learnt: on `validation`; `steepest`, the steepest one that validation bears; or by
+            `cross_group` on groups of training rows that were held out, which needs rows with a `group`. The intercept is
+            always fitted on `validation`.
+        metric (`str`): Of the distance: `cosine`, `pca` or `mahalanobis`.
+        k (`int`): Nearest training rows.
+        components (`int`): Principal components of `pca`, `mahalanobis` and `hidden_state`.
+        layers (`list[int]`, *optional*): Layers to choose from, 1 is the first; default: a quarter, half, three quarters and
+            all of the depth.
+        folds (`int`): Parts of the groups, for `cross_group`.
+        max_nll_increase (`float`): Nats a row that a slope of `steepest` or `cross_group` may cost on `validation` over one
+            temperature; a smaller part of it is taken where it would cost more.
+        at_least_scalar (`bool`): No temperature below the scalar one.
+        reference_rows (`int`): Most training rows that are kept.
+    """
+
+    feature: Literal["distance", "max_probability", "distance_and_max_probability", "hidden_state"] = "distance"
+    fit: Literal["validation", "steepest", "cross_group"] = "validation"
+    metric: Literal["cosine", "pca", "mahalanobis"] = "cosine"
+    k: Count = 10
+    components: Count = 16
+    layers: list[Count] | None = None
+    folds: Annotated[int, Strict(), Ge(2)] = 4
+    max_nll_increase: Annotated[float, Strict(), Ge(0.0)] = 0.0
+    at_least_scalar: Flag = False
+    reference_rows: Count = 4000
+
+
+@dataclass(config=_CONFIG)
 class _Arm:
     """What an arm begins with."""
 
-    kind: Literal["teacher", "sft", "distill", "temperature_scaling"]
+    kind: Literal["teacher", "sft", "distill", "temperature_scaling", "novelty_scaling"]
     label: Text | None = None
-    of: Annotated[Text, For(("temperature_scaling",))] | None = None
+    of: Annotated[Text, For(POST_HOC)] | None = None
     training: Annotated[Mapping, _STUDENTS] = field(default_factory=dict)
 
 
@@ -213,9 +251,10 @@ class ArmSpec(DistillOptions, _Arm):
     [`~first_trl.training.options.DistillOptions`], and these:
 
     Args:
-        kind (`str`): `teacher`, `sft`, `distill` or `temperature_scaling`.
+        kind (`str`): `teacher`, `sft`, `distill`, `temperature_scaling` or `novelty_scaling`.
         label (`str`, *optional*): Name in tables and figures. With a grid, `{top_k}` and the like are filled in.
-        of (`str`, *optional*): Arm that `temperature_scaling` is applied to.
+        of (`str`, *optional*): Arm that `temperature_scaling` or `novelty_scaling` is applied to.
+        novelty (`NoveltySpec`, *optional*): How a `novelty_scaling` is fitted, where it is not by default.
         training (`dict`): Training arguments on top of the recipe's `training`.
         objective (`str`, *optional*): Objective of the fit, when it is another than the recipe's.
         min_value (`float`, *optional*): Lower bound of the fitted value; 1 keeps a temperature from sharpening.
@@ -233,6 +272,7 @@ class ArmSpec(DistillOptions, _Arm):
     teacher: Annotated[Text, For(("teacher", "distill"))] | None = None
     data: Annotated[list[Text], _DISTILL] = field(default_factory=lambda: ["train"])
     lora: Annotated[Mapping, _STUDENTS] | None = None
+    novelty: Annotated[NoveltySpec, For(("novelty_scaling",))] | None = None
     swept: Mapping = field(default_factory=dict)
 
 
@@ -243,12 +283,22 @@ class EvaluationSpec:
         splits (`list[str]`): Roles to evaluate on; the first is the in-domain one. Roles with choices are scored at
             the answer position, free text at every token of the reference answer.
         batch_size (`int`): Prompts a forward.
+        scoring (`str`): How choices are scored: `token`, over the whole vocabulary, needs answers of one token each;
+            `choices` takes the probability of each choice's whole text.
+        length (`str`): With `scoring: choices`, what log-probabilities of texts are divided by: `none` (the probability of
+            the text as it is), `tokens`, `characters` or `bytes`; or `unconditional`, which takes off what they are
+            without the question.
+        permutations (`int`): Ask every question with lettered options in this many orders of them, for the column of
+            answers that flip; 0 for none. Costs that many evaluations more.
         n_bins (`int`): Equal-width bins of the ECE.
         null_draws (`int`): Draws of a perfectly calibrated model, for the ECE that it would show by chance.
     """
 
     splits: list[Text] = field(default_factory=lambda: ["test"])
     batch_size: Count = 64
+    scoring: Literal["token", "choices"] = "token"
+    length: Literal["none", "tokens", "characters", "bytes", "unconditional"] = "none"
+    permutations: Annotated[int, Strict(), Ge(0)] = 0
     n_bins: Count = 10
     null_draws: Count = 200
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from ...plugins import BACKENDS, TASKS, estimator_target
 from ...training.options import DistillOptions, For, marks
 from ...utils.names import nearest
-from ...vocabulary import BAYES
+from ...vocabulary import BAYES, POST_HOC, THRESHOLD_ROLE
 from .arguments import config_problems, init_problems, lora_problems, training_problems
 from .models import ArmSpec, Recipe
 from .parse import refuse
@@ -44,8 +44,14 @@ def _roles(recipe: Recipe) -> Iterator[str]:
     for role in recipe.evaluation.splits:
         if role not in splits:
             yield f"evaluation.splits names {role!r}, which task.splits does not hold ({', '.join(splits)})."
+    if THRESHOLD_ROLE in recipe.evaluation.splits:
+        yield f"evaluation.splits names {THRESHOLD_ROLE!r}: thresholds are fitted on its rows, nothing is reported on them."
     if not recipe.evaluation.splits:
         yield "evaluation.splits is empty; name at least one role to evaluate on."
+    if recipe.evaluation.permutations == 1:
+        yield "evaluation.permutations must be 0 or at least 2: the order of the rows is one of them."
+    if recipe.evaluation.length != "none" and recipe.evaluation.scoring != "choices":
+        yield "evaluation.length is about whole texts: set evaluation.scoring to choices, or leave it out."
     for role, split in splits.items():
         if split.unseen is not None and role not in recipe.evaluation.splits:
             yield f"task.splits.{role}.unseen only belongs to roles of evaluation.splits."
@@ -112,10 +118,17 @@ def _arm(recipe: Recipe, name: str, arm: ArmSpec) -> Iterator[str]:
     place = f"arms.{name}"
     if not arm.swept:
         yield from _name(name, place)
-    if arm.kind == "temperature_scaling" and (
-        arm.of not in recipe.arms or recipe.arms[str(arm.of)].kind == "temperature_scaling"
-    ):
+    if arm.kind in POST_HOC and (arm.of not in recipe.arms or recipe.arms[str(arm.of)].kind in POST_HOC):
         yield f"{place}.of must name a trained arm, got {arm.of!r}.{nearest(str(arm.of), recipe.arms)}"
+    spec = arm.novelty
+    if spec is not None and spec.fit == "cross_group" and spec.feature == "hidden_state":
+        yield f"{place}.novelty: the feature hidden_state is fitted on validation rows; cross_group fits one slope."
+    if spec is not None and spec.fit == "steepest" and spec.feature not in ("distance", "max_probability"):
+        yield f"{place}.novelty: the fit 'steepest' is for one feature, distance or max_probability."
+    if spec is not None and spec.fit == "steepest" and spec.at_least_scalar:
+        yield f"{place}.novelty: with at_least_scalar there is no steepest slope. Leave one of the two out."
+    if arm.kind == "novelty_scaling" and recipe.evaluation.scoring != "token":
+        yield f"{place}: novelty_scaling reads answers of one token, and evaluation.scoring is {recipe.evaluation.scoring!r}."
     misplaced = list(_misplaced(arm))
     for key in misplaced:
         kinds = " and ".join(_kinds_of(key) or ())
@@ -130,6 +143,9 @@ def _arm(recipe: Recipe, name: str, arm: ArmSpec) -> Iterator[str]:
     for role in arm.data:
         if role not in recipe.task.splits or role in recipe.evaluation.splits:
             yield f"{place}.data names {role!r}; choose roles of task.splits that nothing is evaluated on."
+    for key in ("brier_weight", "rps_weight"):
+        if getattr(arm, key) and not arm.restrict_to_choices and key not in misplaced:
+            yield f"{place}.{key} is a score among the choices: set {place}.restrict_to_choices."
     for key, text in arm.problems():
         if key not in misplaced:
             yield f"{place}.{key} {text}"

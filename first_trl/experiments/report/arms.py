@@ -6,7 +6,7 @@ from typing import Any
 
 from ...plugins import method_symbol
 from ...training.options import DistillOptions
-from ...vocabulary import BAYES, BAYES_LABEL
+from ...vocabulary import BAYES, BAYES_LABEL, POST_HOC
 from .collect import FinishedRun, is_number
 
 
@@ -44,7 +44,7 @@ def describe_arms(runs: Sequence[FinishedRun]) -> dict[str, dict[str, Any]]:
         spec = has[0].arms.get(name, {})
         label = (has[0].data.get("labels") or {}).get(name) or spec.get("label")
         kind = BAYES if name == BAYES else spec.get("kind")
-        source = has[0].arms.get(str(spec.get("of")), {}) if kind == "temperature_scaling" else spec
+        source = has[0].arms.get(str(spec.get("of")), {}) if kind in POST_HOC else spec
         arms[name] = {
             "label": label or (BAYES_LABEL if name == BAYES else name),
             "kind": kind,

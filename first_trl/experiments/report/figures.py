@@ -1,12 +1,14 @@
 """Figures of the reports."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ... import calibration
+from ...calibration.novelty import NoveltyTemperature
 from ...plugins import method_symbol
 from .arms import key_title
 
@@ -169,4 +171,58 @@ def curve_figure(name: str, fit: Mapping[str, Any]) -> "Figure":
     second.set_ylabel("teacher's validation NLL", color=COLOURS[2])
     handles = [*axes.get_lines(), *second.get_lines()]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8.5, frameon=False)
+    return figure
+
+
+def risk_coverage_figure(decisions: Mapping[str, Mapping[str, Any]], role: str) -> "Figure":
+    """Error rate among the surest answers against the share of rows that they are, one curve a student."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for index, (label, found) in enumerate(decisions.items()):
+        scores = found["roles"][role]
+        coverage, error = np.array(scores["curve"]).T
+        colour, line = COLOURS[index % len(COLOURS)], "-" if index < len(COLOURS) else "--"
+        axes.plot(100 * coverage, 100 * error, label=label, linewidth=1.4, color=colour, linestyle=line)
+        if scores["error"] is not None:
+            axes.plot(100 * scores["coverage"], 100 * scores["error"], marker="o", color=colour)
+    promise = next(iter(decisions.values()))["threshold"]["max_error"]
+    axes.axhline(100 * promise, color="grey", linewidth=0.8, linestyle=":")
+    axes.set(xlabel="rows answered, %", ylabel="wrong among them, %", title=f"{role}: risk against coverage")
+    axes.set_xlim(0, 100)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8.5, frameon=False)
+    return figure
+
+
+def novelty_figure(fits: Mapping[str, Mapping[str, Any]]) -> "Figure":
+    """Temperature over the distance for each arm (label -> what was fitted), and where the rows of the roles lie."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    # As many as there are colours
+    fits = dict(list(fits.items())[: len(COLOURS)])
+    roles = list(next(iter(fits.values()))["roles"])
+    spread = [fit["roles"][role]["feature"]["tenths"] for fit in fits.values() for role in roles]
+    x = np.linspace(min(tenths[1] for tenths in spread) - 1.0, max(tenths[9] for tenths in spread) + 1.0, 200)
+    for i, (label, fit) in enumerate(fits.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        given = NoveltyTemperature.from_dict({f.name: fit[f.name] for f in fields(NoveltyTemperature)})
+        top.plot(x, given.temperature(x), color=colour, label=label)
+        top.axhline(fit["scalar"], color=colour, linestyle=":", linewidth=0.9)
+        for row, role in enumerate(roles):
+            tenths = fit["roles"][role]["feature"]["tenths"]
+            place = -row - i / (2 * len(fits))
+            bottom.plot([tenths[1], tenths[9]], [place, place], color=colour)
+            bottom.plot([tenths[5]], [place], color=colour, marker="o", markersize=4)
+    top.set(ylabel="temperature", title="Temperature over the distance to training rows (dotted: the one temperature)")
+    top.title.set_fontsize(10)
+    bottom.set_yticks([-row - 0.25 for row in range(len(roles))], roles)
+    bottom.set_xlabel("distance (standardised logarithm); line: 10 to 90 % of the rows")
+    for axes in (top, bottom):
+        axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8.5, frameon=False)
     return figure

@@ -100,7 +100,7 @@ def _merge_cell(runs: list[FinishedRun], asked: list[str]) -> MergedCell:
 def _describe_role(runs: list[FinishedRun], role: str, index: int) -> dict[str, Any]:
     reports = [arm[role] for run in runs for arm in run.data["results"].values() if role in arm]
     sizes = [report["n"] for report in reports if "n" in report]
-    sample = {key: reports[0][key] for key in ("unit", "chance_accuracy") if reports[0].get(key)}
+    sample = {key: reports[0][key] for key in ("unit", "scoring", "length", "chance_accuracy") if reports[0].get(key)}
     domains = [(run.data.get("rows") or {}).get(role, {}).get("domain") for run in runs]
     domain = role_domain(role, index, next(filter(None, domains), None))
     return {"n": [min(sizes), max(sizes)] if sizes else None, "sample": sample, "domain": domain}
@@ -120,6 +120,9 @@ def _scores(runs: list[FinishedRun], arm: str, role: str) -> dict[str, Any]:
             scores[reading] = summaries
     if values := _numbers({name: report.get("option_mass") for name, report in reports.items()}):
         scores["option_mass"] = summarize(values)
+    flips = {name: (report.get("option_order") or {}).get("flip_rate") for name, report in reports.items()}
+    if values := _numbers(flips):
+        scores["flip_rate"] = summarize(values)
     if values := _numbers({name: (report.get("null_ece") or {}).get("mean") for name, report in reports.items()}):
         eces = scores.get("full_vocab", {}).get("ece", {}).get("values", {})
         limits = _numbers({name: reports[name]["null_ece"].get("q95") for name in values})

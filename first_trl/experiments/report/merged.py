@@ -22,7 +22,7 @@ class MergedCell:
             curve), `reference` (teacher or true posterior: no student), `baseline` (others are compared with it) and
             `missing` (runs without it).
         results (`dict`): Arm -> role -> reading -> metric -> `mean`, `sd`, `n`, `values` (run -> value). Beside the
-            readings: `option_mass`, and `null_ece` with `within` (seeds in which the ECE is below its 95 % point).
+            readings: `option_mass`, `flip_rate`, and `null_ece` with `within` (seeds in which the ECE is below its 95 % point).
         differences (`list[dict]`): Paired differences `arm` minus `baseline` per `role`, `reading` and `metric`, as
             [`paired_difference`] returns them.
         best (`dict`): Role -> reading -> metric -> `arms` (best mean among the students that have every seed) and

@@ -11,7 +11,7 @@ from ...utils.files import write_json
 from ...vocabulary import BAYES, BAYES_LABEL, FEW_ROWS
 from ..run_folder import ReportFolder
 from .arms import find_sweeps
-from .figures import curve_figure, mass_figure, save_figure
+from .figures import curve_figure, mass_figure, novelty_figure, risk_coverage_figure, save_figure
 from .markdown import to_markdown
 from .run_content import RunContent, write_run_parts
 
@@ -33,10 +33,12 @@ def write_report(
     arms: list[str],
     results: dict[str, dict[str, dict[str, Any]]],
     temperatures: dict[str, float],
+    decisions: dict[str, dict[str, Any]],
     fits: dict[str, dict[str, Any]],
     manifest: "Manifest",
     counts: dict[str, Any],
     timings: list[dict[str, Any]],
+    novelty: dict[str, dict[str, Any]] | None = None,
     extra: dict[str, Any] | None = None,
 ) -> None:
     """
@@ -48,10 +50,13 @@ def write_report(
         arms (`list[str]`): Rows of the tables, in order.
         results (`dict`): Arm -> role -> report of [`evaluate_multiple_choice`].
         temperatures (`dict`): Arm -> fitted post-hoc temperature.
+        decisions (`dict`): Arm -> what its answers as a decision model are worth, see
+            [`~first_trl.experiments.stages.decisions.decision_scores`].
         fits (`dict`): Fit -> `RecalibrationFit.to_dict()`.
         manifest ([`Manifest`]): Of the training cache.
         counts (`dict`): Role -> rows read, dropped and cut.
         timings (`list`): Units with their seconds.
+        novelty (`dict`, *optional*): Arm -> its fitted temperature by novelty, and how new the evaluated rows are.
         extra (`dict`, *optional*): Further entries of `report.json`, for merged reports and cards.
     """
     labels = {name: _label(recipe, name) for name in arms}
@@ -76,10 +81,24 @@ def write_report(
         "Teacher mass kept by the most likely k tokens, mean over the cache.",
         mass_figure(np.array(manifest.kept_mass)),
     )
+    for role in recipe.evaluation.splits:
+        curves = {labels[name]: decisions[name] for name in shown if role in decisions.get(name, {}).get("roles", {})}
+        if curves:
+            caption = (
+                f"Risk against coverage on `{role}`: wrong answers among the surest ones, by the probability of the options at "
+                "the fitted temperature. Dots: the thresholds of the table, fitted on other rows."
+            )
+            save(f"risk_coverage_{role}", caption, risk_coverage_figure(curves, role))
     for name, fit in fits.items():
         symbol = method_symbol(fit["recalibration"]["method"])
         caption = f"Choice of {symbol} on validation (`{name}`): the teacher's ECE and NLL over {symbol}."
         save(f"recalibration_{name}", caption, curve_figure(name, fit))
+
+    drawn = {
+        labels[name]: fit for name, fit in (novelty or {}).items() if fit["feature"] == "distance" and name in shown
+    }
+    if drawn:
+        save("novelty", "What a row's temperature is by its distance to the training rows.", novelty_figure(drawn))
 
     write_json(
         report.json,
@@ -94,6 +113,8 @@ def write_report(
             "labels": labels,
             "results": results,
             "posthoc_temperatures": temperatures,
+            "decisions": decisions,
+            "novelty": novelty or {},
             "recalibration": fits,
             "kept_mass": manifest.kept_mass,
             "cache_id": manifest.cache_id,
@@ -102,7 +123,9 @@ def write_report(
             **(extra or {}),
         },
     )
-    content = RunContent(recipe, labels, results, temperatures, fits, manifest, counts, timings, figures)
+    content = RunContent(
+        recipe, labels, results, temperatures, decisions, fits, manifest, counts, timings, figures, novelty or {}
+    )
     report.markdown.write_text(to_markdown(write_run_parts(content)), encoding="utf-8")
 
 

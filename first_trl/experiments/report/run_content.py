@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ...plugins import method_symbol, report_metrics
 from ...vocabulary import Metric, number, role_title, score_meaning
 from .document import Fold, Heading, Items, Paragraph, Part, Picture, Table, Value
-from .tables import NOTHING
+from .tables import FLIPS, NOTHING
 
 
 if TYPE_CHECKING:
@@ -23,11 +23,13 @@ class RunContent:
     labels: Mapping[str, str]
     results: Mapping[str, Mapping[str, dict[str, Any]]]
     temperatures: Mapping[str, float]
+    decisions: Mapping[str, Mapping[str, Any]]
     fits: Mapping[str, dict[str, Any]]
     manifest: "Manifest"
     counts: Mapping[str, Any]
     timings: Sequence[Mapping[str, Any]]
     figures: Mapping[str, str]
+    novelty: Mapping[str, Mapping[str, Any]]
 
 
 def write_run_parts(run: RunContent) -> list[Part]:
@@ -45,6 +47,9 @@ def write_run_parts(run: RunContent) -> list[Part]:
     )
     for index, role in enumerate(recipe.evaluation.splits):
         parts += _role_parts(run, role, index)
+    parts += _decision_parts(run)
+    if run.novelty:
+        parts += [Heading(2, "How new the rows are"), _novelty_table(run), *_picture(run, "novelty.png")]
     parts += _teacher_parts(run)
     if recipe.report.notes:
         notes = [" ".join(note.split()) for note in recipe.report.notes]
@@ -82,12 +87,54 @@ def _role_parts(run: RunContent, role: str, index: int) -> list[Part]:
         parts.append(Paragraph(cut))
     if sample["n_unlabelled"]:
         parts.append(Paragraph(f"{sample['n_unlabelled']} of {sample['n_rows']} rows have no answer: not scored."))
+    if order := sample.get("option_order"):
+        parts.append(
+            Paragraph(
+                f"{FLIPS}: how often the answer is another option when the options are shown in another order, over "
+                f"{order['n']} questions in {order['n_orders']:.3g} orders each. It is 0 for a model that is blind to the order."
+            )
+        )
     parts += _picture(run, f"reliability_{role}.png")
     # Free text has no options
     if "options" in sample:
         title = f"`{role}`, probabilities renormalised over the answer options"
         parts.append(Fold(title, [_score_table(run, role, "options")]))
     return parts
+
+
+def _decision_parts(run: RunContent) -> list[Part]:
+    """Students with the temperature and the threshold that live with them."""
+    if not run.decisions:
+        return []
+    some = next(iter(run.decisions.values()))
+    promise = f"{100 * some['threshold']['max_error']:g} %"
+    rows: list[list[Value | str]] = []
+    for name, found in run.decisions.items():
+        threshold = found["threshold"]["threshold"]
+        row = [run.labels[name], f"{found['temperature']:.2f}", "none" if threshold is None else f"{threshold:.3f}"]
+        for scores in found["roles"].values():
+            wrong = NOTHING if scores["error"] is None else f"{100 * scores['error']:.1f}"
+            row += [f"{100 * scores['ece']:.1f}", f"{100 * scores['coverage']:.0f}", wrong]
+        rows.append([*row])
+    columns = [f"{title} ({role})" for role in some["roles"] for title in ("ECE %", "answered %", "wrong %")]
+    fitted_on = some["fitted_on"]
+    caption = (
+        f"Students as decision models: option probabilities at the temperature T that lives with them, and the smallest "
+        f"confidence above which at most {promise} of the answers are wrong, with {100 * (1 - some['threshold']['delta']):g} % "
+        f"confidence, on rows like those of `{fitted_on}`."
+    )
+    parts: list[Part] = [
+        Heading(2, "Decision models"),
+        Table(caption, ["arm", "T", f"threshold for {promise}", *columns], rows),
+    ]
+    if fitted_on == "validation":
+        parts.append(
+            Paragraph(
+                "The thresholds were fitted on the rows that temperatures were chosen on: for a strict guarantee name "
+                "further rows in `task.splits.threshold`. After a shift there is none; `first-trl calibrate --threshold` checks."
+            )
+        )
+    return [*parts, *(part for role in some["roles"] for part in _picture(run, f"risk_coverage_{role}.png"))]
 
 
 def _teacher_parts(run: RunContent) -> list[Part]:
@@ -115,14 +162,43 @@ def fit_messages(fits: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def _score_table(run: RunContent, role: str, reading: str) -> Table:
     """One row an arm; the last column is `n`, or the mass on the options for the reading that divides by it."""
     over_options = reading == "options"
+    flips = not over_options and any("option_order" in run.results[name][role] for name in run.labels)
     rows: list[list[Value | str]] = []
     for name, label in run.labels.items():
         report = run.results[name][role]
         last = f"{100 * report['option_mass']:.1f}" if over_options else str(report["n"])
-        rows.append([label, *(_cell(report[reading], metric) for metric in report_metrics()), last])
-    header = ["arm", *(metric.title for metric in report_metrics()), "Mass on the options %" if over_options else "n"]
+        flipped = report.get("option_order", {}).get("flip_rate")
+        more = [NOTHING if flipped is None else f"{100 * flipped:.1f}"] if flips else []
+        rows.append([label, *(_cell(report[reading], metric) for metric in report_metrics()), *more, last])
+    named = [*([FLIPS] if flips else []), "Mass on the options %" if over_options else "n"]
+    header = ["arm", *(metric.title for metric in report_metrics()), *named]
     how = " over the answer options" if over_options else ""
     return Table(f"`{role}`{how}, seed {run.recipe.seed}.", header, rows)
+
+
+def _novelty_table(run: RunContent) -> Table:
+    """One row an arm and role: its temperatures, and how well the feature tells the role from the first one."""
+    rows: list[list[Value | str]] = []
+    for name, fit in run.novelty.items():
+        slopes = ", ".join(f"{slope:.2f}" for slope in fit["slopes"][:2]) + (", ..." if len(fit["slopes"]) > 2 else "")
+        for i, (role, summary) in enumerate(fit["roles"].items()):
+            tenths = summary["temperature"]["tenths"]
+            told = fit["auroc"].get(role, {})
+            first = [run.labels[name], fit["feature"].replace("_", " "), str(fit["layer"] or NOTHING), slopes]
+            rows.append(
+                [
+                    *(first if i == 0 else [""] * 4),
+                    role,
+                    f"{tenths[5]:.2f} ({tenths[1]:.2f} to {tenths[9]:.2f})",
+                    *(f"{told[key]:.2f}" if told else NOTHING for key in ("feature", "max_probability")),
+                ]
+            )
+    caption = (
+        "Temperatures by novelty: median and 10 to 90 % of the rows. AUROC: how often a row of the role is newer by the "
+        f"feature than one of `{run.recipe.evaluation.splits[0]}`, and how often the model is less sure of it."
+    )
+    header = ["arm", "feature", "layer", "slope", "role", "temperature", "AUROC", "of the largest probability"]
+    return Table(caption, header, rows)
 
 
 def _fit_table(fits: Mapping[str, Mapping[str, Any]]) -> Table:

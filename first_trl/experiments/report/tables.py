@@ -13,6 +13,7 @@ from .merged import MergedCell, MergedReport
 
 NOTHING = "–"
 LEVEL_MARK = "†"
+FLIPS = "Flips %"
 _ACROSS = ("accuracy", "ece", "nll")
 _COSTS = {
     "teacher_steps": ("Teacher steps", 1),
@@ -41,6 +42,8 @@ def score_table(cell: MergedCell, role: str, reading: str, title: str) -> Table 
         return None
     floor = not over_options and any("null_ece" in cell.results[name][role] for name in names)
     last = ["Mass on the options %"] if over_options else ["ECE if calibrated %"] if floor else []
+    flips = not over_options and any("flip_rate" in cell.results[name][role] for name in names)
+    last += [FLIPS] if flips else []
     rows = []
     for name in names:
         scores = cell.results[name][role]
@@ -50,6 +53,8 @@ def score_table(cell: MergedCell, role: str, reading: str, title: str) -> Table 
             row.append(_percent(scores.get("option_mass")))
         elif floor:
             row.append(_floor(scores.get("null_ece")))
+        if flips:
+            row.append(_percent(scores.get("flip_rate")))
         rows.append([*row, _seeds(cell, scores[reading])])
     how = " over the answer options" if over_options else ""
     caption = f"{title}{how}: {_over(cell)}."

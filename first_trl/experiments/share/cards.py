@@ -13,6 +13,7 @@ from ...cards.wording import cache_text, estimator_text, recalibration_text, sha
 from ...tasks import get_task
 from ...training.options import CARD_OPTIONS, DistillOptions, Fact, marks
 from ...vocabulary import BAYES
+from .decisions import write_decision_files
 from .run import Run
 
 
@@ -31,7 +32,7 @@ def write_student_cards(
     token: str | None = None,
 ) -> dict[str, Path]:
     """
-    Write `README.md` and `reliability.png` beside the weights of a run's students.
+    Write `README.md` and `reliability.png` beside the weights of a run's students, and what makes them decision models.
 
     Args:
         run (`str` or `Path`):
@@ -73,6 +74,7 @@ def write_student_cards(
                 card.cache = shared_cache_text(place["repo_id"], place["commit"], card.cache)
             elif card.cache:
                 card.cache += "; not shared"
+        card.decision = write_decision_files(found, arm)
         cards[arm] = card.write(found.student(arm).model)
     return cards
 

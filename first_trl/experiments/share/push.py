@@ -14,6 +14,7 @@ from ...cards import find_license, teacher_cache_card
 from ...cards.render import hub_id
 from ...hub import push_folder
 from ...utils.files import write_json
+from ...vocabulary import POST_HOC
 from ..run_folder import MARKER, adapter_config, read_json
 from .cards import write_student_cards
 from .model import run_model_card
@@ -237,9 +238,9 @@ def _arms(run: Run, arms: list[str] | None) -> list[str]:
         return plain
     for name in arms:
         kind = run.arms.get(name, {}).get("kind")
-        if kind is None or kind == "temperature_scaling":
+        if kind is None or kind in POST_HOC:
             reason = (
-                "is no arm of this run" if kind is None else "is another arm with one number behind it, and no model"
+                "is no arm of this run" if kind is None else "is another arm with temperatures behind it, and no model"
             )
             raise ValueError(f"{name!r} {reason}. Choose among {', '.join(run.students)}.")
         if kind == "teacher":

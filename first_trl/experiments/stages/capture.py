@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 
+from ...cache.choices import CHOICE_IDS, restrict_to_choices
 from ...cache.folder import load_teacher_cache
+from ...cache.verify import verify_teacher_cache
 from ...plugins import BACKENDS
+from ...tasks.answers import answer_token_ids_of_rows
 from ...teacher.backends import VLLMBackend
 from ...teacher.capture import add_teacher_topk
 from ..recipe import Recipe
@@ -114,7 +117,17 @@ def _selection_note(chosen: dict[str, Any]) -> str:
     )
 
 
-def load_cache(run: RunContext, teacher: Teacher, role: str) -> Dataset:
-    """Rows of a role with the teacher's entries, over all folds."""
+def load_cache(run: RunContext, teacher: Teacher, role: str, *, choices: bool = False) -> Dataset:
+    """Rows of a role with the teacher's entries, over all folds; with `choices`, over the choices of each question."""
     parts = [load_teacher_cache(path, role) for path in run.folder.caches(teacher.name, teacher.folds, role)]
-    return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+    cache = parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+    if not choices:
+        return cache
+    rows = run.folder.load_rows(role)
+    if not any(rows["choices"]):
+        raise ValueError(
+            f"Role {role!r} has no choices: `restrict_to_choices` is for arms that train on multiple choice."
+        )
+    verify_teacher_cache(cache)
+    tokens = dict(zip(rows["id"], answer_token_ids_of_rows(run.tokenizer(), rows), strict=True))
+    return restrict_to_choices(cache.add_column(CHOICE_IDS, [tokens[name] for name in cache["id"]]))

@@ -7,11 +7,14 @@ from typing import Any, cast
 
 from datasets import Dataset
 
-from ...tasks import Task, answer_token_ids_of_rows, get_task, tokenize_rows
+from ...tasks import Task, get_task, tokenize_rows
+from ...tasks.answers import check_answers
 from ...tasks.base import TaskSplit
 from ...tasks.copies import drop_copies
+from ...tasks.multiple_choice import MultipleChoice
 from ...tasks.overlap import drop_overlap
 from ...utils.files import write_json
+from ...vocabulary import THRESHOLD_ROLE
 from ..recipe import Recipe, SplitSpec
 from ..run_folder import DATA
 from .context import RunContext
@@ -40,13 +43,25 @@ def data_units(run: RunContext) -> list[Unit]:
         others = [key for other, key in copied.items() if other not in used or other == "validation" != role]
         keys[role] = content_key([keys[role], unseen, *([others] if role in copied and others else [])])
     run.role_keys = keys
-    inputs = {"roles": keys, "evaluated": recipe.evaluation.splits}
+    inputs: dict[str, Any] = {"roles": keys, "evaluated": recipe.evaluation.splits}
+    if recipe.evaluation.scoring != "token":  # what the answers are checked for
+        inputs["scoring"] = recipe.evaluation.scoring
+    if recipe.evaluation.permutations:
+        inputs["permuted"] = True
+    if _with_choices(recipe):
+        inputs["with_choices"] = sorted(_with_choices(recipe))
     return [Unit(DATA, inputs, partial(_write, run))]
 
 
+def _with_choices(recipe: Recipe) -> set[str]:
+    """Roles whose choices students train on."""
+    return {role for arm in recipe.arms.values() if arm.restrict_to_choices for role in arm.data}
+
+
 def used_roles(recipe: Recipe) -> list[str]:
-    """Roles that students train on, and that temperatures and epochs are chosen on."""
-    return list(dict.fromkeys(["train", "validation", *(role for arm in recipe.arms.values() for role in arm.data)]))
+    """Roles that students train on, and that temperatures, thresholds and epochs are chosen on."""
+    chosen_on = [role for role in ("train", "validation", THRESHOLD_ROLE) if role in recipe.task.splits]
+    return list(dict.fromkeys([*chosen_on, *(role for arm in recipe.arms.values() for role in arm.data)]))
 
 
 def honest_roles(recipe: Recipe) -> list[str]:
@@ -64,7 +79,8 @@ def honest_roles(recipe: Recipe) -> list[str]:
     ]
 
 
-def _source(recipe: Recipe, spec: SplitSpec) -> Task:
+def task_of(recipe: Recipe, spec: SplitSpec) -> Task:
+    """The task that the rows of a role are of."""
     if spec.task is None:
         return get_task(recipe.task.name, **{**recipe.task.options, **(spec.options or {})})
     return get_task(spec.task, **(spec.options or {}))
@@ -72,7 +88,7 @@ def _source(recipe: Recipe, spec: SplitSpec) -> Task:
 
 def _drops_copies(recipe: Recipe, spec: SplitSpec) -> bool:
     try:
-        return _source(recipe, spec).drop_copies
+        return task_of(recipe, spec).drop_copies
     except ValueError:
         return True  # A wrong option is refused where the rows are read
 
@@ -83,7 +99,7 @@ def _path(run: RunContext, spec: SplitSpec) -> str | None:
 
 def _load(run: RunContext, spec: SplitSpec) -> TaskSplit:
     task = run.recipe.task
-    return _source(run.recipe, spec).load(
+    return task_of(run.recipe, spec).load(
         spec.split,
         path=_path(run, spec),
         revision=task.revision if spec.task is None else None,
@@ -98,6 +114,9 @@ def _write(run: RunContext, folder: Path) -> None:
     splits, evaluated = run.recipe.task.splits, run.recipe.evaluation.splits
     loaded = {role: _load(run, spec) for role, spec in splits.items()}
     rows = {role: split.dataset for role, split in loaded.items()}
+    lettered = [isinstance(task_of(run.recipe, splits[role]), MultipleChoice) for role in evaluated]
+    if run.recipe.evaluation.permutations and not any(lettered):
+        raise ValueError("evaluation.permutations: none of the evaluated roles has lettered options to permute.")
     used = used_roles(run.recipe)
     overlapping: dict[str, dict[str, int]] = {role: {} for role in used}
     for role, spec in splits.items():
@@ -115,6 +134,7 @@ def _write(run: RunContext, folder: Path) -> None:
         counts[role] = {
             "read": split.n_read,
             "not_selected": split.n_not_selected,
+            **({"added": split.n_added} if split.n_added else {}),
             "rows": len(rows[role]),
             "dropped": reasons,
             "shared": copies.shared.get(role, {}),
@@ -124,13 +144,13 @@ def _write(run: RunContext, folder: Path) -> None:
         if role in evaluated and counts[role]["choices"]:
             # What evaluation would refuse after all trainings
             try:
-                answer_token_ids_of_rows(tokenizer, rows[role])
+                check_answers(tokenizer, rows[role], run.recipe.evaluation.scoring)
             except ValueError as error:
                 raise ValueError(f"Role {role!r}, {error}") from None
         # Multiple choice is evaluated on the text of the rows, everything else works on tokens
         if role in ("train", "validation") or role not in evaluated or not counts[role]["choices"]:
             counts[role] |= _tokenize(run, role, rows[role], reasons, tokenizer)
-        if role not in ("train", "pretrain"):
+        if role not in ("train", "pretrain") or role in _with_choices(run.recipe):
             rows[role].save_to_disk(run.folder.rows(role))
         run.workspace.say(f"    {role}: {_describe(counts[role])}")
     write_json(run.folder.counts, counts)
@@ -139,7 +159,7 @@ def _write(run: RunContext, folder: Path) -> None:
 def _domain(run: RunContext, role: str) -> str:
     """What a score on the rows of a role is a score of."""
     spec = run.recipe.task.splits[role]
-    if role == "validation":
+    if role in ("validation", THRESHOLD_ROLE):
         return "validation"
     shifted = spec.task is not None or spec.unseen == "group" or role not in run.recipe.evaluation.splits[:1]
     return "out-of-domain" if shifted else "in-domain"
@@ -177,6 +197,8 @@ def _describe(count: dict[str, Any]) -> str:
         parts.append("prompts without an answer")
     if count["not_selected"]:
         parts.append(f"{count['not_selected']} left out by limit")
+    if count.get("added"):
+        parts.append(f"{count['added']} of them added in other orders")
     if count.get("cut"):
         parts.append(f"{count['cut']} cut to max_length")
     parts += [f"{number} also in {role}" for role, number in count["shared"].items()]

@@ -11,36 +11,64 @@ from datasets import Dataset
 
 from ...calibration import calibration_report
 from ...evaluation.multiple_choice import MultipleChoiceResult, evaluate_multiple_choice, multiple_choice_report
+from ...evaluation.option_order import evaluate_option_order
 from ...evaluation.posthoc import fit_posthoc_temperature
 from ...evaluation.token_level import evaluate_token_level
+from ...evaluation.whole_answers import evaluate_whole_answers
 from ...plugins import METRICS
 from ...tasks import answer_token_ids_of_rows
+from ...tasks.multiple_choice import MultipleChoice
 from ...utils.files import write_json
 from ...vocabulary import BAYES
 from ..recipe import ArmSpec
-from ..run_folder import DATA, evaluation_unit, student_unit, teacher_unit
+from ..run_folder import (
+    DATA,
+    base_states_unit,
+    base_unit,
+    evaluation_unit,
+    states_unit,
+    student_unit,
+    teacher_unit,
+)
 from .context import RunContext
+from .data import task_of
+from .decisions import fit_decisions
+from .novelty import base_role, novelty_results, read_base_states, read_states, states_inputs
 from .teachers import base_model, teacher_model, teacher_of
 from .training import load_trained
-from .units import Unit
+from .units import Key, Unit
 
 
 def evaluation_units(run: RunContext) -> Iterator[Unit]:
-    """One an arm, and one for the true answer distribution where the rows bring it."""
+    """
+    One an arm, and one for the true answer distribution where the rows bring it. What arms with temperatures by novelty need
+    of a model is read once for all of them.
+    """
     for name, arm in run.recipe.arms.items():
-        source = run.recipe.arms[str(arm.of)] if arm.of is not None else arm
-        inputs = {
+        inputs: dict[str, Any] = {
             "evaluation": run.recipe.evaluation,
             "data": run.keys[DATA],
             **_plugin_metrics(),
             "arm": [arm.kind, arm.of],
-            "model": run.keys[
-                teacher_unit(teacher_of(run.recipe, source).name)
-                if source.kind == "teacher"
-                else student_unit(arm.of or name)
-            ],
+            "model": _model_key(run, arm.of or name),
         }
-        yield Unit(evaluation_unit(name), inputs, partial(_evaluate, run, name, arm, source))
+        if arm.kind != "novelty_scaling":
+            yield Unit(evaluation_unit(name), inputs, partial(_evaluate, run, name, arm))
+            continue
+        of = str(arm.of)
+        states = states_unit(of)
+        if states not in run.keys:
+            read = {"data": run.keys[DATA], "model": inputs["model"], **states_inputs(run, of)}
+            yield Unit(states, read, partial(_read_states, run, of))
+        inputs |= {"novelty": arm.novelty, "states": run.keys[states], "seed": run.recipe.seed}
+        if arm.novelty is not None and arm.novelty.fit == "cross_group":
+            role = base_role(run, of)
+            base = base_states_unit(role)
+            if base not in run.keys:
+                read = {"data": run.role_keys["train"], "model": run.keys[base_unit(role)], "seed": run.recipe.seed}
+                yield Unit(base, read, partial(read_base_states, run, role))
+            inputs["base_states"] = run.keys[base]
+        yield Unit(evaluation_unit(name), inputs, partial(_evaluate_novelty, run, name))
     if run.has_posterior:
         inputs = {"evaluation": run.recipe.evaluation, "data": run.keys[DATA], "arm": BAYES, **_plugin_metrics()}
         yield Unit(evaluation_unit(BAYES), inputs, partial(_evaluate_bayes, run))
@@ -51,21 +79,43 @@ def _plugin_metrics() -> dict[str, Any]:
     return {"metrics": sorted(METRICS)} if METRICS else {}
 
 
-def _evaluate(run: RunContext, name: str, arm: ArmSpec, source: ArmSpec, folder: Path) -> None:
-    if source.kind == "teacher":
-        model = teacher_model(run, teacher_of(run.recipe, source))
-    else:
-        student = run.folder.student(arm.of or name)
-        model = load_trained(student, run.recipe.student, lambda: base_model(run, "student"))
+def _model_key(run: RunContext, name: str) -> Key:
+    arm = run.recipe.arms[name]
+    unit = teacher_unit(teacher_of(run.recipe, arm).name) if arm.kind == "teacher" else student_unit(name)
+    return run.keys[unit]
+
+
+def _model_of(run: RunContext, name: str) -> Any:
+    """The model of an arm that has one."""
+    arm = run.recipe.arms[name]
+    if arm.kind == "teacher":
+        return teacher_model(run, teacher_of(run.recipe, arm))
+    return load_trained(run.folder.student(name), run.recipe.student, lambda: base_model(run, "student"))
+
+
+def _read_states(run: RunContext, name: str, folder: Path) -> None:
+    read_states(run, name, _model_of(run, name))
+
+
+def _evaluate_novelty(run: RunContext, name: str, folder: Path) -> None:
+    if run.is_main:
+        for role, result in novelty_results(run, name):
+            _store(run, result, name, role)
+
+
+def _evaluate(run: RunContext, name: str, arm: ArmSpec, folder: Path) -> None:
+    model = _model_of(run, arm.of or name)
     tokenizer = run.tokenizer()
     options: dict[str, Any] = {
         "batch_size": run.recipe.evaluation.batch_size,
         "disable_tqdm": True,
         "distributed": True,
     }
+    if arm.kind in ("sft", "distill"):
+        fit_decisions(run, name, model, **options)
     temperature = 1.0
     if arm.kind == "temperature_scaling":
-        choices = run.has_choices("validation")
+        choices = run.has_choices("validation") and run.recipe.evaluation.scoring == "token"
         temperature = fit_posthoc_temperature(
             model,
             tokenizer,
@@ -80,9 +130,20 @@ def _evaluate(run: RunContext, name: str, arm: ArmSpec, source: ArmSpec, folder:
         result: Any
         if run.has_choices(role):
             max_length = run.recipe.task.max_length
-            result = evaluate_multiple_choice(
-                model, tokenizer, run.folder.load_rows(role), max_length=max_length, **options
-            )
+            spec, rows = run.recipe.evaluation, run.folder.load_rows(role)
+            whole = {"length": spec.length} if spec.scoring == "choices" else {}
+            scorer: Any = evaluate_whole_answers if whole else evaluate_multiple_choice
+            result = scorer(model, tokenizer, rows, max_length=max_length, **whole, **options)
+            task = task_of(run.recipe, run.recipe.task.splits[role])
+            if spec.permutations and isinstance(task, MultipleChoice):
+                how: dict[str, Any] = {
+                    "scoring": spec.scoring,
+                    "length": spec.length,
+                    "max_length": max_length,
+                    **options,
+                }
+                orders = evaluate_option_order(model, tokenizer, task, rows, permutations=spec.permutations, **how)
+                result.report["option_order"] = orders.report
         else:
             result = evaluate_token_level(model, tokenizer, run.folder.load_tokens(role), **options)
         if run.is_main:
@@ -92,16 +153,17 @@ def _evaluate(run: RunContext, name: str, arm: ArmSpec, source: ArmSpec, folder:
 def _evaluate_bayes(run: RunContext, folder: Path) -> None:
     if not run.is_main:
         return
-    for role in run.recipe.evaluation.splits:
-        result = _true_posterior(run.folder.load_rows(role), run.tokenizer(), n_bins=run.recipe.evaluation.n_bins)
+    spec = run.recipe.evaluation
+    tokenizer = run.tokenizer() if spec.scoring == "token" else None
+    for role in spec.splits:
+        result = _true_posterior(run.folder.load_rows(role), tokenizer, n_bins=spec.n_bins)
         _store(run, result, BAYES, role)
 
 
 def _true_posterior(rows: Dataset, tokenizer: Any, *, n_bins: int) -> MultipleChoiceResult:
-    """Predictions of a model that knows the `posterior` of every row."""
+    """Predictions of a model that knows the `posterior` of every row; without a tokenizer, of whole texts."""
     probabilities = np.array(rows["posterior"])
     gold = np.array(rows["gold"])
-    tokens = np.array(answer_token_ids_of_rows(tokenizer, rows))
     answer = probabilities.argmax(axis=1)
     every = np.arange(len(gold))
     with np.errstate(divide="ignore"):
@@ -110,17 +172,20 @@ def _true_posterior(rows: Dataset, tokenizer: Any, *, n_bins: int) -> MultipleCh
         "id": np.array(rows["id"]),
         "gold": gold,
         "n_choices": np.full(len(gold), probabilities.shape[1]),
-        "choice_tokens": tokens,
         "choice_logprobs": logprobs,
         "option_mass": probabilities.sum(axis=1),
         "answer": answer,
-        "top_token": tokens[every, answer],
         "top_prob": probabilities[every, answer],
         "top_is_gold": answer == gold,
         "gold_logprob": logprobs[every, gold],
         "sum_squares": (probabilities**2).sum(axis=1),
         "truncated": np.zeros(len(gold), bool),
     }
+    if tokenizer is None:
+        predictions["choice_scores"] = logprobs
+    else:
+        tokens = np.array(answer_token_ids_of_rows(tokenizer, rows))
+        predictions |= {"choice_tokens": tokens, "top_token": tokens[every, answer]}
     return MultipleChoiceResult(predictions, multiple_choice_report(predictions, n_bins=n_bins))
 
 

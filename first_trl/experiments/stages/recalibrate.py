@@ -25,6 +25,7 @@ class Fit:
     top_k: int | None = None
     objective: str = "ece"
     min_value: float | None = None
+    choices: bool = False
 
     def name(self, default_objective: str) -> str:
         """File name; the plain fit of a method has the method's name."""
@@ -33,6 +34,7 @@ class Fit:
         parts += [f"k{self.top_k}"] if self.top_k is not None else []
         parts += [self.objective] if self.objective != default_objective else []
         parts += [f"min{self.min_value:g}"] if self.min_value is not None else []
+        parts += ["choices"] if self.choices else []
         return "-".join(parts)
 
 
@@ -42,7 +44,7 @@ def fit_of(recipe: Recipe, arm: ArmSpec) -> Fit | None:
         return None
     top_k = None if arm.top_k == recipe.capture.k else arm.top_k
     objective = arm.objective or recipe.recalibration.objective
-    return Fit(arm.recalibration, arm.estimator, top_k, objective, arm.min_value)
+    return Fit(arm.recalibration, arm.estimator, top_k, objective, arm.min_value, arm.restrict_to_choices)
 
 
 def fits(recipe: Recipe, teacher: Teacher) -> list[Fit]:
@@ -81,14 +83,13 @@ def _fit(run: RunContext, teacher: Teacher, folder: Path) -> None:
     if not run.is_main:
         return
     spec = run.recipe.recalibration
-    validation = load_cache(run, teacher, "validation")
     wanted = fits(run.recipe, teacher)
     # A fit of a method that the recipe no longer names must not travel with the cache
     for cache in [] if teacher.folds is not None else run.folder.caches(teacher.name, None, "train"):
         forget_recalibrations(cache, "train", _stored_methods(run.recipe, wanted))
     for fit in wanted:
         found = fit_recalibration(
-            validation,
+            load_cache(run, teacher, "validation", choices=fit.choices),
             method=fit.method,
             objective=fit.objective,
             estimator=fit.estimator,

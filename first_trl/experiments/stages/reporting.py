@@ -14,6 +14,8 @@ from ..run_folder import DATA, REPORT, SHARE, evaluation_unit, read_json, recali
 from ..share.push import push_run, write_student_cards
 from .capture import captured_roles
 from .context import RunContext
+from .decisions import decision_scores
+from .novelty import export_novelty
 from .recalibrate import fit_of, fit_path, fits
 from .teachers import teacher_of, teachers
 from .units import Unit, Unknown, content_key
@@ -58,6 +60,7 @@ def _write(run: RunContext, arms: list[str], recipe_key: str, folder: Path) -> N
         temperatures={
             name: read_json(path)["temperature"] for name in arms if (path := run.folder.temperature(name)).is_file()
         },
+        decisions={name: scores for name in arms if (scores := decision_scores(run, name)) is not None},
         fits={
             f"{path.stem}{teacher.suffix}": read_json(path)
             for teacher in teachers(recipe)
@@ -66,6 +69,7 @@ def _write(run: RunContext, arms: list[str], recipe_key: str, folder: Path) -> N
         },
         manifest=load_manifest(run.folder.cache(), "train"),
         counts=read_json(run.folder.counts),
+        novelty={name: read_json(path) for name in arms if (path := run.folder.novelty(name)).is_file()},
         timings=run.workspace.log,
         extra={
             "cell": recipe.cell,
@@ -77,6 +81,7 @@ def _write(run: RunContext, arms: list[str], recipe_key: str, folder: Path) -> N
         },
     )
     write_student_cards(run.folder.root)
+    export_novelty(run)
 
 
 def share_units(run: RunContext) -> Iterator[Unit]:

@@ -23,7 +23,8 @@ def student_units(run: RunContext) -> Iterator[Unit]:
         if arm.kind not in ("sft", "distill"):
             continue
         inputs: dict[str, Any] = {
-            "arm": {**asdict(arm), "label": None, "swept": None},
+            "arm": {key: value for key, value in asdict(arm).items() if key != "novelty"}
+            | {"label": None, "swept": None},
             "training": {**run.recipe.training, **arm.training},
             "seed": run.recipe.seed,
             "base": run.keys[base_unit("student")],
@@ -53,6 +54,6 @@ def _train(run: RunContext, name: str, value: float | None, path: Path) -> None:
         )  # fmt: skip
         return
     teacher = teacher_of(run.recipe, arm)
-    caches = [load_cache(run, teacher, role) for role in arm.data]
+    caches = [load_cache(run, teacher, role, choices=arm.restrict_to_choices) for role in arm.data]
     cache = caches[0] if len(caches) == 1 else concatenate_datasets(caches)
     train_distill(run.recipe, student, tokenizer, cache, arm, value, training, folder, validation=validation)

@@ -1,0 +1,223 @@
+"""Arms with temperatures by novelty: one forward of a model for all of them, then fits and scores without it."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...calibration.scores import auroc_between
+from ...evaluation.answer_states import AnswerStates, candidate_layers, collect_answer_states, layer_count
+from ...evaluation.cross_group import cross_group_slopes
+from ...evaluation.multiple_choice import MultipleChoiceResult
+from ...evaluation.novelty import file_digest
+from ...evaluation.novelty_scaling import NOVELTY_NAME, NoveltyScaling, fit_novelty_scaling
+from ...tasks.decision_extras import write_decision_extras
+from ...utils.files import write_json
+from ..recipe import NoveltySpec
+from ..run_folder import read_json
+from .context import RunContext
+from .teachers import base_model
+from .training import place
+
+
+# More training rows than these say little more about distances, and a slope needs no more
+_MAX_TRAIN_ROWS = 20_000
+
+
+def states_inputs(run: RunContext, of: str) -> dict[str, Any]:
+    """What is read of an arm's model, by the arms behind it."""
+    specs = [
+        _spec(run, name) for name, arm in run.recipe.arms.items() if arm.kind == "novelty_scaling" and arm.of == of
+    ]
+    return {
+        "roles": _roles(run),
+        "layers": sorted({layer for spec in specs for layer in spec.layers or ()}),
+        "own_choice": any(spec.layers is None for spec in specs),
+        "seed": run.recipe.seed,
+    }
+
+
+def _roles(run: RunContext) -> list[str]:
+    return list(dict.fromkeys(["validation", *run.recipe.evaluation.splits]))
+
+
+def _spec(run: RunContext, name: str) -> NoveltySpec:
+    return run.recipe.arms[name].novelty or NoveltySpec()
+
+
+def _train_rows(run: RunContext) -> Any:
+    rows = run.folder.load_tokens("train")
+    if len(rows) <= _MAX_TRAIN_ROWS:
+        return rows
+    kept = np.random.default_rng(run.recipe.seed).permutation(len(rows))[:_MAX_TRAIN_ROWS]
+    return rows.select(np.sort(kept))
+
+
+def read_states(run: RunContext, of: str, model: Any) -> None:
+    """
+    One pass of an arm's model over the training rows, the validation rows and those that are evaluated.
+
+    Raises:
+        `ValueError`: A role is free text, or a layer is named that the model does not have.
+    """
+    free = [role for role in _roles(run) if not run.has_choices(role)]
+    if free:
+        raise ValueError(
+            f"Arms of kind novelty_scaling read the answer position of multiple choice, and the rows of {', '.join(free)} are "
+            "free text. Leave these arms or these roles out."
+        )
+    wanted = states_inputs(run, of)
+    tried = candidate_layers(layer_count(model))
+    layers = sorted({*wanted["layers"], *(tried if wanted["own_choice"] else ())})
+    options: dict[str, Any] = {
+        "batch_size": run.recipe.evaluation.batch_size,
+        "disable_tqdm": True,
+        "distributed": True,
+    }
+    tokenizer = run.tokenizer()
+    for role in ("train", *_roles(run)):
+        rows = _train_rows(run) if role == "train" else run.folder.load_rows(role)
+        states = collect_answer_states(
+            model, tokenizer, rows, layers, max_length=run.recipe.task.max_length, **options
+        )
+        if run.is_main:
+            states.save(run.folder.states(of, role))
+    if run.is_main:
+        write_json(run.folder.layers(of), {"read": layers, "tried": tried})
+
+
+def base_role(run: RunContext, of: str) -> str:
+    """Whether an arm's model began as the recipe's teacher or its student."""
+    return "teacher" if run.recipe.arms[of].kind == "teacher" else "student"
+
+
+def read_base_states(run: RunContext, role: str, folder: Path) -> None:
+    """One pass of the model before fine-tuning over the training rows."""
+    model = place(base_model(run, role))
+    states = collect_answer_states(
+        model, run.tokenizer(), _train_rows(run), candidate_layers(layer_count(model)),
+        batch_size=run.recipe.evaluation.batch_size, disable_tqdm=True, distributed=True,
+    )  # fmt: skip
+    if run.is_main:
+        states.save(run.folder.base_states(role))
+
+
+def fit_arm(run: RunContext, name: str) -> NoveltyScaling:
+    """
+    The temperature by novelty of an arm.
+
+    Raises:
+        `ValueError`: `cross_group` without groups, or with too few rows.
+    """
+    arm, spec = run.recipe.arms[name], _spec(run, name)
+    of = str(arm.of)
+    train = AnswerStates.load(run.folder.states(of, "train"))
+    layers = spec.layers or read_json(run.folder.layers(of))["tried"]
+    common: dict[str, Any] = {
+        "feature": spec.feature,
+        "metric": spec.metric,
+        "k": spec.k,
+        "components": spec.components,
+        "layers": layers,
+        "seed": run.recipe.seed,
+    }
+    slopes = None
+    if spec.fit == "cross_group":
+        rows = _train_rows(run)
+        groups = rows["group"] if "group" in rows.column_names else [""] * len(rows)
+        try:
+            heads = AnswerStates.load(run.folder.base_states(base_role(run, of)))
+            slopes = cross_group_slopes(train, groups, heads, folds=spec.folds, **common)
+        except ValueError as error:
+            raise ValueError(f"arms.{name}.novelty.fit: {error}") from None
+    fitted = fit_novelty_scaling(
+        train,
+        AnswerStates.load(run.folder.states(of, "validation")),
+        at_least_scalar=spec.at_least_scalar,
+        reference_rows=spec.reference_rows,
+        slopes=slopes,
+        steepest=spec.fit == "steepest",
+        max_nll_increase=spec.max_nll_increase,
+        **common,
+    )
+    if slopes is not None:
+        fitted.choice["cross_group"] = slopes
+    return fitted
+
+
+def novelty_results(run: RunContext, name: str) -> Iterator[tuple[str, MultipleChoiceResult]]:
+    """Fit an arm, write what was fitted, and give the predictions of each role that is evaluated."""
+    arm, fitted = run.recipe.arms[name], fit_arm(run, name)
+    roles = run.recipe.evaluation.splits
+    states = {role: AnswerStates.load(run.folder.states(str(arm.of), role)) for role in roles}
+    features = {role: fitted.features(rows.states, rows.max_probability()) for role, rows in states.items()}
+    temperatures = {role: fitted.temperature.temperature(x) for role, x in features.items()}
+    newness = {
+        role: x[:, 0] if fitted.feature != "hidden_state" else np.log(temperatures[role])
+        for role, x in features.items()
+    }
+    write_json(
+        run.folder.novelty(name),
+        {
+            "feature": fitted.feature,
+            "layer": _layer(fitted),
+            **fitted.temperature.to_dict(),
+            "settings": asdict(_spec(run, name)),
+            "choice": json.loads(json.dumps(fitted.choice)),
+            "roles": {role: _summary(temperatures[role], newness[role]) for role in roles},
+            "auroc": {
+                role: {
+                    "feature": auroc_between(newness[roles[0]], newness[role]),
+                    "max_probability": auroc_between(
+                        -states[roles[0]].max_probability(), -states[role].max_probability()
+                    ),
+                }
+                for role in roles[1:]
+            },
+        },
+    )
+    if fitted.reference is not None:
+        fitted.save(run.folder.novelty(name).parent)
+    for role, rows in states.items():
+        ids = np.array([str(each) for each in run.folder.load_rows(role)["id"]])
+        result = rows.result(ids, temperatures[role], n_bins=run.recipe.evaluation.n_bins)
+        result.predictions.update(temperature=temperatures[role], novelty=newness[role])
+        yield role, result
+
+
+def export_novelty(run: RunContext) -> None:
+    """Put what was fitted beside the weights of each student: of its first arm with a distance that is no point of a sweep."""
+    for student, spec in run.recipe.arms.items():
+        behind = [
+            name
+            for name, arm in run.recipe.arms.items()
+            if arm.kind == "novelty_scaling" and arm.of == student and (not arm.swept or spec.swept)
+        ]
+        made = [file for name in behind if (file := run.folder.novelty_reference(name)).is_file()]
+        model = run.folder.student(student).model
+        if made and model.is_dir():
+            shutil.copyfile(made[0], model / NOVELTY_NAME)
+            write_decision_extras(model, novelty={"file": NOVELTY_NAME, "sha256": file_digest(made[0])})
+        elif (model / NOVELTY_NAME).is_file():
+            (model / NOVELTY_NAME).unlink()
+            write_decision_extras(model, novelty=None)
+
+
+def _layer(fitted: NoveltyScaling) -> int | None:
+    if fitted.reference is not None:
+        return fitted.reference.layer
+    return fitted.head[0] if fitted.head is not None else None
+
+
+def _summary(temperature: np.ndarray, newness: np.ndarray) -> dict[str, Any]:
+    """Where temperatures and feature lie: the tenths."""
+    tenths = np.linspace(0.0, 1.0, 11)
+    return {
+        "n": len(temperature),
+        "temperature": {"mean": float(temperature.mean()), "tenths": np.quantile(temperature, tenths).tolist()},
+        "feature": {"mean": float(newness.mean()), "tenths": np.quantile(newness, tenths).tolist()},
+    }

@@ -1,0 +1,124 @@
+"""Teachers of another tokenizer, for choices: matched option by option, where ids of tokens cannot be."""
+
+import warnings
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, List, Value
+
+from ..calibration import CalibrationWarning
+from ..evaluation.multiple_choice import evaluate_multiple_choice
+from ..evaluation.option_order import evaluate_option_order
+from ..evaluation.whole_answers import evaluate_whole_answers
+from ..tasks.multiple_choice import MultipleChoice
+from ..vocabulary import TARGET_PROBS
+
+
+def add_option_probs(
+    dataset: Dataset,
+    teacher: Any,
+    processing_class: Any,
+    *,
+    asked: Dataset | None = None,
+    scoring: str = "token",
+    length: str = "none",
+    task: MultipleChoice | None = None,
+    permutations: int = 0,
+    temperature: float = 1.0,
+    **options: Any,
+) -> Dataset:
+    """
+    Add a teacher's distribution over the choices of each row, as soft labels for a student of any tokenizer.
+
+    The student learns how the teacher divides its probability among the options; what the teacher gives to anything else
+    is left out. Run it once and keep the result (`save_to_disk`, `to_parquet`, `push_to_hub`): training needs no teacher.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Rows of the student: `prompt`, `choices` and, where there is one, `id`.
+        teacher ([`~transformers.PreTrainedModel`]):
+            A causal language model.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            The teacher's tokenizer.
+        asked ([`~datasets.Dataset`], *optional*):
+            The same questions as the teacher reads them, in the same order: another template, a conversation, letters instead
+            of texts. Choice `i` there is choice `i` here. By default the teacher reads the rows themselves.
+        scoring (`str`, *optional*, defaults to `"token"`):
+            `"token"`: each choice is one token of the teacher. `"choices"`: the probability of its whole text.
+        length (`str`, *optional*, defaults to `"none"`):
+            With `"choices"`, see [`evaluate_whole_answers`].
+        task ([`~first_trl.tasks.multiple_choice.MultipleChoice`], *optional*), permutations (`int`, *optional*, defaults to `0`):
+            Average over this many orders of the options, which `task` writes from `question` and `options` of the rows that
+            the teacher reads: what a place or letter is preferred for does not enter the labels.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            The teacher's logits are divided by it.
+        options:
+            `batch_size`, `max_length`, `chat_template_kwargs`, `disable_tqdm` of the evaluation.
+
+    Returns:
+        [`~datasets.Dataset`]: with the column `target_probs` (`list[float64]`, one probability per choice, sum 1).
+
+    Raises:
+        `ValueError`: the rows hold `target_probs` already, `asked` are other questions, or what the evaluation refuses.
+
+    Example:
+
+    ```python
+    >>> from first_trl import add_option_probs, get_task
+    >>> rows = get_task("commonsense_qa").load("train").dataset
+    >>> rows = add_option_probs(rows, teacher, teacher_tokenizer)  # of another family than the student
+    >>> rows[0]["target_probs"]
+    [0.02, 0.91, 0.04, 0.02, 0.01]
+    ```
+    """
+    if TARGET_PROBS in dataset.column_names:
+        raise ValueError(f"The rows hold {TARGET_PROBS!r} already; remove the column to ask another teacher.")
+    rows = dataset if asked is None else asked
+    _check_same(dataset, rows)
+    # The answer is not asked for: rows without one are scored like all others
+    rows = _with_column(rows, "gold", [0] * len(rows), Value("int64"))
+    options["temperature"] = temperature
+    if permutations:
+        if task is None:
+            raise ValueError("`permutations` needs `task`, which writes the prompts of the other orders.")
+        if "id" not in rows.column_names:
+            rows = _with_column(rows, "id", [str(i) for i in range(len(rows))], Value("string"))
+        found = evaluate_option_order(
+            teacher, processing_class, task, rows, permutations=permutations, scoring=scoring, length=length, **options
+        )
+        probabilities = found.averaged
+    else:
+        with warnings.catch_warnings():
+            # About answers, which there are none of here
+            warnings.simplefilter("ignore", CalibrationWarning)
+            if scoring == "choices":
+                predicted = evaluate_whole_answers(
+                    teacher, processing_class, rows, length=length, **options
+                ).predictions
+            else:
+                predicted = evaluate_multiple_choice(teacher, processing_class, rows, **options).predictions
+        scores = predicted.get("choice_scores", predicted["choice_logprobs"])
+        shares = np.exp(scores - np.logaddexp.reduce(scores, axis=1, keepdims=True))
+        probabilities = [values[:n] for values, n in zip(shares, predicted["n_choices"], strict=True)]
+    return _with_column(dataset, TARGET_PROBS, [values.tolist() for values in probabilities], List(Value("float64")))
+
+
+def _with_column(dataset: Dataset, name: str, values: list[Any], feature: Any) -> Dataset:
+    dataset = dataset.remove_columns(name) if name in dataset.column_names else dataset
+    return dataset.add_column(name, values, feature=feature)
+
+
+def _check_same(dataset: Dataset, asked: Dataset) -> None:
+    if len(dataset) != len(asked):
+        raise ValueError(f"`asked` has {len(asked)} rows for {len(dataset)}: it must ask the same questions.")
+    for column in ("id", "options"):
+        if column not in dataset.column_names or column not in asked.column_names:
+            continue
+        for i, (ours, theirs) in enumerate(zip(dataset[column], asked[column], strict=True)):
+            if ours != theirs:
+                raise ValueError(f"Row {i} has the {column} {ours!r}, and {theirs!r} in `asked`: use the same order.")
+    for i, (mine, other) in enumerate(zip(dataset["choices"], asked["choices"], strict=True)):
+        if len(mine) != len(other):
+            raise ValueError(
+                f"Row {i} has {len(mine)} choices, and {len(other)} in `asked`: there must be one for one."
+            )
