@@ -36,6 +36,10 @@ METRICS = (
     Metric("brier", "Brier", 1, 3),
 )
 HIGHER_IS_BETTER = frozenset({"accuracy", "trust"})
+# Rows that thresholds are fitted on, where a recipe has them
+THRESHOLD_ROLE = "threshold"
+# Share of wrong answers that reports and cards state a threshold for
+REPORTED_MAX_ERROR = 0.05
 # Bins of a diagram with fewer rows tell nothing
 FEW_ROWS = 10
 READINGS = ("full_vocab", "options")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..calibration import reliability_diagram, save_figure
+from ..calibration.threshold import ConfidenceThreshold
 from ..utils.versions import __version__
 from ..vocabulary import FEW_ROWS, Metric
 from .license import License
@@ -77,6 +78,37 @@ class Evaluation:
         return self.models[self.student]
 
 
+@dataclass(frozen=True)
+class DecisionFacts:
+    """
+    A student as a decision model.
+
+    Args:
+        stock (`bool`): Whether stock transformers can load it as one.
+        temperature (`float`): That lives with it.
+        fitted_on (`str`): Rows that the threshold was fitted on.
+        threshold ([`ConfidenceThreshold`]): For the probability of the most likely of all tokens.
+    """
+
+    stock: bool
+    temperature: float
+    fitted_on: str
+    threshold: ConfidenceThreshold
+
+    @property
+    def text(self) -> str:
+        """What the threshold promises."""
+        promise = f'`abstain_below="max_error={self.threshold.max_error:g}"`'
+        rows = f"{self.threshold.n:,} `{self.fitted_on}` rows"
+        if self.threshold.threshold is None or self.threshold.error is None:
+            return f"No threshold on {rows} keeps the error rate below {100 * self.threshold.max_error:g} %."
+        return (
+            f"{promise} answers at a confidence of {self.threshold.threshold:.3f} and above: {100 * self.threshold.coverage:.0f} % of "
+            f"{rows}, with {100 * self.threshold.error:.1f} % errors there; on rows like these, and as far as nothing else was "
+            f"chosen on them, at most {100 * self.threshold.max_error:g} % with {100 * (1 - self.threshold.delta):g} % confidence."
+        )
+
+
 @dataclass
 class StudentCard:
     """
@@ -107,6 +139,7 @@ class StudentCard:
         prompt (`str`), choices (`list[str]`): For the example; without choices it shows the next token.
         versions (`dict[str, str]`): Libraries that the student was made with.
         cache_versions (`dict[str, str]`): Libraries that the teacher cache was made with.
+        decision ([`DecisionFacts`], *optional*): The student as a decision model.
     """
 
     name: str
@@ -135,6 +168,7 @@ class StudentCard:
     choices: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     cache_versions: dict[str, str] = field(default_factory=dict)
+    decision: DecisionFacts | None = None
 
     @property
     def _metrics(self) -> tuple[Metric, ...]:
@@ -259,7 +293,16 @@ class StudentCard:
             prompt=json.dumps(self.prompt, ensure_ascii=False),
             choices=json.dumps(choices, ensure_ascii=False) if choices else "",
             whole="answer" in units,
+            request=self._request(),
         )
+
+    def _request(self) -> str:
+        if self.decision is None or not self.decision.stock:
+            return ""
+        # Imported here: other cards need no tokenizer library
+        from ..tasks.decision import decision_request
+
+        return repr(decision_request({"prompt": self.prompt, "choices": self.choices or ["A", "B"]}))
 
     def _base(self) -> str:
         if self.base_model is None:

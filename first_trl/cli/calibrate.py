@@ -4,10 +4,12 @@ import argparse
 import warnings
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..calibration import CalibrationWarning, reliability_diagram, save_figure
+from ..calibration.threshold import check_threshold
 from ..evaluation.confidence import DEFINITIONS, Confidences
 from ..evaluation.paired import paired_differences
 from ..evaluation.readers import read_confidences
@@ -56,6 +58,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bin-edges", choices=("right", "left"), default="right", help="closed side of a bin (default: %(default)s)"
     )
     binning.add_argument("--resamples", type=int, default=1000, help="for interval and null band; 0 leaves both out")
+    drift = parser.add_argument_group(
+        "threshold", "Does a threshold still keep its promise on these rows? Exit status 1 where they contradict it."
+    )
+    drift.add_argument(
+        "--threshold",
+        metavar="VALUE|MODEL",
+        help="a confidence, or the folder or Hub id of a student that brings one, fitted at its own temperature (that of "
+        "answer_pipeline and of first-trl evaluate)",
+    )
+    drift.add_argument(
+        "--max-error",
+        type=float,
+        default=0.05,
+        help="promised share of wrong answers at the threshold and above (default: %(default)s)",
+    )
+    drift.add_argument(
+        "--alpha",
+        type=float,
+        default=0.05,
+        help="probability of failing although the promise is just kept (default: %(default)s)",
+    )
     reading = parser.add_argument_group("how to read the files")
     reading.add_argument(
         "--reading", help="acc, acc_norm, acc_bytes or acc_mutual_info of a harness log (default: all that were logged); "
@@ -77,10 +100,10 @@ def main(args: argparse.Namespace) -> int:
             Options of [`add_arguments`].
 
     Returns:
-        `int`: 0.
+        `int`: 0; 1 where a file contradicts what `--threshold` promises.
 
     Raises:
-        `ValueError`: for a file that cannot be read, naming the row.
+        `ValueError`: for a file that cannot be read, naming the row, or a model that brings no such threshold.
     """
     options: dict[str, Any] = {
         "n_bins": args.bins,
@@ -120,6 +143,11 @@ def main(args: argparse.Namespace) -> int:
         print("\n" + format_differences(differences))
     for reason in reasons:
         print(reason)
+    kept = True
+    for name, (_, confidences) in zip(reports, found, strict=True) if args.threshold is not None else ():
+        reports[name]["threshold"], said = _check(confidences, args)
+        kept = kept and reports[name]["threshold"]["holds"]
+        print(f"{name}: {said}")
     folder = Path(args.output_dir)
     write_json(
         folder / "report.json",
@@ -127,7 +155,40 @@ def main(args: argparse.Namespace) -> int:
     )
     figures = save_figure(reliability_diagram(reports), folder / "reliability.png", formats=args.format)
     print(f"\nWrote {', '.join(str(path) for path in (folder / 'report.json', *figures))}.")
-    return 0
+    return 0 if kept else 1
+
+
+def _check(confidences: Confidences, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Whether a threshold keeps its promise on the rows of a file, as values and in words."""
+    try:
+        threshold, of = float(args.threshold), ""
+    except ValueError:
+        # Imported here: a number needs no Hugging Face library
+        from ..tasks.decision_extras import read_decision_extras, stored_threshold
+
+        reading = confidences.definition
+        if reading.startswith("column "):
+            reading = "full_vocab"  # what answer_pipeline gives unless it is asked for another
+        promise = f"max_error={args.max_error:g}"
+        stored = stored_threshold(read_decision_extras(args.threshold), promise, reading)
+        assert stored.threshold is not None
+        threshold = stored.threshold
+        of = f" of {args.threshold} for {reading} (which answered {100 * stored.coverage:.1f} % of the rows it was fitted on)"
+    if not 0.0 <= threshold <= 1.0:
+        raise ValueError(f"--threshold is a confidence from 0 to 1, or a model; got {args.threshold}.")
+    check = check_threshold(
+        threshold, confidences.confidence, confidences.correct, max_error=args.max_error, alpha=args.alpha
+    )
+    rate = "no answer was checked"
+    if check.error is not None:
+        rate = (
+            f"{100 * check.error:.1f} % of them wrong ({100 * check.error_low:.1f} to {100 * check.error_high:.1f} %)"
+        )
+    verdict = "holds" if check.holds else "is BROKEN"
+    return asdict(check) | {"threshold": threshold, "max_error": args.max_error}, (
+        f"threshold {threshold:.4f}{of}: {check.n_answered} of {check.n} rows answered, {rate}. The promise of at most "
+        f"{100 * args.max_error:g} % {verdict} (p = {check.p_value:.3g})."
+    )
 
 
 def _differences(

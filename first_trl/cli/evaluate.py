@@ -51,7 +51,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also ask every question in N orders of its lettered options: how often the answer flips, and the scores of "
         "the average over the orders",
     )
-    parser.add_argument("--temperature", type=float, help="default: that of the model's decision.json, else 1")
+    parser.add_argument(
+        "--target-probs",
+        metavar="FILE",
+        help="also write the scored rows with the model's probabilities (averaged over --permutations) as `target_probs`, "
+        "Parquet: soft labels for a student of any tokenizer",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        help="default: the one saved with the model (by number of options where it has one), else 1",
+    )
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument(
         "--max-length", type=int, help="longer prompts lose their beginning (default: the model's context)"
@@ -73,6 +83,7 @@ def main(args: argparse.Namespace) -> int:
     from transformers.decision import DecisionConfig
 
     from ..evaluation.loading import load_model
+    from ..tasks.decision_extras import read_temperature
     from ..utils.processes import process_state
 
     options = dict(map(_key_value, args.option))
@@ -80,6 +91,8 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError("--scoring decision belongs to --task system_one, and the other scorings to the other tasks.")
     if args.length != "none" and args.scoring not in ("auto", "choices"):
         raise ValueError(f"--length is about whole texts: leave it out, or --scoring {args.scoring}.")
+    if args.target_probs is not None and args.task == "system_one":
+        raise ValueError("--target-probs writes rows of a task with prompts; system_one has requests.")
     if args.permutations == 1:
         raise ValueError("--permutations must be 2 or more: the given order is one of them.")
     if args.temperature is not None and not args.temperature > 0:
@@ -92,7 +105,8 @@ def main(args: argparse.Namespace) -> int:
     revision = args.revision if home == args.model else None
     tokenizer = AutoTokenizer.from_pretrained(home, revision=revision)
     config = DecisionConfig.from_pretrained(args.model, revision=args.revision)
-    predictions, report, lines = _score(args, model, tokenizer, config, rows)
+    saved = read_temperature(args.model, revision=args.revision) if args.temperature is None else args.temperature
+    predictions, report, lines = _score(args, model, tokenizer, config, saved, rows)
     folder = Path(args.output_dir)
     report = {"model": args.model, "revision": args.revision, "task": args.task, "split": args.split, **report}
     folder.mkdir(parents=True, exist_ok=True)
@@ -144,7 +158,7 @@ def _rows(args: argparse.Namespace, options: dict[str, Any]) -> Any:
 
 
 def _score(
-    args: argparse.Namespace, model: Any, tokenizer: Any, config: Any, rows: Any
+    args: argparse.Namespace, model: Any, tokenizer: Any, config: Any, saved: Any, rows: Any
 ) -> tuple[list[dict[str, Any]], dict[str, Any], list[str]]:
     """Predictions as rows, the report, and what a reader must know."""
     from ..evaluation.distributions import baselines, distribution_scores
@@ -154,7 +168,9 @@ def _score(
         from ..calibration.conditional import OptionTemperature
         from ..evaluation.decisions import predict_decisions
 
-        given = None if args.temperature is None else OptionTemperature(args.temperature, {})
+        # Without one by number of options, decision.json has one for each type of question
+        given = saved if isinstance(saved, OptionTemperature) else None
+        given = given if args.temperature is None else OptionTemperature(args.temperature, {})
         options: dict[str, Any] = {"temperature": given, "batch_size": args.batch_size}
         found = predict_decisions(model, tokenizer, rows, config, **options)
         if args.permutations:
@@ -164,10 +180,10 @@ def _score(
             orders = evaluate_decision_order(model, tokenizer, rows, config, **options)
         scoring, temperature = (
             "decision",
-            args.temperature if args.temperature is not None else dict(config.temperature),
+            dict(config.temperature) if given is None else given.to_dict() if given.kinds else given.common,
         )
     else:
-        found, scoring, temperature, orders = _score_choices(args, model, tokenizer, config, rows)
+        found, scoring, temperature, orders = _score_choices(args, model, tokenizer, saved, rows)
     scores = {"model": distribution_scores(found, n_bins=args.bins)}
     if orders is not None:
         averaged = dataclasses.replace(found, probabilities=orders.averaged)
@@ -207,22 +223,24 @@ def _score(
 
 
 def _score_choices(
-    args: argparse.Namespace, model: Any, tokenizer: Any, config: Any, rows: Any
-) -> tuple[Any, str, float, Any]:
+    args: argparse.Namespace, model: Any, tokenizer: Any, temperature: Any, rows: Any
+) -> tuple[Any, str, Any, Any]:
     import numpy as np
 
     from ..calibration import CalibrationWarning
+    from ..calibration.conditional import OptionTemperature
     from ..evaluation.distributions import OptionPredictions
     from ..evaluation.multiple_choice import evaluate_multiple_choice
     from ..evaluation.whole_answers import evaluate_whole_answers
     from ..tasks.answers import NotOneToken
 
-    temperature = args.temperature if args.temperature is not None else float(config.temperature.get("choice", 1.0))
+    by_options = temperature if isinstance(temperature, OptionTemperature) else None
     scoring = "choices" if args.scoring == "auto" and args.length != "none" else args.scoring
     labelled = rows.select([i for i, gold in enumerate(rows["gold"]) if gold >= 0])
     if len(labelled) == 0:
         raise ValueError(f"No row of split {args.split!r} has an answer: there is nothing to score.")
-    options = {"batch_size": args.batch_size, "max_length": args.max_length, "temperature": temperature}
+    options = {"batch_size": args.batch_size, "max_length": args.max_length}
+    options["temperature"] = 1.0 if by_options is not None else temperature
     with warnings.catch_warnings():
         # What a small sample means for an ECE is said of its own report, which is not printed here
         warnings.simplefilter("ignore", CalibrationWarning)
@@ -234,16 +252,21 @@ def _score_choices(
                 if scoring == "token":
                     raise
                 scoring = "choices"
+        if by_options is not None and (scoring == "choices" or args.permutations):
+            raise ValueError(
+                "The temperature that was saved with this model depends on the number of options, which whole answers and "
+                "--permutations do not support. Give --temperature."
+            )
         if scoring == "choices":
             predicted = evaluate_whole_answers(model, tokenizer, labelled, length=args.length, **options).predictions
     scores = predicted.get("choice_scores", predicted["choice_logprobs"])
+    if by_options is not None:
+        divisors = [by_options.temperature("choice", int(n)) for n in predicted["n_choices"]]
+        scores, temperature = scores / np.array(divisors)[:, None], by_options.to_dict()
     probabilities = [
         np.exp(values[:n] - np.logaddexp.reduce(values[:n]))
         for values, n in zip(scores, predicted["n_choices"], strict=True)
     ]
-    gold = [np.eye(len(p))[g] for p, g in zip(probabilities, labelled["gold"], strict=True)]
-    choices = [tuple(choice) for choice in labelled["choices"]]
-    predictions = OptionPredictions(list(labelled["id"]), ["choice"] * len(gold), probabilities, gold, choices)
     orders = None
     if args.permutations:
         from ..evaluation.option_order import evaluate_option_order
@@ -252,6 +275,19 @@ def _score_choices(
         task: Any = get_task(args.task, **dict(map(_key_value, args.option)))
         how: dict[str, Any] = {"permutations": args.permutations, "seed": args.seed, "scoring": scoring}
         orders = evaluate_option_order(model, tokenizer, task, labelled, length=args.length, **how, **options)
+    if args.target_probs is not None:
+        from datasets import List, Value
+
+        from ..vocabulary import TARGET_PROBS
+
+        soft = [p.tolist() for p in (probabilities if orders is None else orders.averaged)]
+        path = Path(args.target_probs)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        labelled.add_column(TARGET_PROBS, soft, feature=List(Value("float64"))).to_parquet(path)
+        print(f"Wrote {len(soft)} rows with `{TARGET_PROBS}` to {path}.")
+    gold = [np.eye(len(p))[g] for p, g in zip(probabilities, labelled["gold"], strict=True)]
+    choices = [tuple(choice) for choice in labelled["choices"]]
+    predictions = OptionPredictions(list(labelled["id"]), ["choice"] * len(gold), probabilities, gold, choices)
     return predictions, scoring, temperature, orders
 
 

@@ -6,7 +6,7 @@ Words of a run, one meaning each:
 - *run*: a recipe with one seed and one combination of grid values. It has one folder.
 - *cell*: the combination of grid values of a run; empty for a recipe without a grid of runs.
 - *arm*: one row of the report: a teacher, a trained student, or an arm with temperatures behind it.
-- *role*: what rows are for (`train`, `validation`, `pretrain`, or an evaluation split), as the recipe's `task.splits`
+- *role*: what rows are for (`train`, `validation`, `pretrain`, `threshold`, or an evaluation split), as the recipe's `task.splits`
   names them. A model also has a role, `teacher` or `student`.
 - *unit*: the smallest piece of work that is kept or done again: one subfolder with its marker `unit.json`.
 - *stage*: units of one kind, in the table of [`stages.table`].
@@ -22,7 +22,7 @@ recalibration[-NAME]/FIT.json       fitted rescales
 students/ARM                        trained students
 states/ARM                          ROLE.safetensors, layers.json
 base_states/teacher, .../student    train.safetensors
-evaluate/ARM                        ROLE.json, ROLE.parquet, temperature.json, novelty.json, novelty.safetensors
+evaluate/ARM                        ROLE.json, ROLE.parquet, temperature.json, decisions.json, novelty.json, novelty.safetensors
 report/                             report.md, report.json and figures
 share/                              repositories.json
 share.json                          all that was ever shared
@@ -288,6 +288,10 @@ class RunFolder:
     def temperature(self, arm: str) -> Path:
         """The fitted post-hoc temperature of an arm that has one."""
         return self.root / evaluation_unit(arm) / "temperature.json"
+
+    def decisions(self, arm: str) -> Path:
+        """The post-hoc temperature and the thresholds of a trained arm, or why it has none."""
+        return self.root / evaluation_unit(arm) / "decisions.json"
 
     def states(self, arm: str, role: str) -> Path:
         """Logits and hidden states of an arm's model at the answer positions of a role."""

@@ -214,7 +214,9 @@ def save_decision_config(
     config = decision_config(task, processing_class, rows, temperature=temperature, adapter=adapter)
     config.save_pretrained(folder)
     by_options = temperature if isinstance(temperature, OptionTemperature) else None
-    write_decision_extras(folder, option_temperature=None if by_options is None else by_options.to_dict())
+    write_decision_extras(
+        folder, temperature=None, option_temperature=None if by_options is None else by_options.to_dict()
+    )
     if by_options is not None and by_options.depends_on_options:
         given = ", ".join(f"{value:.3g} for {kind}" for kind, value in config.temperature.items())
         warnings.warn(

@@ -3,6 +3,7 @@ What `decision.json` cannot express, in a file of our own beside it: `first_trl_
 
 ```json
 {"version": 1,
+ "temperature": 1.4,  # of a model that decision.json cannot describe
  "option_temperature": {"common": 1.4, "kinds": {"choice": {"log_temperature": 0.3, "slope": 0.1, ...}}},
  "novelty": {"file": "novelty.safetensors", "sha256": "..."},
  "thresholds": {"temperature": 1.4, "fitted_on": "validation", "readings": {"full_vocab": [{"max_error": 0.05, ...}]}}}
@@ -89,9 +90,11 @@ def read_temperature(
     Args:
         source, revision, token: As in [`read_decision_extras`].
     """
-    found = read_decision_extras(source, revision=revision, token=token).get("option_temperature")
-    if found is not None:
-        return OptionTemperature.from_dict(found)
+    extras = read_decision_extras(source, revision=revision, token=token)
+    if "option_temperature" in extras:
+        return OptionTemperature.from_dict(extras["option_temperature"])
+    if "temperature" in extras:
+        return float(extras["temperature"])
     config = DecisionConfig.from_pretrained(str(source), revision=revision, token=token)
     return float(config.temperature.get("choice", 1.0))
 

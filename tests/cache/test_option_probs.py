@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from first_trl import add_option_probs, evaluate_option_order, evaluate_whole_answers, get_task
+from first_trl import add_option_probs, add_teacher_topk, evaluate_option_order, evaluate_whole_answers, get_task
 from first_trl.tasks.word_tokenizer import word_tokenizer
-from tests.support.tiny import tiny_llama
+from tests.support.tiny import VOCAB, run, tiny_config, tiny_llama, tiny_tokenizer
 
 
 THINGS = ["cork", "anvil", "brick", "feather"]
@@ -103,3 +105,43 @@ def test_other_questions_are_refused(teacher, tokenizer, rows):
         add_option_probs(rows, teacher, tokenizer, asked=fewer)
     with pytest.raises(ValueError, match="`permutations` needs `task`"):
         add_option_probs(rows, teacher, tokenizer, permutations=3)
+
+
+def other_tokenizer(tokenizer, seed=0):
+    """The words of a tokenizer under other ids, among words that it does not know; and its ids in theirs."""
+    words = list(tokenizer.get_vocab())
+    order = np.random.default_rng(seed).permutation([*words, *(f"x{i}" for i in range(9))]).tolist()
+    vocabulary = {word: i for i, word in enumerate(order)}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    other = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    return other, {tokenizer.get_vocab()[word]: vocabulary[word] for word in words}
+
+
+def test_a_student_learns_what_the_same_teacher_in_its_own_vocabulary_teaches(tmp_path):
+    """One teacher in two vocabularies: soft labels by option, against its cache by id restricted to the choices."""
+    own = tiny_tokenizer()
+    other, ids = other_tokenizer(own)
+    teacher, moved = tiny_llama(7), tiny_llama(8, vocab_size=len(other))
+    weights = moved.state_dict() | {k: v for k, v in teacher.state_dict().items() if "layers" in k or "norm" in k}
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name][list(ids.values())] = teacher.state_dict()[name][list(ids)]
+    moved.load_state_dict(weights)
+    rng = np.random.default_rng(1)
+    rows = []
+    for i in range(24):
+        choices = [f" w{token}" for token in rng.choice(np.arange(3, VOCAB), 2 + i % 3, replace=False)]
+        prompt = " ".join(f"w{token}" for token in rng.choice(np.arange(3, VOCAB), 5 + i % 2))
+        rows.append({"prompt": prompt, "completion": choices[0], "choices": choices, "gold": 0})
+    rows = Dataset.from_list(rows)
+    options = {"k": VOCAB, "logprob_dtype": "float32", "disable_tqdm": True}
+    cache = add_teacher_topk(rows, teacher, own, output_dir=tmp_path / "cache", **options)
+    soft = add_option_probs(rows, moved, other, disable_tqdm=True)
+    steps = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "brier_weight": 0.3}
+    trained = []
+    for data, chosen in ((cache, {"restrict_to_choices": True}), (soft, {})):
+        trainer, _ = run(tiny_llama(1), tiny_config(tmp_path, **steps, **chosen), data, own)
+        trained.append(torch.cat([value.detach().flatten() for value in trainer.model.parameters()]))
+    start = torch.cat([value.detach().flatten() for value in tiny_llama(1).parameters()])
+    assert float((trained[0] - start).abs().max()) > 1e-2
+    assert float((trained[0] - trained[1]).abs().max()) < 1e-5

@@ -123,3 +123,43 @@ def test_the_reports_of_both_stand_beside_their_difference(files, tmp_path):
         {key: report[key] for key in ("ece", "ci_low", "ci_high")}
     )
     assert (tmp_path / "out" / "reliability.svg").is_file()
+
+
+def fresh(path: Path, error: float, n: int = 400) -> str:
+    """Confidences of which a quarter lie below .6, and a share of wrong answers above it."""
+    rng = np.random.default_rng(0)
+    confidence = np.r_[np.full(n // 4, 0.5), np.full(n - n // 4, 0.9)]
+    return write(path, confidence, np.where(confidence < 0.6, rng.random(n) < 0.5, rng.random(n) >= error))
+
+
+@pytest.mark.parametrize(("error", "status"), [(0.05, 0), (0.2, 1)])
+def test_a_threshold_that_no_longer_holds_fails(tmp_path, capsys, error, status):
+    file, folder = fresh(tmp_path / "fresh.csv", error), tmp_path / "out"
+    options = ["--output-dir", str(folder), "--resamples", "0", "--threshold", "0.6", "--max-error", "0.1"]
+    assert main(["calibrate", file, *options]) == status
+    text, found = capsys.readouterr().out, json.loads((folder / "report.json").read_text())["fresh"]["threshold"]
+    assert found["holds"] == (status == 0) and found["n_answered"] == 300 and found["max_error"] == 0.1
+    assert f"at most 10 % {'holds' if status == 0 else 'is BROKEN'}" in text and "300 of 400 rows answered" in text
+
+
+def test_the_threshold_that_a_student_brings(tmp_path, capsys):
+    from first_trl.calibration.threshold import fit_threshold
+    from first_trl.tasks.decision_extras import save_thresholds
+
+    confidence = np.linspace(0, 1, 2000)
+    made = [fit_threshold(confidence, confidence > limit, max_error=0.1) for limit in (0.5, 0.8)]
+    save_thresholds(tmp_path / "student", {"full_vocab": made[:1], "renormalized": made[1:]})
+    options = ["--output-dir", str(tmp_path / "out"), "--resamples", "0", "--threshold", str(tmp_path / "student")]
+    assert main(["calibrate", fresh(tmp_path / "fresh.csv", 0.2), *options, "--max-error", "0.1"]) == 1
+    found = json.loads((tmp_path / "out" / "report.json").read_text())["fresh"]["threshold"]
+    assert found["threshold"] == made[0].threshold and "for full_vocab" in capsys.readouterr().out
+    # What `first-trl evaluate` writes is compared with the threshold for its reading
+    rows = [{"probabilities": [0.9, 0.1], "gold": [1.0, 0.0], "options": ["a", "b"]}] * 40
+    rows += [{"probabilities": [0.9, 0.1], "gold": [0.6, 0.4], "options": ["a", "b"]}]
+    (tmp_path / "predictions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main(["calibrate", str(tmp_path / "predictions.jsonl"), *options, "--max-error", "0.1"]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())["predictions renormalized"]
+    assert report["threshold"]["threshold"] == made[1].threshold and report["threshold"]["n_answered"] == 40
+    assert report["dropped"] == {"gold is a distribution": 1}
+    assert main(["calibrate", str(tmp_path / "predictions.jsonl"), *options]) == 2
+    assert "brings no threshold for max_error=0.05, but for 0.1" in capsys.readouterr().err

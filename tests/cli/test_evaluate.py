@@ -1,15 +1,17 @@
 """`first-trl evaluate`: any model on any task, from files to printed scores."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import yaml
 
+from first_trl.calibration.conditional import KindTemperature, OptionTemperature
 from first_trl.cli import main
 from first_trl.evaluation.multiple_choice import evaluate_multiple_choice
 from first_trl.tasks import get_task
-from first_trl.tasks.decision import save_decision_config
+from first_trl.tasks.decision import decision_request, save_decision_config
 from tests.support.tiny import tiny_llama
 
 
@@ -65,6 +67,35 @@ def test_answers_of_several_tokens_are_scored_by_their_text(data_folder, tmp_pat
         assert report["length"] == length and report["scores"]["prior"]["accuracy"] < 0.9
         rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
         assert all(np.isclose(sum(row["probabilities"]), 1) for row in rows)
+
+
+@pytest.mark.filterwarnings("ignore:The temperature depends on the number:UserWarning")
+def test_a_temperature_by_number_of_options(student, tmp_path, capsys):
+    task, folder = get_task("digits"), tmp_path / "student"
+    shutil.copytree(student, folder)
+    rows = task.load("test", limit=40).dataset
+    fitted = OptionTemperature(1.0, {"choice": KindTemperature(0.1, 0.3, 4.0, 500)})
+    save_decision_config(folder, task, task.tokenizer(), rows, temperature=fitted)
+    output = ["--output-dir", str(tmp_path / "out"), "--device", "cpu"]
+    command = ["evaluate", str(folder), "--task", "digits", "--limit", "40", *output]
+    assert main(command) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["temperature"] == fitted.to_dict()
+    wanted = fitted.temperature("choice", 10)
+    result = evaluate_multiple_choice(
+        tiny_llama(vocab_size=143), task.tokenizer(), rows, temperature=wanted, disable_tqdm=True
+    )
+    assert report["scores"]["model"]["nll"] == pytest.approx(result.report["options"]["nll"], abs=1e-6)
+    # Requests too
+    path = tmp_path / "cases.jsonl"
+    gold = rows[0]["choices"][rows[0]["gold"]].strip()
+    path.write_text(json.dumps({"id": "one", **decision_request(rows[0]), "gold": {"answer": gold}}))
+    assert main(["evaluate", str(folder), "--task", "system_one", "--path", str(path), *output]) == 0
+    (line,) = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
+    p = np.exp(result.predictions["choice_logprobs"][0])
+    assert json.loads(line)["probabilities"] == pytest.approx((p / p.sum()).tolist(), abs=1e-5)
+    assert main([*command, "--scoring", "choices"]) == 2
+    assert "depends on the number of options" in capsys.readouterr().err
 
 
 def test_requests_of_decision_models(student, tmp_path):

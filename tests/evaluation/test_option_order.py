@@ -7,8 +7,10 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from transformers.decision import DecisionConfig
 
+from first_trl import add_option_probs
 from first_trl.cli import main
 from first_trl.evaluation.decisions import predict_decisions
 from first_trl.evaluation.option_order import evaluate_decision_order, evaluate_option_order, option_order_scores
@@ -233,4 +235,14 @@ def test_evaluate_prints_flips_and_the_average(questions, tokenizer, tmp_path, c
     assert f"another one in {100 * found.report['flip_rate']:.1f} % of cases" in out
     right = [values.argmax() == gold for values, gold in zip(found.averaged, rows["gold"], strict=True)]
     assert report["scores"]["mean of 5 orders"]["accuracy"] == pytest.approx(np.mean(right))
+    soft = tmp_path / "soft" / "rows.parquet"
+    assert (
+        main([*command, "--permutations", "5", "--target-probs", str(soft), "--output-dir", str(tmp_path / "out")])
+        == 0
+    )
+    written = Dataset.from_parquet(str(soft))
+    assert written["id"][:] == rows["id"][:] and written["choices"][:] == rows["choices"][:]
+    wanted = add_option_probs(rows, model, tokenizer, task=task, permutations=5, disable_tqdm=True)
+    for one, two in zip(written["target_probs"], wanted["target_probs"], strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-6)
     assert main([*command, "--permutations", "1", "--output-dir", str(tmp_path / "out")]) == 2

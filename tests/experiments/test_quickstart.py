@@ -34,7 +34,7 @@ def test_margins(seed, tmp_path):
 def check_answers(run: Path, arm: str) -> None:
     """The helper's confidence has the report's ECE, and who abstains below its median is right more often."""
     rows = load_from_disk(str(run / "data" / "rows" / "test"))
-    answers = answer_pipeline(str(run / "students" / arm / "model"), batch_size=256)(rows)
+    answers = answer_pipeline(str(run / "students" / arm / "model"), temperature=1.0, batch_size=256)(rows)
     confidence = np.array([answer["confidence"] for answer in answers])
     right = np.array([answer["index"] == gold for answer, gold in zip(answers, rows["gold"], strict=True)])
     report = json.loads((run / "report" / "report.json").read_text())["results"][arm]["test"]["full_vocab"]

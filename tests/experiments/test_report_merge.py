@@ -703,6 +703,7 @@ def test_report_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         arms=list(specs),
         results={name: {"unseen": one, "seen": one} for name in specs},
         temperatures={},
+        decisions={},
         fits={"a": fit_of_run("Too few rows."), "b": fit_of_run("Too few rows."), "c": fit_of_run("Another.")},
         manifest=manifest,  # type: ignore[arg-type]
         counts=counts,

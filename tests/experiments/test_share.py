@@ -65,6 +65,7 @@ from datasets import load_from_disk
 from huggingface_hub import ModelCard, hf_hub_download, snapshot_download
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from first_trl.tasks.decision import decision_request
 from first_trl import evaluate_multiple_choice, load_teacher_cache, verify_teacher_cache
 
 LOADERS = {"first": AutoModelForCausalLM, "lora": AutoPeftModelForCausalLM, "teacher": AutoModelForCausalLM}
@@ -92,6 +93,16 @@ for arm, loader in LOADERS.items():
         example = {}
         exec(re.search(r"```python\\n(.*?)```", card.content, re.S)[1], example)
         assert 0 < example["result"]["confidence"] <= 1 and len(example["result"]["choices"]) == 12
+        # The temperature came along: the evaluation's probabilities by the names on the card
+        exec(re.findall(r"```python\\n(.*?)```", card.content, re.S)[1], example)
+        temperature = json.load(open(f"{EVALUATE}/{arm}/decisions.json"))["temperature"]
+        stored = pq.read_table(f"{EVALUATE}/{arm}/test.parquet").to_pydict()["choice_logprobs"]
+        rows = load_from_disk(f"{ROWS}/test")
+        for row, logprobs in zip(rows, stored):
+            found = list(example["decide"](decision_request(row))["answer"]["probabilities"].values())
+            scaled = np.array(logprobs) / temperature
+            assert np.allclose(found, np.exp(scaled - np.logaddexp.reduce(scaled)), atol=1e-5), arm
+        assert set(example["answer"]) == {choice.strip() for choice in rows[0]["choices"]}
         assert "(reliability.png)" in card.content and os.path.getsize(f"{folder}/reliability.png") > 5000
 cache = load_teacher_cache(SHARED["cache"]["repo_id"], revision=SHARED["cache"]["commit"])
 verify_teacher_cache(cache, tokenizer)

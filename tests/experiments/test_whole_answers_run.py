@@ -1,5 +1,7 @@
 """A recipe whose answers have two tokens, from its data to its report and cards."""
 
+import contextlib
+import io
 import json
 
 import numpy as np
@@ -65,7 +67,14 @@ def folder(tmp_path_factory):
         str(folder / "run"),
     ]
     assert main([*command, "--dry-run"]) == 0
-    assert main(command) == 0
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        assert main(command) == 0
+    assert (
+        "first is no decision model of stock transformers: its answers are scored by their whole text"
+        in output.getvalue()
+    )
+    assert not list((folder / "run").rglob("decision.json"))
     return folder
 
 

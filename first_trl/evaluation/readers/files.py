@@ -3,7 +3,9 @@
 import os
 from typing import Any
 
-from ...utils.tables import file_kind, load_table
+import numpy as np
+
+from ...utils.tables import Table, file_kind, load_table
 from ..confidence import Confidences
 from ..predictions import MultipleChoiceResult
 from .harness import table_harness_samples
@@ -25,6 +27,7 @@ def read_confidences(
     | --- | --- |
     | `samples_*.jsonl` of lm-evaluation-harness, a line or one list | one result per filter and metric (`acc`, `acc_norm`, ...) |
     | predictions of [`evaluate_multiple_choice`] (its rows as `.jsonl` or `.parquet`) | over the full vocabulary, and renormalised over the choices |
+    | `predictions.jsonl` of `first-trl evaluate` | of the options alone; questions without one right option are left out |
     | a table (any file of [`first_trl.utils.tables`]) | one result, see [`read_table`] |
 
     Args:
@@ -59,6 +62,27 @@ def read_confidences(
         name = file_kind(table.path)[0]
         definitions = ["full_vocab", "renormalized"] if reading is None else [reading]
         return [result.confidences(definition, name=f"{name} {definition}") for definition in definitions]
+    if {"probabilities", "gold", "options"} <= set(first):
+        if reading not in (None, "renormalized"):
+            raise ValueError(f"{table.path} holds probabilities of the options alone: its reading is renormalized.")
+        return [_option_confidences(table)]
     if reading is not None or filter is not None:
         raise ValueError(f"{table.path} is a table: it has neither readings nor filters to choose from.")
     return [table_confidences(table, **table_options)]
+
+
+def _option_confidences(table: Table) -> Confidences:
+    """The most likely option of each question that has one right option."""
+    rows = [row for row in table.rows if max(row["gold"]) == 1.0]
+    if not rows:
+        raise ValueError(
+            f"{table.path}: the gold of every question is a distribution, so no answer is right or wrong."
+        )
+    answers = [np.array(row["probabilities"]) for row in rows]
+    return Confidences(
+        f"{file_kind(table.path)[0]} renormalized",
+        np.array([p.max() for p in answers]),
+        np.array([int(p.argmax()) == int(np.argmax(row["gold"])) for p, row in zip(answers, rows, strict=True)]),
+        "renormalized",
+        dropped={"gold is a distribution": len(table.rows) - len(rows)} if len(rows) < len(table.rows) else {},
+    )

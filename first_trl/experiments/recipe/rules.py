@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from ...plugins import BACKENDS, TASKS, estimator_target
 from ...training.options import DistillOptions, For, marks
 from ...utils.names import nearest
-from ...vocabulary import BAYES, POST_HOC
+from ...vocabulary import BAYES, POST_HOC, THRESHOLD_ROLE
 from .arguments import config_problems, init_problems, lora_problems, training_problems
 from .models import ArmSpec, Recipe
 from .parse import refuse
@@ -44,6 +44,8 @@ def _roles(recipe: Recipe) -> Iterator[str]:
     for role in recipe.evaluation.splits:
         if role not in splits:
             yield f"evaluation.splits names {role!r}, which task.splits does not hold ({', '.join(splits)})."
+    if THRESHOLD_ROLE in recipe.evaluation.splits:
+        yield f"evaluation.splits names {THRESHOLD_ROLE!r}: thresholds are fitted on its rows, nothing is reported on them."
     if not recipe.evaluation.splits:
         yield "evaluation.splits is empty; name at least one role to evaluate on."
     if recipe.evaluation.permutations == 1:
@@ -89,6 +91,8 @@ def _models(recipe: Recipe) -> Iterator[str]:
     for role, model in (("teacher", recipe.teacher), ("student", recipe.student)):
         if model.name_or_path is None and model.architecture is None:
             yield f"{role} needs `name_or_path` (a pretrained model) or `architecture` (made from scratch)."
+        if model.name_or_path is None and model.keep_layers is not None:
+            yield f"{role}.keep_layers cuts a pretrained model: give {role}.name_or_path, or fewer layers in its config."
         if model.pretrain is not None and "pretrain" not in recipe.task.splits:
             yield f"{role}.pretrain needs rows: name task.splits.pretrain."
     for key in ("sft", "lora", "select"):

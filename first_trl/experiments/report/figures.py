@@ -174,6 +174,29 @@ def curve_figure(name: str, fit: Mapping[str, Any]) -> "Figure":
     return figure
 
 
+def risk_coverage_figure(decisions: Mapping[str, Mapping[str, Any]], role: str) -> "Figure":
+    """Error rate among the surest answers against the share of rows that they are, one curve a student."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for index, (label, found) in enumerate(decisions.items()):
+        scores = found["roles"][role]
+        coverage, error = np.array(scores["curve"]).T
+        colour, line = COLOURS[index % len(COLOURS)], "-" if index < len(COLOURS) else "--"
+        axes.plot(100 * coverage, 100 * error, label=label, linewidth=1.4, color=colour, linestyle=line)
+        if scores["error"] is not None:
+            axes.plot(100 * scores["coverage"], 100 * scores["error"], marker="o", color=colour)
+    promise = next(iter(decisions.values()))["threshold"]["max_error"]
+    axes.axhline(100 * promise, color="grey", linewidth=0.8, linestyle=":")
+    axes.set(xlabel="rows answered, %", ylabel="wrong among them, %", title=f"{role}: risk against coverage")
+    axes.set_xlim(0, 100)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8.5, frameon=False)
+    return figure
+
+
 def novelty_figure(fits: Mapping[str, Mapping[str, Any]]) -> "Figure":
     """Temperature over the distance for each arm (label -> what was fitted), and where the rows of the roles lie."""
     from matplotlib.figure import Figure

@@ -11,7 +11,7 @@ from ...utils.files import write_json
 from ...vocabulary import BAYES, BAYES_LABEL, FEW_ROWS
 from ..run_folder import ReportFolder
 from .arms import find_sweeps
-from .figures import curve_figure, mass_figure, novelty_figure, save_figure
+from .figures import curve_figure, mass_figure, novelty_figure, risk_coverage_figure, save_figure
 from .markdown import to_markdown
 from .run_content import RunContent, write_run_parts
 
@@ -33,6 +33,7 @@ def write_report(
     arms: list[str],
     results: dict[str, dict[str, dict[str, Any]]],
     temperatures: dict[str, float],
+    decisions: dict[str, dict[str, Any]],
     fits: dict[str, dict[str, Any]],
     manifest: "Manifest",
     counts: dict[str, Any],
@@ -49,6 +50,8 @@ def write_report(
         arms (`list[str]`): Rows of the tables, in order.
         results (`dict`): Arm -> role -> report of [`evaluate_multiple_choice`].
         temperatures (`dict`): Arm -> fitted post-hoc temperature.
+        decisions (`dict`): Arm -> what its answers as a decision model are worth, see
+            [`~first_trl.experiments.stages.decisions.decision_scores`].
         fits (`dict`): Fit -> `RecalibrationFit.to_dict()`.
         manifest ([`Manifest`]): Of the training cache.
         counts (`dict`): Role -> rows read, dropped and cut.
@@ -78,6 +81,14 @@ def write_report(
         "Teacher mass kept by the most likely k tokens, mean over the cache.",
         mass_figure(np.array(manifest.kept_mass)),
     )
+    for role in recipe.evaluation.splits:
+        curves = {labels[name]: decisions[name] for name in shown if role in decisions.get(name, {}).get("roles", {})}
+        if curves:
+            caption = (
+                f"Risk against coverage on `{role}`: wrong answers among the surest ones, by the probability of the options at "
+                "the fitted temperature. Dots: the thresholds of the table, fitted on other rows."
+            )
+            save(f"risk_coverage_{role}", caption, risk_coverage_figure(curves, role))
     for name, fit in fits.items():
         symbol = method_symbol(fit["recalibration"]["method"])
         caption = f"Choice of {symbol} on validation (`{name}`): the teacher's ECE and NLL over {symbol}."
@@ -102,6 +113,7 @@ def write_report(
             "labels": labels,
             "results": results,
             "posthoc_temperatures": temperatures,
+            "decisions": decisions,
             "novelty": novelty or {},
             "recalibration": fits,
             "kept_mass": manifest.kept_mass,
@@ -112,7 +124,7 @@ def write_report(
         },
     )
     content = RunContent(
-        recipe, labels, results, temperatures, fits, manifest, counts, timings, figures, novelty or {}
+        recipe, labels, results, temperatures, decisions, fits, manifest, counts, timings, figures, novelty or {}
     )
     report.markdown.write_text(to_markdown(write_run_parts(content)), encoding="utf-8")
 

@@ -23,6 +23,7 @@ class RunContent:
     labels: Mapping[str, str]
     results: Mapping[str, Mapping[str, dict[str, Any]]]
     temperatures: Mapping[str, float]
+    decisions: Mapping[str, Mapping[str, Any]]
     fits: Mapping[str, dict[str, Any]]
     manifest: "Manifest"
     counts: Mapping[str, Any]
@@ -46,6 +47,7 @@ def write_run_parts(run: RunContent) -> list[Part]:
     )
     for index, role in enumerate(recipe.evaluation.splits):
         parts += _role_parts(run, role, index)
+    parts += _decision_parts(run)
     if run.novelty:
         parts += [Heading(2, "How new the rows are"), _novelty_table(run), *_picture(run, "novelty.png")]
     parts += _teacher_parts(run)
@@ -98,6 +100,41 @@ def _role_parts(run: RunContent, role: str, index: int) -> list[Part]:
         title = f"`{role}`, probabilities renormalised over the answer options"
         parts.append(Fold(title, [_score_table(run, role, "options")]))
     return parts
+
+
+def _decision_parts(run: RunContent) -> list[Part]:
+    """Students with the temperature and the threshold that live with them."""
+    if not run.decisions:
+        return []
+    some = next(iter(run.decisions.values()))
+    promise = f"{100 * some['threshold']['max_error']:g} %"
+    rows: list[list[Value | str]] = []
+    for name, found in run.decisions.items():
+        threshold = found["threshold"]["threshold"]
+        row = [run.labels[name], f"{found['temperature']:.2f}", "none" if threshold is None else f"{threshold:.3f}"]
+        for scores in found["roles"].values():
+            wrong = NOTHING if scores["error"] is None else f"{100 * scores['error']:.1f}"
+            row += [f"{100 * scores['ece']:.1f}", f"{100 * scores['coverage']:.0f}", wrong]
+        rows.append([*row])
+    columns = [f"{title} ({role})" for role in some["roles"] for title in ("ECE %", "answered %", "wrong %")]
+    fitted_on = some["fitted_on"]
+    caption = (
+        f"Students as decision models: option probabilities at the temperature T that lives with them, and the smallest "
+        f"confidence above which at most {promise} of the answers are wrong, with {100 * (1 - some['threshold']['delta']):g} % "
+        f"confidence, on rows like those of `{fitted_on}`."
+    )
+    parts: list[Part] = [
+        Heading(2, "Decision models"),
+        Table(caption, ["arm", "T", f"threshold for {promise}", *columns], rows),
+    ]
+    if fitted_on == "validation":
+        parts.append(
+            Paragraph(
+                "The thresholds were fitted on the rows that temperatures were chosen on: for a strict guarantee name "
+                "further rows in `task.splits.threshold`. After a shift there is none; `first-trl calibrate --threshold` checks."
+            )
+        )
+    return [*parts, *(part for role in some["roles"] for part in _picture(run, f"risk_coverage_{role}.png"))]
 
 
 def _teacher_parts(run: RunContent) -> list[Part]:

@@ -3,7 +3,7 @@
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
@@ -16,6 +16,10 @@ from ...cards.wording import shown_arguments
 from ...evaluation.predictions import MultipleChoiceResult
 from ...vocabulary import BAYES, BAYES_LABEL, role_domain
 from ..run_folder import RunFolder, TrainingFolder, cache_unit, read_json, student_unit
+
+
+if TYPE_CHECKING:
+    from ...tasks import Task
 
 
 _TRAINED = ("sft", "distill")
@@ -165,6 +169,9 @@ class Run:
             text = f"[{name}](https://huggingface.co/{name}){at}"
         else:
             text = f"a local model, `{public_name(name)}`"
+        # Runs from before layers could be left out say nothing about them
+        if layers := spec.get("keep_layers"):
+            text = f"the first {layers} layers of {text}"
         return text + (", pre-trained in the same run" if spec.get("pretrain") else "")
 
     def teacher_text(self, arm: str | None) -> str:
@@ -257,19 +264,30 @@ class Run:
         )
         return f"{text}, split `{source['split']}`"
 
-    def source(self, role: str) -> dict[str, Any]:
-        """Where the rows of a role come from: `name`, `id`, `config` and `revision` on the Hub, `split`, and `bundled`
-        for rows that the task brings with it."""
+    def task(self, role: str) -> tuple[str, dict[str, Any]]:
+        """Name and options of the task that the rows of a role are of."""
+        task, spec = self.recipe["task"], self.recipe["task"]["splits"][role]
+        return spec["task"] or task["name"], {
+            **(task["options"] if not spec["task"] else {}),
+            **(spec["options"] or {}),
+        }
+
+    def make_task(self, role: str) -> "Task":
+        """The task that the rows of a role are of."""
         # Tasks import the tokenizer library, which the cards of a cache do not need
         from ...tasks import get_task
 
+        name, options = self.task(role)
+        return get_task(name, **options)
+
+    def source(self, role: str) -> dict[str, Any]:
+        """Where the rows of a role come from: `name`, `id`, `config` and `revision` on the Hub, `split`, and `bundled`
+        for rows that the task brings with it."""
         task, spec = self.recipe["task"], self.recipe["task"]["splits"][role]
-        name = spec["task"] or task["name"]
-        options = {**(task["options"] if not spec["task"] else {}), **(spec["options"] or {})}
         path = spec["path"] or (task["path"] if not spec["task"] else None)
-        benchmark = get_task(name, **options)
+        benchmark = self.make_task(role)
         place: dict[str, Any] = {
-            "name": name,
+            "name": self.task(role)[0],
             "id": hub_id(path),
             "config": benchmark.hub_config,
             "revision": None,

@@ -14,6 +14,7 @@ from ...tasks.copies import drop_copies
 from ...tasks.multiple_choice import MultipleChoice
 from ...tasks.overlap import drop_overlap
 from ...utils.files import write_json
+from ...vocabulary import THRESHOLD_ROLE
 from ..recipe import Recipe, SplitSpec
 from ..run_folder import DATA
 from .context import RunContext
@@ -58,8 +59,9 @@ def _with_choices(recipe: Recipe) -> set[str]:
 
 
 def used_roles(recipe: Recipe) -> list[str]:
-    """Roles that students train on, and that temperatures and epochs are chosen on."""
-    return list(dict.fromkeys(["train", "validation", *(role for arm in recipe.arms.values() for role in arm.data)]))
+    """Roles that students train on, and that temperatures, thresholds and epochs are chosen on."""
+    chosen_on = [role for role in ("train", "validation", THRESHOLD_ROLE) if role in recipe.task.splits]
+    return list(dict.fromkeys([*chosen_on, *(role for arm in recipe.arms.values() for role in arm.data)]))
 
 
 def honest_roles(recipe: Recipe) -> list[str]:
@@ -139,10 +141,12 @@ def _write(run: RunContext, folder: Path) -> None:
             "choices": any(rows[role]["choices"]),
             "domain": _domain(run, role),
         }
-        if role in evaluated and counts[role]["choices"]:
-            # What evaluation would refuse after all trainings
+        # What evaluation or a training would refuse after all trainings before it
+        checked = {run.recipe.evaluation.scoring} if role in evaluated else set()
+        checked |= {"token"} if role in _with_choices(run.recipe) else set()
+        for scoring in checked if counts[role]["choices"] else ():
             try:
-                check_answers(tokenizer, rows[role], run.recipe.evaluation.scoring)
+                check_answers(tokenizer, rows[role], scoring)
             except ValueError as error:
                 raise ValueError(f"Role {role!r}, {error}") from None
         # Multiple choice is evaluated on the text of the rows, everything else works on tokens
@@ -157,7 +161,7 @@ def _write(run: RunContext, folder: Path) -> None:
 def _domain(run: RunContext, role: str) -> str:
     """What a score on the rows of a role is a score of."""
     spec = run.recipe.task.splits[role]
-    if role == "validation":
+    if role in ("validation", THRESHOLD_ROLE):
         return "validation"
     shifted = spec.task is not None or spec.unseen == "group" or role not in run.recipe.evaluation.splits[:1]
     return "out-of-domain" if shifted else "in-domain"

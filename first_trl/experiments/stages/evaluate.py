@@ -32,6 +32,7 @@ from ..run_folder import (
 )
 from .context import RunContext
 from .data import task_of
+from .decisions import fit_decisions
 from .novelty import base_role, novelty_results, read_base_states, read_states, states_inputs
 from .teachers import base_model, teacher_model, teacher_of
 from .training import load_trained
@@ -110,6 +111,8 @@ def _evaluate(run: RunContext, name: str, arm: ArmSpec, folder: Path) -> None:
         "disable_tqdm": True,
         "distributed": True,
     }
+    if arm.kind in ("sft", "distill"):
+        fit_decisions(run, name, model, **options)
     temperature = 1.0
     if arm.kind == "temperature_scaling":
         choices = run.has_choices("validation") and run.recipe.evaluation.scoring == "token"

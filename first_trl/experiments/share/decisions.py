@@ -1,0 +1,57 @@
+"""The files that make the students of a finished run decision models, written beside their weights."""
+
+import dataclasses
+from typing import Any
+
+from ...calibration.threshold import ConfidenceThreshold
+from ...cards.student import DecisionFacts
+from ...vocabulary import REPORTED_MAX_ERROR
+from ..run_folder import read_json
+from .run import Run
+
+
+def write_decision_files(run: Run, arm: str) -> DecisionFacts | None:
+    """
+    Write `decision.json`, `decision_template.jinja` and `first_trl_decision.json` into a student's folder: its prompt, labels,
+    temperature and thresholds. What stock transformers cannot express is said, and the rest is written.
+
+    Args:
+        run ([`Run`]): The run.
+        arm (`str`): A trained arm.
+
+    Returns:
+        [`DecisionFacts`]: For the card; `None` where the answers have no options or nothing was fitted.
+    """
+    path = run.folder.decisions(arm)
+    if not path.is_file():
+        return None
+    fitted: dict[str, Any] = read_json(path)
+    if "readings" not in fitted:
+        print(f"    {arm} is no decision model of stock transformers: {fitted['reason']}", flush=True)
+        return None
+    # Tasks import the tokenizer library, and cards of free text need neither
+    from datasets import concatenate_datasets
+    from transformers import AutoTokenizer
+
+    from ...tasks.decision import save_decision_config
+    from ...tasks.decision_extras import save_thresholds, write_decision_extras
+
+    folder, temperature = run.student(arm).model, float(fitted["temperature"])
+    alike = [role for role in run.roles if run.task(role) == run.task("validation") and role != "validation"]
+    rows = [run.folder.load_rows(role).select_columns(["prompt", "choices"]) for role in ("validation", *alike)]
+    stock = True
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        save_decision_config(
+            folder, run.make_task("validation"), tokenizer, concatenate_datasets(rows), temperature=temperature
+        )
+    except ValueError as error:
+        print(f"    {arm} is no decision model of stock transformers: {error}", flush=True)
+        stock = False
+        write_decision_extras(folder, temperature=temperature)
+    readings = {
+        name: [ConfidenceThreshold.from_dict(each) for each in found] for name, found in fitted["readings"].items()
+    }
+    save_thresholds(folder, readings, temperature=temperature, fitted_on=fitted["fitted_on"])
+    threshold = next(each for each in readings["full_vocab"] if each.max_error == REPORTED_MAX_ERROR)
+    return DecisionFacts(stock, temperature, fitted["fitted_on"], dataclasses.replace(threshold, candidates=()))
