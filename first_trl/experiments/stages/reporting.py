@@ -110,7 +110,8 @@ def share_units(run: RunContext) -> Iterator[Unit]:
 
 
 def _model(spec: Any) -> dict[str, Any]:
-    return {"name_or_path": spec.name_or_path, "architecture": spec.architecture, "config": spec.config}
+    keys = ("name_or_path", "architecture", "config", "keep_layers")
+    return {key: getattr(spec, key) for key in keys if key != "keep_layers" or spec.keep_layers is not None}
 
 
 def _describe_arm(run: RunContext, name: str) -> dict[str, Any]:
