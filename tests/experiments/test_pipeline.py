@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 
+from first_trl import answer_pipeline
 from first_trl.calibration import expected_calibration_error
 from first_trl.cli import main
 from first_trl.experiments.smoke.rows import DATA as SMOKE_DATA
@@ -26,6 +27,7 @@ ARMS = {
     "bucket": {"kind": "distill", "estimator": "bucket", "ce_weight": 0.2},
     "lora": {"kind": "distill", "lora": {"r": 4, "target_modules": "all-linear"}},
     "sft_novelty": {"kind": "novelty_scaling", "of": "sft"},
+    "sft_agreement": {"kind": "agreement_scaling", "of": "sft", "prompts": "ood"},
     "lora_novelty": {"kind": "novelty_scaling", "of": "lora", "novelty": {"fit": "cross_group", "layers": [1]}},
 }
 
@@ -108,6 +110,23 @@ def test_temperature_by_novelty_leaves_accuracy_and_says_how_new_rows_are(run):
     exported = (run / "students" / "sft" / "model" / "novelty.safetensors").read_bytes()
     assert exported == (run / "evaluate" / "sft_novelty" / "novelty.safetensors").read_bytes()
     assert not (run / "students" / "first" / "model" / "novelty.safetensors").exists()
+    assert "novelty=True" in (run / "students" / "sft" / "model" / "README.md").read_text()
+    assert report["novelty_of"] == {"sft": "sft_novelty", "lora": "lora_novelty"}
+    pipe = answer_pipeline(run / "students" / "sft" / "model", novelty=True, device="cpu", batch_size=8)
+    rows = Dataset.load_from_disk(str(run / "data" / "rows" / "ood")).select(range(8))
+    given = [row["confidence"] for row in pipe([{"prompt": row["prompt"], "choices": row["choices"]} for row in rows])]
+    predictions = load_dataset(
+        "parquet", data_files=str(run / "evaluate" / "sft_novelty" / "ood.parquet"), split="train"
+    )
+    assert given == pytest.approx(predictions["top_prob"][:8], abs=2e-3)
+    agreed = json.loads((run / "evaluate" / "sft_agreement" / "agreement.json").read_text())
+    assert (
+        agreed["prompts"] == "ood"
+        and 0 < agreed["agreed"] <= agreed["n"] == 50
+        and 0.125 <= agreed["temperature"] <= 16
+    )
+    ece = [results[arm]["ood"]["full_vocab"]["nll"] for arm in ("sft", "sft_agreement")]
+    assert ece[0] != ece[1]
     # The one temperature is the one of temperature scaling, to the digits of the table it is read from
     scalar = json.loads((run / "evaluate" / "sft_novelty" / "novelty.json").read_text())["scalar"]
     scaled = json.loads((run / "evaluate" / "sft_ts" / "temperature.json").read_text())["temperature"]
@@ -264,7 +283,7 @@ def test_a_further_evaluation_role_and_a_smaller_batch_train_nothing_again(run, 
     redone = {
         line.split(":")[0].strip() for line in capsys.readouterr().out.splitlines() if line.endswith(": running")
     }
-    read = {f"states/{arm['of']}" for arm in ARMS.values() if arm["kind"] == "novelty_scaling"}
+    read = {f"states/{arm['of']}" for arm in ARMS.values() if arm["kind"] in ("novelty_scaling", "agreement_scaling")}
     assert redone == {"data", "report", *read, *(f"evaluate/{arm}" for arm in (*ARMS, "bayes"))}
     # Other training rows are another matter
     assert main(["run", recipe, *TINY, "task.splits.train.limit=80", "--output-dir", str(folder)]) == 0

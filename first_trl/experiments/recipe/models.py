@@ -101,6 +101,8 @@ class ModelSpec:
             Beside a name it says what the name stands for, so that `--smoke` needs no download.
         config (`dict`): Configuration of the model made from scratch, or overrides of the loaded one.
         init_kwargs (`dict`): Passed to `from_pretrained`: `dtype`, `revision`, `attn_implementation`, ...
+        keep_layers (`int`, *optional*): Begin with this many of the first layers of the named model, its embeddings and
+            its head, instead of the whole.
         pretrain (`dict`, *optional*): Training arguments for next-token training on the `pretrain` rows, first.
         sft (`dict`, *optional*): Training arguments of the teacher's fine-tuning; none means it is fine-tuned already.
         lora (`dict`, *optional*): `peft.LoraConfig` arguments of the teacher's fine-tuning; none trains all weights.
@@ -112,6 +114,7 @@ class ModelSpec:
     architecture: Text | None = None
     config: Mapping = field(default_factory=dict)
     init_kwargs: Mapping = field(default_factory=dict)
+    keep_layers: Count | None = None
     pretrain: Mapping | None = None
     sft: Mapping | None = None
     lora: Mapping | None = None
@@ -120,6 +123,11 @@ class ModelSpec:
     @property
     def from_scratch(self) -> bool:
         return self.name_or_path is None
+
+    @property
+    def used_as_it_is(self) -> bool:
+        """Whether there is nothing to make before fine-tuning: the model that is named, whole."""
+        return not self.from_scratch and self.pretrain is None and self.keep_layers is None
 
 
 @dataclass(config=_CONFIG)
@@ -232,7 +240,7 @@ class NoveltySpec:
 class _Arm:
     """What an arm begins with."""
 
-    kind: Literal["teacher", "sft", "distill", "temperature_scaling", "novelty_scaling"]
+    kind: Literal["teacher", "sft", "distill", "temperature_scaling", "novelty_scaling", "agreement_scaling"]
     label: Text | None = None
     of: Annotated[Text, For(POST_HOC)] | None = None
     training: Annotated[Mapping, _STUDENTS] = field(default_factory=dict)
@@ -245,9 +253,11 @@ class ArmSpec(DistillOptions, _Arm):
     [`~first_trl.training.options.DistillOptions`], and these:
 
     Args:
-        kind (`str`): `teacher`, `sft`, `distill`, `temperature_scaling` or `novelty_scaling`.
+        kind (`str`): `teacher`, `sft`, `distill`, `temperature_scaling`, `novelty_scaling` or `agreement_scaling`.
         label (`str`, *optional*): Name in tables and figures. With a grid, `{top_k}` and the like are filled in.
-        of (`str`, *optional*): Arm that `temperature_scaling` or `novelty_scaling` is applied to.
+        of (`str`, *optional*): Arm that `temperature_scaling`, `novelty_scaling` or `agreement_scaling` is applied to.
+        prompts (`str`, *optional*): Role whose prompts an `agreement_scaling` is fitted on, without their answers: where the
+            model chooses what it chose before fine-tuning, its confidence is brought to what it was then.
         novelty (`NoveltySpec`, *optional*): How a `novelty_scaling` is fitted, where it is not by default.
         training (`dict`): Training arguments on top of the recipe's `training`.
         objective (`str`, *optional*): Objective of the fit, when it is another than the recipe's.
@@ -267,6 +277,7 @@ class ArmSpec(DistillOptions, _Arm):
     data: Annotated[list[Text], _DISTILL] = field(default_factory=lambda: ["train"])
     lora: Annotated[Mapping, _STUDENTS] | None = None
     novelty: Annotated[NoveltySpec, For(("novelty_scaling",))] | None = None
+    prompts: Annotated[Text, For(("agreement_scaling",))] | None = None
     swept: Mapping = field(default_factory=dict)
 
 

@@ -91,6 +91,8 @@ def _models(recipe: Recipe) -> Iterator[str]:
     for role, model in (("teacher", recipe.teacher), ("student", recipe.student)):
         if model.name_or_path is None and model.architecture is None:
             yield f"{role} needs `name_or_path` (a pretrained model) or `architecture` (made from scratch)."
+        if model.name_or_path is None and model.keep_layers is not None:
+            yield f"{role}.keep_layers cuts a pretrained model: give {role}.name_or_path, or fewer layers in its config."
         if model.pretrain is not None and "pretrain" not in recipe.task.splits:
             yield f"{role}.pretrain needs rows: name task.splits.pretrain."
     for key in ("sft", "lora", "select"):
@@ -125,8 +127,10 @@ def _arm(recipe: Recipe, name: str, arm: ArmSpec) -> Iterator[str]:
         yield f"{place}.novelty: the fit 'steepest' is for one feature, distance or max_probability."
     if spec is not None and spec.fit == "steepest" and spec.at_least_scalar:
         yield f"{place}.novelty: with at_least_scalar there is no steepest slope. Leave one of the two out."
-    if arm.kind == "novelty_scaling" and recipe.evaluation.scoring != "token":
-        yield f"{place}: novelty_scaling reads answers of one token, and evaluation.scoring is {recipe.evaluation.scoring!r}."
+    if arm.kind in ("novelty_scaling", "agreement_scaling") and recipe.evaluation.scoring != "token":
+        yield f"{place}: {arm.kind} reads answers of one token, and evaluation.scoring is {recipe.evaluation.scoring!r}."
+    if arm.kind == "agreement_scaling" and arm.prompts not in ("validation", *recipe.evaluation.splits):
+        yield f"{place}.prompts must name 'validation' or a role of evaluation.splits, got {arm.prompts!r}."
     misplaced = list(_misplaced(arm))
     for key in misplaced:
         kinds = " and ".join(_kinds_of(key) or ())

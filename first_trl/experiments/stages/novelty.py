@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ...calibration.agreement import fit_agreement_temperature
 from ...calibration.scores import auroc_between
 from ...evaluation.answer_states import AnswerStates, candidate_layers, collect_answer_states, layer_count
 from ...evaluation.cross_group import cross_group_slopes
@@ -17,7 +18,7 @@ from ...evaluation.novelty import file_digest
 from ...evaluation.novelty_scaling import NOVELTY_NAME, NoveltyScaling, fit_novelty_scaling
 from ...tasks.decision_extras import write_decision_extras
 from ...utils.files import write_json
-from ..recipe import NoveltySpec
+from ..recipe import ArmSpec, NoveltySpec
 from ..run_folder import read_json
 from .context import RunContext
 from .teachers import base_model
@@ -95,15 +96,40 @@ def base_role(run: RunContext, of: str) -> str:
     return "teacher" if run.recipe.arms[of].kind == "teacher" else "student"
 
 
-def read_base_states(run: RunContext, role: str, folder: Path) -> None:
-    """One pass of the model before fine-tuning over the training rows."""
-    model = place(base_model(run, role))
+def base_rows(arm: ArmSpec) -> str | None:
+    """The role that an arm needs the model before fine-tuning on, where it does."""
+    if arm.novelty is not None and arm.novelty.fit == "cross_group":
+        return "train"
+    return arm.prompts
+
+
+def read_base_states(run: RunContext, which: str, role: str, folder: Path) -> None:
+    """One pass of the model before fine-tuning over the rows of a role."""
+    model = place(base_model(run, which))
+    rows = _train_rows(run) if role == "train" else run.folder.load_rows(role)
     states = collect_answer_states(
-        model, run.tokenizer(), _train_rows(run), candidate_layers(layer_count(model)),
+        model, run.tokenizer(), rows, candidate_layers(layer_count(model)), max_length=run.recipe.task.max_length,
         batch_size=run.recipe.evaluation.batch_size, disable_tqdm=True, distributed=True,
     )  # fmt: skip
     if run.is_main:
-        states.save(run.folder.base_states(role))
+        states.save(run.folder.base_states(which, role))
+
+
+def agreement_results(run: RunContext, name: str) -> Iterator[tuple[str, MultipleChoiceResult]]:
+    """Fit the one temperature of an arm by agreement, write it, and give the predictions of each role that is evaluated."""
+    arm = run.recipe.arms[name]
+    of, prompts = str(arm.of), str(arm.prompts)
+    own = AnswerStates.load(run.folder.states(of, prompts))
+    before = AnswerStates.load(run.folder.base_states(base_role(run, of), prompts))
+    try:
+        fitted = fit_agreement_temperature(own.choice_logits, before.choice_logits)
+    except ValueError as error:
+        raise ValueError(f"arms.{name}: {error}") from None
+    write_json(run.folder.agreement(name), {"prompts": prompts, **fitted.to_dict()})
+    for role in run.recipe.evaluation.splits:
+        ids = np.array([str(each) for each in run.folder.load_rows(role)["id"]])
+        rows = AnswerStates.load(run.folder.states(of, role))
+        yield role, rows.result(ids, fitted.temperature, n_bins=run.recipe.evaluation.n_bins)
 
 
 def fit_arm(run: RunContext, name: str) -> NoveltyScaling:
@@ -189,19 +215,27 @@ def novelty_results(run: RunContext, name: str) -> Iterator[tuple[str, MultipleC
         yield role, result
 
 
+def exported_novelty(run: RunContext) -> dict[str, str]:
+    """Student -> the arm whose temperature is saved with it: its first one with a distance that is no point of a sweep."""
+    chosen: dict[str, str] = {}
+    for name, arm in run.recipe.arms.items():
+        if arm.kind != "novelty_scaling" or not run.folder.novelty_reference(name).is_file():
+            continue
+        of = str(arm.of)
+        if run.folder.student(of).has_model and (not arm.swept or run.recipe.arms[of].swept):
+            chosen.setdefault(of, name)
+    return chosen
+
+
 def export_novelty(run: RunContext) -> None:
-    """Put what was fitted beside the weights of each student: of its first arm with a distance that is no point of a sweep."""
-    for student, spec in run.recipe.arms.items():
-        behind = [
-            name
-            for name, arm in run.recipe.arms.items()
-            if arm.kind == "novelty_scaling" and arm.of == student and (not arm.swept or spec.swept)
-        ]
-        made = [file for name in behind if (file := run.folder.novelty_reference(name)).is_file()]
+    """Put what was fitted beside the weights of each student, and take away what an earlier recipe put there."""
+    chosen = exported_novelty(run)
+    for student in run.recipe.arms:
         model = run.folder.student(student).model
-        if made and model.is_dir():
-            shutil.copyfile(made[0], model / NOVELTY_NAME)
-            write_decision_extras(model, novelty={"file": NOVELTY_NAME, "sha256": file_digest(made[0])})
+        if student in chosen:
+            source = run.folder.novelty_reference(chosen[student])
+            shutil.copyfile(source, model / NOVELTY_NAME)
+            write_decision_extras(model, novelty={"file": NOVELTY_NAME, "sha256": file_digest(source)})
         elif (model / NOVELTY_NAME).is_file():
             (model / NOVELTY_NAME).unlink()
             write_decision_extras(model, novelty=None)
