@@ -50,6 +50,8 @@ import json
 from first_trl.cli import main
 from first_trl.experiments.share.push import push_run
 
+bare = ["push", RUN, "--namespace", "alice", "--prefix", "bare", "--no-cache", "--no-base", "--arms", "lora"]
+assert main(bare) == 0
 first = push_run(RUN, "alice", arms=["teacher", "sft", "first", "lora"], private=True, tag="v1")
 assert push_run(RUN, "alice", arms=["teacher", "sft", "first", "lora"], tag="v1") == first
 assert main(["push", RUN, "--namespace", "alice", "--arms", "first", "lora"]) == 0
@@ -119,7 +121,11 @@ def test_what_is_shared_comes_back_the_same(env, finished, run, tmp_path):
         shared = json.loads(pushed.stdout.split("SHARED ")[1].splitlines()[0])
         assert set(shared) == {"cache", "base", "teacher", "sft", "first", "lora"}
         # The repository starts with a commit of the Hub's own; the second and third push made none
-        assert hub.count(r"POST /api/(models|datasets)/.*/commit/main", 200) == len(shared)
+        assert hub.count(r"POST /api/(models|datasets)/.*/commit/main", 200) == len(shared) + 1
+        # An adapter without its base names no place on this machine
+        assert hub.count(r".*bare-base") == 0 and "adapter_model.safetensors" in hub.files("alice/bare-lora", "model")
+        for content in hub.files("alice/bare-lora", "model").values():
+            assert str(finished).encode() not in content and str(run).encode() not in content
         # The run has gone from the place where the adapter was trained
         place = tmp_path / "moved"
         shutil.copytree(run, place)

@@ -274,6 +274,9 @@ def _adapter_config(model: Path, spec: Mapping[str, Any], base: Mapping[str, str
     elif hub_id(spec["name_or_path"]):
         revision = (spec.get("init_kwargs") or {}).get("revision")
         config |= {"base_model_name_or_path": spec["name_or_path"], "revision": revision}
+    else:
+        # Without its base, whose place on this machine is nobody else's business
+        config["base_model_name_or_path"] = Path(str(config.get("base_model_name_or_path"))).name
     return {path.name: json.dumps(config, indent=2, sort_keys=True) + "\n"}
 
 
