@@ -31,6 +31,7 @@ TASKS = Registry(
         "digits": "first_trl.tasks.digits:Digits",
         "mmlu": "first_trl.tasks.mmlu:MMLU",
         "mmlu_category": "first_trl.tasks.mmlu_category:MMLUCategory",
+        "mmlu_field": "first_trl.tasks.mmlu_field:MMLUField",
         "noisy_world": "first_trl.tasks.noisy_world:NoisyWorld",
         "openbook_qa": "first_trl.tasks.openbook_qa:OpenBookQA",
     },

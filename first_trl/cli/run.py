@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..experiments.recipe import load_recipe
 from ..vocabulary import STAGES
+from .jobs import run_seeds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change recipe keys, values as in YAML")
     parser.add_argument("--stage", choices=STAGES, help="run only this stage; the ones before it must be finished")
     parser.add_argument("--seed", type=int, help="seed of generated data, models and training; only this one is run")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="run N seeds side by side, each on an equal share of the cores",
+    )
     parser.add_argument(
         "--output-dir",
         help="folder of the run (default: outputs/<recipe>/seed-<seed>), of all runs of a recipe with seeds, cases or a grid",
@@ -47,6 +55,8 @@ def main(args: argparse.Namespace) -> int:
     """Run the recipe."""
     if not args.dry_run and (args.json or args.processes or args.sharding or args.configs):
         raise ValueError("--json, --processes, --sharding and --configs belong to --dry-run.")
+    if args.jobs < 1 or (args.jobs > 1 and (args.dry_run or args.smoke or args.seed is not None)):
+        raise ValueError("--jobs takes a number from 1, and not together with --seed, --dry-run or --smoke.")
     # Read and checked before torch is imported: a typo is answered at once
     recipe = load_recipe(args.recipe, args.overrides, seed=args.seed, output_dir=args.output_dir)
     if args.smoke:
@@ -63,7 +73,23 @@ def main(args: argparse.Namespace) -> int:
             for problem in plan.problems:
                 print(f"first-trl: {problem}", file=sys.stderr)
         return 2 if plan.problems else 0
+    if args.jobs > 1:
+        _side_by_side(args, recipe.seeds)
     from ..experiments.stages.run import run_recipe
 
     run_recipe(recipe, args.stage)
     return 0
+
+
+def _side_by_side(args: argparse.Namespace, seeds: list[int]) -> None:
+    """All seeds, of which the run that follows merges the reports."""
+    if len(seeds) < 2:
+        raise ValueError("--jobs runs seeds side by side, and this recipe names fewer than two: give seeds=[0,1,2].")
+    options = {"--stage": args.stage, "--output-dir": args.output_dir}
+    given = [word for name, value in options.items() if value is not None for word in (name, value)]
+    failed = run_seeds([args.recipe, *args.overrides, *given], seeds, args.jobs)
+    if failed:
+        raise ValueError(
+            f"Of the seeds {', '.join(map(str, seeds))}, {', '.join(map(str, failed))} did not finish; the reason stands in "
+            "the lines of its log above. Run the same command again: what is finished is kept."
+        )

@@ -106,7 +106,7 @@ class NoveltyReference:
         self, points: torch.Tensor, rows: torch.Tensor, half_square: torch.Tensor, *, leave_one_out: bool = False
     ) -> np.ndarray:
         if self.metric == "mahalanobis":
-            return 0.5 * (points.double() - rows.double()).square().sum(-1).cpu().numpy()
+            return 0.5 * (points.cpu().double() - rows.cpu().double()).square().sum(-1).numpy()
         k = min(self.k, len(rows) - leave_one_out)
         found = []
         size = max(1, _MAX_SIMILARITIES // len(rows))
@@ -117,9 +117,9 @@ class NoveltyReference:
                 own = torch.arange(len(part), device=part.device)
                 near[own, start + own] = -torch.inf
             index = near.topk(k, dim=-1).indices
-            # Again, in double precision: the similarities of near rows differ in their last digits only
-            gaps = part.double()[:, None] - rows[index].double()
-            found.append(0.5 * gaps.square().sum(-1).mean(-1).cpu().numpy())
+            # Again, in double precision, which not every accelerator has: similarities of near rows differ in their last digits
+            gaps = part.cpu().double()[:, None] - rows[index].cpu().double()
+            found.append(0.5 * gaps.square().sum(-1).mean(-1).numpy())
         return np.concatenate(found) if found else np.zeros(0)
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -236,7 +236,7 @@ def fit_reference(
     points = units
     if metric != "cosine":
         basis, center = _components(units, components, whiten=metric == "mahalanobis")
-        points = (units - center) @ basis
+        points = (units - center.to(units.device)) @ basis.to(units.device)
     if len(points) > kept:
         order = np.random.default_rng(seed).permutation(len(points))[:kept]
         points = points[torch.from_numpy(np.sort(order)).to(points.device)]
@@ -268,7 +268,7 @@ def principal_components(states: Any, components: int) -> tuple[torch.Tensor, to
 
 def project(states: Any, basis: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
     """Coordinates `[B, D]` of hidden states on [`principal_components`]."""
-    return (_unit(states) - center) @ basis
+    return (_unit(states).cpu() - center) @ basis
 
 
 def file_digest(path: Path) -> str:
@@ -295,8 +295,8 @@ def _unit(states: Any, width: int | None = None) -> torch.Tensor:
 
 
 def _components(units: torch.Tensor, components: int, *, whiten: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    center = units.double().mean(0)
-    centered = units.double() - center
+    center = units.cpu().double().mean(0)
+    centered = units.cpu().double() - center
     values, vectors = torch.linalg.eigh(centered.T @ centered / len(units))
     n = max(1, min(components, units.shape[1], len(units) // 4))
     values, vectors = values.flip(0)[:n].clamp_min(0.0), vectors.flip(1)[:, :n]

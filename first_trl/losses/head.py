@@ -136,7 +136,8 @@ def add_distill_head(
     """
     Patch `model.forward`: called with `teacher_ids` and `teacher_log_target` it runs the backbone, takes the hidden
     states of the supervised positions and returns a [`DistillOutput`]; the `(batch, seq_len, vocab)` logits are never
-    built. Called without, it is the forward it was. The loss runs *inside* the forward so that the hooks of DDP, FSDP
+    built. Without `teacher_positions`, the positions are found and the targets checked on the model's device, which
+    waits for both. Called without, it is the forward it was. The loss runs *inside* the forward so that the hooks of DDP, FSDP
     and ZeRO-3 fire around it.
     """
     forward = model.forward
@@ -150,6 +151,7 @@ def add_distill_head(
         teacher_ids: torch.Tensor | None = None,
         teacher_log_target: Any = None,
         teacher_tail_log_target: torch.Tensor | None = None,
+        teacher_positions: torch.Tensor | None = None,
         check_only: bool = False,
         **kwargs: Any,
     ) -> Any:
@@ -162,9 +164,13 @@ def add_distill_head(
         head = self.get_output_embeddings()
         weight: Any = _whole(head.weight)
         bias: Any = _whole(getattr(head, "bias", None))
-        labels = labels[:, 1:].to(weight.device)
-        mask = labels != IGNORE_INDEX
-        hidden = outputs.last_hidden_state[:, :-1].to(weight.device)[mask]
+        checked = teacher_positions is not None
+        if teacher_positions is None:
+            rows, columns = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+            teacher_positions = rows * labels.shape[1] + columns
+        positions = teacher_positions.to(weight.device)
+        # By their places: a mask would make the host wait for the number of its true entries
+        hidden = outputs.last_hidden_state.to(weight.device).flatten(0, 1).index_select(0, positions)
         # Before DeepSpeed has split a model there is nothing to gather
         split = [parameter for parameter in (weight, bias) if hasattr(parameter, "ds_status")]
         with maybe_gather_lm_head_ctx(*split):
@@ -176,7 +182,7 @@ def add_distill_head(
                 tail_log_target=(
                     None if teacher_tail_log_target is None else teacher_tail_log_target.to(weight.device)
                 ),
-                labels=labels[mask],
+                labels=labels.to(weight.device).flatten().index_select(0, positions + 1),
                 estimator="topk" if check_only else estimator,
                 ce_weight=ce_weight,
                 student_temperature=None if check_only else student_temperature,
@@ -186,6 +192,7 @@ def add_distill_head(
                 logit_scale=scale,
                 final_logit_softcapping=softcap,
                 chunk_size=chunk_size,
+                check=not checked,
             )
         aux_loss: Any = None
         if kwargs.get("output_router_logits"):

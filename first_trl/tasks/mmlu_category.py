@@ -17,7 +17,7 @@ used once (all 895 questions of `moral_scenarios` begin alike and count as one).
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -100,7 +100,7 @@ SUBJECTS = {
 }
 # Capitals keep the answers apart from the words of the questions, which are in lower case.
 ANSWERS = ("STEM", "Humanities", "Social-Sciences", "Other")
-_CATEGORY = {subject: i for i, subjects in enumerate(SUBJECTS.values()) for subject in subjects}
+CATEGORY = {subject: i for i, subjects in enumerate(SUBJECTS.values()) for subject in subjects}
 
 SIZES = {"train": 3000, "validation": 1000, "test": 2000}
 HELD_OUT_FRACTION = 0.25
@@ -150,38 +150,47 @@ class MMLUCategory(Task):
     ) -> Iterator[tuple[str, dict[str, Any] | Example]]:
         choices = tuple(f" {answer}" for answer in ANSWERS)
         for i, (text, subject) in enumerate(self._split(path, revision, seed)[split]):
-            gold = -1 if split in self.unlabelled_splits else _CATEGORY[subject]
+            gold = -1 if split in self.unlabelled_splits else CATEGORY[subject]
             completion = None if gold < 0 else choices[gold]
             yield f"row {i}", Example(f"{text} category :", completion, choices, gold, subject, question=text)
 
     def _split(self, path: str | None, revision: str | None, seed: int) -> dict[str, list[tuple[str, str]]]:
-        """Split name -> `(text, subject)` of every row."""
-        rng = np.random.default_rng(seed)
-        held_out = {
-            str(subject)
-            for subjects in SUBJECTS.values()
-            for subject in rng.permutation(subjects)[: round(HELD_OUT_FRACTION * len(subjects))]
-        }
-        first: dict[str, str] = {}
-        for question, subject in _questions(path or self.hub_id, revision, self.with_choices):
-            words = re.findall(r"[a-z]+|[0-9]|[^\sa-z0-9]", question.lower())
-            # A text that stands in two subjects keeps the first; a question of marks and digits alone is a text too
-            first.setdefault(" ".join(words[: self.max_words]), subject)
-        rows = list(first.items())
-        seen = [row for row in rows if row[1] not in held_out]
-        n = sum(SIZES.values())
-        if len(seen) < n:
-            raise ValueError(
-                f"{path or self.hub_id}: {len(seen)} different questions of subjects that are not held out, {n} are "
-                "needed. Give the whole test split of MMLU (14,042 rows)."
-            )
-        order = rng.permutation(len(seen))
-        bounds = np.cumsum(list(SIZES.values()))
-        parts = dict(zip((*SIZES, "unlabelled"), np.split(order, bounds), strict=True))
-        return {
-            **{split: [seen[i] for i in part] for split, part in parts.items()},
-            "ood": [row for row in rows if row[1] in held_out],
-        }
+        return split_by_subject(path or self.hub_id, revision, seed, self._text, with_choices=self.with_choices)
+
+    def _text(self, question: str) -> str:
+        words = re.findall(r"[a-z]+|[0-9]|[^\sa-z0-9]", question.lower())
+        return " ".join(words[: self.max_words])
+
+
+def split_by_subject(
+    path: str, revision: str | None, seed: int, text: Callable[[str], str], *, with_choices: bool = False
+) -> dict[str, list[tuple[str, str]]]:
+    """Split name -> `(text, subject)` of every row, where `text` makes the text that is read of a question."""
+    rng = np.random.default_rng(seed)
+    held_out = {
+        str(subject)
+        for subjects in SUBJECTS.values()
+        for subject in rng.permutation(subjects)[: round(HELD_OUT_FRACTION * len(subjects))]
+    }
+    first: dict[str, str] = {}
+    for question, subject in _questions(path, revision, with_choices):
+        # A text that stands in two subjects keeps the first; a question of marks and digits alone is a text too
+        first.setdefault(text(question), subject)
+    rows = list(first.items())
+    seen = [row for row in rows if row[1] not in held_out]
+    n = sum(SIZES.values())
+    if len(seen) < n:
+        raise ValueError(
+            f"{path}: {len(seen)} different questions of subjects that are not held out, {n} are "
+            "needed. Give the whole test split of MMLU (14,042 rows)."
+        )
+    order = rng.permutation(len(seen))
+    bounds = np.cumsum(list(SIZES.values()))
+    parts = dict(zip((*SIZES, "unlabelled"), np.split(order, bounds), strict=True))
+    return {
+        **{split: [seen[i] for i in part] for split, part in parts.items()},
+        "ood": [row for row in rows if row[1] in held_out],
+    }
 
 
 @lru_cache(maxsize=2)
@@ -202,7 +211,7 @@ def _questions(path: str, revision: str | None, with_choices: bool) -> list[tupl
             continue
         try:
             example = mmlu.example(row, split="test")
-            if example.group not in _CATEGORY:
+            if example.group not in CATEGORY:
                 raise ValueError(f"the subject {example.group!r} is not one of MMLU's 57")
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None

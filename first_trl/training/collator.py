@@ -1,5 +1,6 @@
 """Batches of tokens with the teacher's recalibrated targets."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..cache.schema import (
     TOPK_IDS,
     TOPK_LOGPROBS,
 )
+from ..losses.inputs import check_targets
 from ..plugins import estimator_target
 from ..recalibration import Recalibration
 from ..vocabulary import IGNORE_INDEX, TEACHER_HAS_GOLD
@@ -36,6 +38,7 @@ class DataCollatorForDistillation(DataCollatorForLanguageModeling):
     - `"teacher_tail_log_target"`: float32 of shape `(N,)`, for the `"bucket"` estimator only.
     - `"teacher_has_gold"`: bool of shape `(N,)`, whether the label is an answer. Where every row of the dataset has
       one, it is left out.
+    - `"teacher_positions"`: int64 of shape `(N,)`, with `head_size` only: see [`place_targets`].
 
     N is the number of labels other than -100, the first token of each document aside. Examples without teacher
     columns (a plain evaluation set) give a plain batch.
@@ -47,16 +50,21 @@ class DataCollatorForDistillation(DataCollatorForLanguageModeling):
             Estimator the targets are made for.
         top_k (`int`, *optional*):
             Number of cached entries to use.
+        head_size (`int`, *optional*):
+            Rows of the student's head: the targets are then checked here, on the CPU and in a worker, and the step of
+            training checks nothing.
         soft_label_weight (`float`, *optional*):
             Share of the soft labels in the target, where rows hold them beside a teacher.
 
     Raises:
-        `ValueError`: The teacher columns do not belong to the labels, or hold what is no log-probability.
+        `ValueError`: The teacher columns do not belong to the labels, hold what is no log-probability, or an id that
+            the head does not have.
     """
 
     recalibration: Recalibration = field(default_factory=Recalibration)
     estimator: str = "topk"
     top_k: int | None = None
+    head_size: int | None = None
     soft_label_weight: float | None = None
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -67,6 +75,8 @@ class DataCollatorForDistillation(DataCollatorForLanguageModeling):
             self._add_top_k(batch, examples)
         elif DRAW_IDS in examples[0] and estimator_target(self.estimator) == "draws":
             self._add_draws(batch, examples)
+        if self.head_size is not None and "teacher_ids" in batch:
+            place_targets(batch, self.head_size)
         if TEACHER_HAS_GOLD in examples[0]:
             batch[TEACHER_HAS_GOLD] = torch.from_numpy(_flat(examples, TEACHER_HAS_GOLD, np.bool_))
         return batch
@@ -135,6 +145,68 @@ class DataCollatorForDistillation(DataCollatorForLanguageModeling):
         log_target[row, slot] = np.log(counts) - np.log(np.bincount(row, counts, positions))[row]
         batch["teacher_ids"] = torch.from_numpy(padded_ids)
         batch["teacher_log_target"] = torch.from_numpy(log_target).float()
+
+
+@dataclass
+class LabelTargetCollator:
+    """
+    A collator whose batches also hold their labels as targets, see [`label_targets`].
+
+    Args:
+        collator (`Callable`):
+            Makes the batch.
+        head_size (`int`):
+            Rows of the model's head.
+    """
+
+    collator: Callable[[list[Any]], dict[str, Any]]
+    head_size: int
+
+    def __call__(self, examples: list[Any]) -> dict[str, Any]:
+        batch = self.collator(examples)
+        batch |= label_targets(batch["labels"])
+        place_targets(batch, self.head_size)
+        return batch
+
+
+def label_targets(labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """
+    Labels as targets, named as by [`DataCollatorForDistillation`]: the KL divergence from a target that is one at the
+    label is the label's negative log-likelihood.
+
+    Args:
+        labels (`torch.Tensor` of shape `(batch, seq_len)`, int64):
+            -100 where unsupervised.
+    """
+    following = labels[:, 1:]
+    ids = following[following != IGNORE_INDEX][:, None]
+    return {"teacher_ids": ids, "teacher_log_target": torch.zeros_like(ids, dtype=torch.float32)}
+
+
+def place_targets(batch: dict[str, Any], head_size: int) -> None:
+    """
+    Adds `"teacher_positions"` to a batch: where the hidden states of its targets are when batch and sequence are one
+    dimension. Found here, they cost the device no wait for their number.
+
+    Args:
+        batch (`dict`):
+            Labels, of shape `(batch, seq_len)`, and targets.
+        head_size (`int`):
+            Rows of the model's head.
+
+    Raises:
+        `ValueError`: What [`~first_trl.losses.inputs.check_targets`] refuses.
+    """
+    labels = batch["labels"]
+    rows, columns = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+    check_targets(
+        batch["teacher_ids"],
+        batch["teacher_log_target"],
+        head_size,
+        tail_log_target=batch.get("teacher_tail_log_target"),
+        labels=labels[rows, columns + 1],
+    )
+    batch["teacher_positions"] = rows * labels.shape[1] + columns
 
 
 def _count_supervised(batch: dict[str, Any]) -> int:

@@ -19,6 +19,11 @@ class FusedHeadMixin:
 
     def add_fused_head(self: Any, estimator: str, ce_weight: float, chunk_size: int | None, **options: Any) -> None:
         """Patches the student, see [`add_distill_head`] for the `options`."""
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"One process with {self.args.n_gpu} GPUs cuts a batch of tokens and a list of targets at different places. "
+                "Start one process a GPU with `accelerate launch`, or show it a single GPU with `CUDA_VISIBLE_DEVICES=0`."
+            )
         base: PreTrainedModel = self.model.get_base_model() if is_peft_model(self.model) else self.model
         add_distill_head(base, estimator, ce_weight, chunk_size, **options)
         # The loss is a sum over `num_items_in_batch`, whatever the student's own forward accepts
@@ -64,7 +69,10 @@ class FusedHeadMixin:
         outputs = model(**inputs)
         sums = outputs.sums.detach()
         num_tokens = sums[SUMS.index("num_tokens")] if num_items_in_batch is None else num_items_in_batch
-        loss = outputs.loss[0] / torch.as_tensor(num_tokens, device=outputs.loss.device).clamp(min=1)
+        if isinstance(num_tokens, torch.Tensor):
+            loss = outputs.loss[0] / num_tokens.to(outputs.loss.device).clamp(min=1)
+        else:
+            loss = outputs.loss[0] / max(num_tokens, 1)
         # `num_items_in_batch` counts the tokens of every rank, and DDP averages the gradients across ranks
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
@@ -73,8 +81,7 @@ class FusedHeadMixin:
             if training:
                 steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
                 loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
-            mode = "train" if training else "eval"
-            self._metrics[mode]["aux_loss"].append(self.accelerator.gather(outputs.aux_loss.detach()).mean().item())
+            self.add_aux_loss(outputs.aux_loss)
         if training:
             # Kept on the device and reduced when logs are due: a host read per step would stall the GPU
             self._train_sums = sums if self._train_sums is None else self._train_sums + sums
@@ -100,7 +107,15 @@ class FusedHeadMixin:
             self._total_train_tokens += int(tokens) // self.get_tp_size()
             self._tokens_since_log = 0
             logs["num_tokens"] = float(self._total_train_tokens)
+            self.report_aux_loss("train")
         super().log(logs, start_time)  # type: ignore[misc]
+
+
+def head_size(model: Any) -> int:
+    """Rows of a model's head."""
+    weight = model.get_output_embeddings().weight
+    # Under ZeRO-3 a sharded parameter has shape (0,) and keeps its real one beside it
+    return int(getattr(weight, "ds_shape", weight.shape)[0])
 
 
 def refuse_resized(model: Any, peft_config: Any) -> None:

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
+from accelerate.utils import is_peft_model
+from torch.utils.data import DataLoader
 from trl import SFTTrainer
 
 from ..losses.head import check_causal
-from ..vocabulary import IGNORE_INDEX
-from .fused_head import FusedHeadMixin, refuse_resized
+from .collator import LabelTargetCollator, label_targets
+from .fused_head import FusedHeadMixin, head_size, refuse_resized
 from .options import TrainerOptions, check_options
 from .precision import MasterWeightsMixin
 from .token_dropout import TokenDropoutMixin
@@ -72,7 +73,20 @@ class FirstSFTTrainer(MasterWeightsMixin, FusedHeadMixin, TokenMeansMixin, Token
                 f"loss (loss_type={settings.loss_type!r}, label_smoothing_factor={settings.label_smoothing_factor}, "
                 "compute_loss_func). Leave `fused_loss` out."
             )
+        student: Any = self.model
+        base = student.get_base_model() if is_peft_model(student) else student
+        self._head_size = head_size(base)
         self.add_fused_head("topk", ce_weight=0.0, chunk_size=None)
+
+    def get_train_dataloader(self) -> DataLoader:
+        if not self.fused:
+            return super().get_train_dataloader()
+        plain: Any = self.data_collator
+        self.data_collator = LabelTargetCollator(plain, self._head_size)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = plain
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -82,11 +96,9 @@ class FirstSFTTrainer(MasterWeightsMixin, FusedHeadMixin, TokenMeansMixin, Token
             self.check_student(model, inputs["input_ids"], fused=self.fused)
         if not self.fused or return_outputs or not student.training or "labels" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        # The KL divergence from a target that is one at the label is the label's negative log-likelihood
-        following = inputs["labels"][:, 1:]
-        labels = following[following != IGNORE_INDEX][:, None]
-        targets = {"teacher_ids": labels, "teacher_log_target": torch.zeros_like(labels, dtype=torch.float32)}
-        return self.fused_loss(model, {**inputs, **targets}, num_items_in_batch)[0]
+        if "teacher_ids" not in inputs:  # of a loader that a subclass made
+            inputs = {**inputs, **label_targets(inputs["labels"])}
+        return self.fused_loss(model, inputs, num_items_in_batch)[0]
 
 
 def label_trainer(options: Mapping[str, Any], model: Any, **kwargs: Any) -> FirstSFTTrainer:

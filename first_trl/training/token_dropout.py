@@ -7,7 +7,6 @@ memorised combinations of tokens. The technique is word dropout, known from deep
 dropout (Gal & Ghahramani, 2016).
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ def drop_tokens(
     *,
     rate: float,
     replacement: int,
-    special_ids: Sequence[int],
+    special_ids: torch.Tensor,
     generator: torch.Generator,
 ) -> torch.Tensor:
     """
@@ -42,7 +41,7 @@ def drop_tokens(
             Probability of each token, in [0, 1).
         replacement (`int`):
             Token put in place.
-        special_ids (`Sequence[int]`):
+        special_ids (`torch.Tensor` of shape `(S,)`, int64):
             Tokens that are never replaced.
         generator (`torch.Generator`):
             Source of the draws, on the CPU: they are the same on every device.
@@ -50,9 +49,12 @@ def drop_tokens(
     Returns:
         `torch.Tensor` of shape `(batch, seq_len)`: the tokens the model reads.
     """
-    device = input_ids.device
-    drawn = (torch.rand(input_ids.shape, generator=generator) < rate).to(device)
-    keep = (labels != IGNORE_INDEX) | torch.isin(input_ids, torch.tensor(list(special_ids), device=device).long())
+    drawn = torch.rand(input_ids.shape, generator=generator) < rate
+    if input_ids.device.type == "cuda":
+        drawn = drawn.pin_memory()  # a copy from other memory would wait for the device
+    drawn = drawn.to(input_ids.device, non_blocking=True)
+    # Not `torch.isin`, which sorts long lists and waits for the length of the result
+    keep = (labels != IGNORE_INDEX) | (input_ids[..., None] == special_ids).any(-1)
     if attention_mask is not None:
         keep |= attention_mask == 0
     return input_ids.masked_fill(drawn & ~keep, replacement)
@@ -104,7 +106,8 @@ class TokenDropoutMixin:
         if rate > 0:
             tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
             self._replacement = replacement_token(tokenizer, token_id)
-            self._special_ids = sorted(tokenizer.all_special_ids)
+            special = torch.tensor(sorted(tokenizer.all_special_ids), dtype=torch.int64)
+            self._special_ids = special.to(self.args.device)
 
     def training_step(self: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         if self._token_dropout > 0:

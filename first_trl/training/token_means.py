@@ -6,7 +6,8 @@ with several processes the last batch is filled up with rows that were scored al
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,11 +30,26 @@ class TokenMeansMixin:
 
     # Names and sums of the evaluation that is going on
     _held_out: tuple[tuple[str, ...], torch.Tensor] | None = None
+    # Sum over the batches since the last report, and their number, by mode
+    _aux_losses: Mapping[str, tuple[torch.Tensor, int]] = MappingProxyType({})
 
     def add_held_out(self, names: tuple[str, ...], sums: torch.Tensor) -> None:
         """Adds the sums of a batch, the last of them its number of labels. They stay on the device."""
         wide = sums if sums.device.type == "mps" else sums.double()
         self._held_out = (names, wide if self._held_out is None else self._held_out[1] + wide)
+
+    def add_aux_loss(self: Any, value: torch.Tensor) -> None:
+        """Adds the auxiliary loss of a batch. It stays on the device, and processes do not wait for each other."""
+        mode = "train" if self.model.training else "eval"
+        total, count = self._aux_losses.get(mode, (0.0, 0))
+        self._aux_losses = {**self._aux_losses, mode: (total + value.detach().float(), count + 1)}
+
+    def report_aux_loss(self: Any, mode: str) -> None:
+        """Moves the mean over batches and processes to the metrics."""
+        if mode in self._aux_losses:
+            total, count = self._aux_losses[mode]
+            self._aux_losses = {name: kept for name, kept in self._aux_losses.items() if name != mode}
+            self._metrics[mode]["aux_loss"] = [self.accelerator.reduce(total / count, reduction="mean").item()]
 
     def held_out_means(self, sums: dict[str, float]) -> dict[str, float]:
         """Metrics, without a prefix, from the sums over all processes."""
@@ -44,11 +60,13 @@ class TokenMeansMixin:
         # What an interrupted evaluation left behind
         self._held_out = None
         self._metrics["eval"].clear()
+        self._aux_losses = {name: kept for name, kept in self._aux_losses.items() if name != "eval"}
         output = super().evaluation_loop(dataloader, *args, **kwargs)  # type: ignore[misc]
         if self._held_out is not None:
             names, sums = self._held_out
             totals = self.accelerator.reduce(sums, reduction="sum").tolist()
             means = self.held_out_means(dict(zip(names, totals, strict=True)))
+            self.report_aux_loss("eval")
             means |= {name: sum(values) / len(values) for name, values in self._metrics["eval"].items()}
             prefix = kwargs.get("metric_key_prefix", "eval")
             output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
@@ -86,7 +104,7 @@ class TokenMeansMixin:
         sums = (-outputs.log_probs.sum(), outputs.entropy.sum(), outputs.is_top1.sum(), count)
         self.add_held_out(PLAIN_SUMS, torch.stack([value.detach().float() for value in sums]))
         if routed:
-            self._metrics["eval"]["aux_loss"].append(self.accelerator.gather(outputs.aux_loss.detach()).mean().item())
+            self.add_aux_loss(outputs.aux_loss)
         self._metrics["eval"]["num_tokens"] = [self._total_train_tokens]
         loss = sums[0] / count.clamp(min=1)
         if not return_outputs:
@@ -97,11 +115,12 @@ class TokenMeansMixin:
     def _get_dataloader(self: Any, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any) -> Any:
         training = kwargs.get("is_training", len(args) > 1 and args[1])
         ranks = self.accelerator.num_processes // self.get_tp_size()
+        if ranks > 1 and isinstance(dataset, IterableDataset):
+            # Otherwise one process collates for all and cuts the batch, away from its teacher entries
+            self.accelerator.dataloader_config.dispatch_batches = False
         if not training and ranks > 1 and LABELS in get_dataset_column_names(dataset):
             if isinstance(dataset, IterableDataset):
                 dataset = _BlankEndStream(dataset, batch_size * ranks)
-                # Otherwise one process collates for all and cuts the batch, away from its teacher entries
-                self.accelerator.dataloader_config.dispatch_batches = False
             else:
                 dataset = _BlankEndRows(self._remove_unused_columns(dataset, description), batch_size * ranks)
         return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)  # type: ignore[misc]

@@ -33,7 +33,7 @@ from .alignment import DRAW_LENGTHS, align, count_cuts, entry_columns
 from .card import ModelCardMixin
 from .collator import DataCollatorForDistillation
 from .config import FirstDistillConfig
-from .fused_head import FusedHeadMixin, refuse_resized
+from .fused_head import FusedHeadMixin, head_size, refuse_resized
 from .precision import MasterWeightsMixin
 from .served_text import check_served_text
 from .streaming import verify_stream
@@ -160,7 +160,7 @@ class FirstDistillTrainer(  # type: ignore[misc]  # TRL's signature
         refuse_resized(model, peft_config)
         self._start_card(train_dataset)
         # Filled by `_prepare_dataset`, which the parent's constructor calls before `self.model` exists
-        self._student_head_size = None if isinstance(model, str) else _head_size(model)
+        self._student_head_size = None if isinstance(model, str) else head_size(model)
         self._prepared: set[str | None] = set()  # fingerprints; a stream has none and is never added
 
         super().__init__(
@@ -198,6 +198,7 @@ class FirstDistillTrainer(  # type: ignore[misc]  # TRL's signature
             recalibration=self._recalibration,
             estimator=args.estimator,
             top_k=args.top_k,
+            head_size=head_size(base),
             soft_label_weight=args.soft_label_weight,
         )
         self.set_token_dropout(args.token_dropout, args.token_dropout_id)
@@ -207,15 +208,14 @@ class FirstDistillTrainer(  # type: ignore[misc]  # TRL's signature
         """With a name instead of a model, the head's size is known only now."""
         if self._student_head_size is not None or not isinstance(self.train_dataset, Dataset):
             return
-        head_size = _head_size(base)
         name = entry_columns(self.args.estimator)[0]
         largest = 0
         for batch in self.train_dataset.select_columns([name]).with_format("arrow").iter(batch_size=1000):
             ids = batch.column(0).combine_chunks().flatten()
             largest = max(largest, int(ids.to_numpy().max())) if len(ids) else largest
-        if largest >= head_size:
+        if largest >= (rows := head_size(base)):
             raise ValueError(
-                f"Cached id {largest} does not exist in the student's head of {head_size} rows. Resize the student's "
+                f"Cached id {largest} does not exist in the student's head of {rows} rows. Resize the student's "
                 "embeddings, or use a student of the teacher's family."
             )
 
@@ -432,12 +432,6 @@ def _hard_labels_without_gold(dataset: Dataset | IterableDataset, dataset_name: 
         f"`ce_weight={ce_weight}` needs an answer in every row, and {count} rows of the {dataset_name} dataset have "
         f"none (`{TEACHER_HAS_GOLD}` is false): their label is a filler. Set `ce_weight=0`, or train on the labelled rows alone."
     )
-
-
-def _head_size(model: Any) -> int:
-    weight = model.get_output_embeddings().weight
-    # Under ZeRO-3 a sharded parameter has shape (0,) and keeps its real one beside it
-    return int(getattr(weight, "ds_shape", weight.shape)[0])
 
 
 def _report_cuts(dataset: Dataset, dataset_name: str, args: FirstDistillConfig, packing: bool) -> None:

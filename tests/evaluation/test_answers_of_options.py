@@ -34,7 +34,7 @@ def model(tokenizer):
 def rows():
     rng = np.random.default_rng(0)
     made = []
-    for i in range(20):
+    for i in range(10):
         options = rng.permutation(THINGS)[: rng.integers(2, 5)].tolist()
         prompt = f"which item{i} floats ? Answer:"
         made.append({"id": f"q{i}", "prompt": prompt, "choices": [f" {o}" for o in options], "gold": i % len(options)})

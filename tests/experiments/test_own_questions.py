@@ -153,6 +153,15 @@ def test_answers_of_two_tokens_are_refused_before_anything_is_trained(parts, mod
     assert "the answer ' cork A' is 2 tokens" in err and "Trainings" in out
 
 
+def test_a_target_over_choices_needs_answers_of_one_token_too(parts, model, tmp_path, capsys):
+    """However they are evaluated: refused before anything is trained, at the rows that are trained on."""
+    run = ["run", *words(parts, model, SPLITS, 'task.options={completion: " {text} {letter}"}')]
+    run += ["evaluation.scoring=choices", "--stage", "data", "--output-dir"]
+    assert main([*run, str(tmp_path / "whole")]) == 0
+    assert main([*run, str(tmp_path / "run"), "arms.direct.restrict_to_choices=true"]) == 2
+    assert "Role 'train', custom-train-0: the answer ' cork A' is 2 tokens" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 
+from first_trl import answer_pipeline
 from first_trl.calibration import expected_calibration_error
 from first_trl.cli import main
 from first_trl.experiments.smoke.rows import DATA as SMOKE_DATA
@@ -108,6 +109,15 @@ def test_temperature_by_novelty_leaves_accuracy_and_says_how_new_rows_are(run):
     exported = (run / "students" / "sft" / "model" / "novelty.safetensors").read_bytes()
     assert exported == (run / "evaluate" / "sft_novelty" / "novelty.safetensors").read_bytes()
     assert not (run / "students" / "first" / "model" / "novelty.safetensors").exists()
+    assert "novelty=True" in (run / "students" / "sft" / "model" / "README.md").read_text()
+    assert report["novelty_of"] == {"sft": "sft_novelty", "lora": "lora_novelty"}
+    pipe = answer_pipeline(run / "students" / "sft" / "model", novelty=True, device="cpu", batch_size=8)
+    rows = Dataset.load_from_disk(str(run / "data" / "rows" / "ood")).select(range(8))
+    given = [row["confidence"] for row in pipe([{"prompt": row["prompt"], "choices": row["choices"]} for row in rows])]
+    predictions = load_dataset(
+        "parquet", data_files=str(run / "evaluate" / "sft_novelty" / "ood.parquet"), split="train"
+    )
+    assert given == pytest.approx(predictions["top_prob"][:8], abs=2e-3)
     # The one temperature is the one of temperature scaling, to the digits of the table it is read from
     scalar = json.loads((run / "evaluate" / "sft_novelty" / "novelty.json").read_text())["scalar"]
     scaled = json.loads((run / "evaluate" / "sft_ts" / "temperature.json").read_text())["temperature"]

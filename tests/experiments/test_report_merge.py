@@ -907,3 +907,25 @@ def test_command(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert json.loads((tmp_path / "out" / "merged" / "report.json").read_text())["runs"][0]["run"] == "../study/seed-0"
     assert main(["report", str(tmp_path / "absent")]) == 2
     assert "There is no folder" in capsys.readouterr().err
+
+
+def test_how_new_the_rows_are_over_the_seeds(tmp_path):
+    kinds = {**KINDS, "sft_novelty": {"kind": "novelty_scaling", "of": "sft"}}
+    for seed in (0, 1, 2):
+        tenths = {"temperature": {"mean": 1.2 + seed / 10}, "feature": {"mean": 0.0}}
+        novelty = {
+            "sft_novelty": {
+                "slopes": [0.1 + seed / 10],
+                "roles": {"test": tenths, "ood": tenths},
+                "auroc": {"ood": {"feature": 0.8, "max_probability": 0.5}},
+            }
+        }
+        values = dict.fromkeys((*kinds, "bayes"), (0.5, 0.1))
+        write_run(tmp_path / f"seed-{seed}", seed, arms=kinds, values=values, novelty=novelty)
+    merged = merge_runs([tmp_path / f"seed-{seed}" for seed in (0, 1, 2)])
+    found = merged.cells[0].novelty["sft_novelty"]
+    assert found["slope"]["mean"] == pytest.approx(0.2) and found["ood.feature"]["mean"] == pytest.approx(0.8)
+    text = to_markdown(write_parts(merged))
+    assert "| SFT_NOVELTY | 0.20 ± 0.10 | test | 1.30 ± 0.10 | – | – |" in text
+    assert "| ood | 1.30 ± 0.10 | 0.80 ± 0.00 | 0.50 ± 0.00 |" in text
+    assert MergedReport.from_dict(merged.to_dict()).cells[0].novelty == merged.cells[0].novelty

@@ -66,6 +66,42 @@ def test_the_report_command_gives_the_same_report(whole, tmp_path):
     assert len(tables[0]) > 20 and tables[0] == tables[1]
 
 
+def test_two_seeds_side_by_side_give_the_same_report(recipe, whole, tmp_path):
+    command = [sys.executable, "-m", "first_trl", "run", recipe, *TINY, "--output-dir", str(tmp_path), "--jobs", "2"]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=540
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    lines = ended.stdout.splitlines()
+    for seed in (0, 1):
+        assert any(line.startswith(f"[seed {seed}]") and "cache: running" in line for line in lines)
+    # One after the other, all lines of the first would come before those of the second
+    seeds = [line[6] for line in lines if line.startswith("[seed ")]
+    assert seeds != sorted(seeds) and seeds != sorted(seeds, reverse=True)
+    assert merged(tmp_path) == merged(whole)
+
+
+def test_a_seed_that_fails_is_named_and_the_others_end(recipe, tmp_path, capfd):
+    blocked = tmp_path / "seed-1"
+    blocked.write_text("a file where the folder of the run should be")
+    command = ["run", recipe, *TINY, "--output-dir", str(tmp_path), "--jobs", "2", "--stage", "data"]
+    assert main(command) == 2
+    printed = capfd.readouterr()
+    assert "Of the seeds 0, 1, 1 did not finish" in printed.err
+    assert (tmp_path / "seed-0" / "data" / "unit.json").is_file()
+
+
+@pytest.mark.parametrize("words", [["--jobs", "0"], ["--jobs", "2", "--seed", "1"], ["--jobs", "2", "--smoke"]])
+def test_jobs_that_make_no_sense(recipe, words, capsys):
+    assert main(["run", recipe, *words]) == 2
+    assert "--jobs takes a number from 1" in capsys.readouterr().err
+
+
+def test_jobs_of_a_recipe_with_one_seed(capsys):
+    assert main(["run", "quickstart", "--jobs", "2"]) == 2
+    assert "this recipe names fewer than two" in capsys.readouterr().err
+
+
 def test_killed_at_five_random_moments(recipe, whole, tmp_path):
     """Each attempt is killed somewhere; the one that is left alone ends with the report of an undisturbed sweep."""
     command = [sys.executable, "-m", "first_trl", "run", recipe, *TINY, "--output-dir", str(tmp_path)]

@@ -40,6 +40,7 @@ def test_registry_knows_every_task_and_names_the_nearest():
         "digits",
         "mmlu",
         "mmlu_category",
+        "mmlu_field",
         "noisy_world",
         "openbook_qa",
     ]

@@ -102,7 +102,9 @@ def test_rate_and_independence():
     tokens = torch.full((100, 200), 7)
     labels = torch.full_like(tokens, -100)
     for rate in (0.05, 0.15, 0.6):
-        out = drop_tokens(tokens, labels, None, rate=rate, replacement=3, special_ids=[0], generator=generator)
+        out = drop_tokens(
+            tokens, labels, None, rate=rate, replacement=3, special_ids=torch.tensor([0]), generator=generator
+        )
         changed = (out == 3).double()
         n = changed.numel()
         assert abs(float(changed.mean()) - rate) < 4 * (rate * (1 - rate) / n) ** 0.5
@@ -111,7 +113,15 @@ def test_rate_and_independence():
     assert int((tokens == 7).sum()) == n  # not in place
     mask = torch.ones_like(tokens)
     mask[:, 100:] = 0
-    out = drop_tokens(tokens, labels, mask, rate=0.9, replacement=3, special_ids=[], generator=generator)
+    out = drop_tokens(
+        tokens,
+        labels,
+        mask,
+        rate=0.9,
+        replacement=3,
+        special_ids=torch.tensor([], dtype=torch.int64),
+        generator=generator,
+    )
     assert (out[:, 100:] == 7).all() and (out[:, :100] == 3).any()
 
 

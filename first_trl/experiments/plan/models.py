@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from ...hub.reach import quick_offline
+from ...training.keep_layers import keep_first_layers
 from ...utils.resources import shipped_config
 from ..recipe import ModelSpec
 
@@ -70,6 +71,11 @@ def config_of(spec: ModelSpec, role: str, vocabulary: int | None, folder: Path |
                 f"and the tokenizer is not on this machine. Give {role}.config.vocab_size=SIZE for the plan."
             )
         return AutoConfig.for_model(str(spec.architecture), **values)
+    config = _named_config(spec, role, folder)
+    return config if spec.keep_layers is None else keep_first_layers(config, spec.keep_layers)
+
+
+def _named_config(spec: ModelSpec, role: str, folder: Path | None) -> PretrainedConfig:
     name = str(spec.name_or_path)
     local = None if folder is None else folder / name.replace("/", "--")
     source = name if local is None or not (local / "config.json").is_file() else str(local)

@@ -328,7 +328,7 @@ def _pushes(recipe: Recipe, setting: SettingPlan) -> list[dict[str, Any]]:
     adapters = [name for name in names if recipe.arms[name].lora is not None]
     width = 4 if student.dtype == "float32" else 2
     full = None if student.parameters is None else student.parameters * width
-    if adapters and (recipe.student.from_scratch or recipe.student.pretrain is not None):
+    if adapters and not recipe.student.used_as_it_is:
         add("model", "base", full)
     for name in names:
         add("model", name, student.lora.get(name, 0) * 4 or None if name in adapters else full)

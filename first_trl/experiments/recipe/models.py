@@ -101,6 +101,8 @@ class ModelSpec:
             Beside a name it says what the name stands for, so that `--smoke` needs no download.
         config (`dict`): Configuration of the model made from scratch, or overrides of the loaded one.
         init_kwargs (`dict`): Passed to `from_pretrained`: `dtype`, `revision`, `attn_implementation`, ...
+        keep_layers (`int`, *optional*): Begin with this many of the first layers of the named model, its embeddings and
+            its head, instead of the whole.
         pretrain (`dict`, *optional*): Training arguments for next-token training on the `pretrain` rows, first.
         sft (`dict`, *optional*): Training arguments of the teacher's fine-tuning; none means it is fine-tuned already.
         lora (`dict`, *optional*): `peft.LoraConfig` arguments of the teacher's fine-tuning; none trains all weights.
@@ -112,6 +114,7 @@ class ModelSpec:
     architecture: Text | None = None
     config: Mapping = field(default_factory=dict)
     init_kwargs: Mapping = field(default_factory=dict)
+    keep_layers: Count | None = None
     pretrain: Mapping | None = None
     sft: Mapping | None = None
     lora: Mapping | None = None
@@ -120,6 +123,11 @@ class ModelSpec:
     @property
     def from_scratch(self) -> bool:
         return self.name_or_path is None
+
+    @property
+    def used_as_it_is(self) -> bool:
+        """Whether there is nothing to make before fine-tuning: the model that is named, whole."""
+        return not self.from_scratch and self.pretrain is None and self.keep_layers is None
 
 
 @dataclass(config=_CONFIG)

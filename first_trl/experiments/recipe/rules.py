@@ -91,6 +91,8 @@ def _models(recipe: Recipe) -> Iterator[str]:
     for role, model in (("teacher", recipe.teacher), ("student", recipe.student)):
         if model.name_or_path is None and model.architecture is None:
             yield f"{role} needs `name_or_path` (a pretrained model) or `architecture` (made from scratch)."
+        if model.name_or_path is None and model.keep_layers is not None:
+            yield f"{role}.keep_layers cuts a pretrained model: give {role}.name_or_path, or fewer layers in its config."
         if model.pretrain is not None and "pretrain" not in recipe.task.splits:
             yield f"{role}.pretrain needs rows: name task.splits.pretrain."
     for key in ("sft", "lora", "select"):

@@ -174,6 +174,7 @@ def _teacher_parts(merged: MergedReport, cell: MergedCell, level: int) -> list[P
             if name in cell.arms and not cell.arms[name]["swept"]
         )
         inner += [Paragraph(f"Post-hoc temperatures (fitted by NLL on `validation`): {fitted}.")] if fitted else []
+    inner += _given(tables.novelty_table(cell))
     parts: list[Part] = [Heading(level, "Teacher and fitted values"), *inner] if inner else []
     costs = tables.cost_table(cell)
     return parts if costs is None else [*parts, Heading(level, "Costs"), costs]

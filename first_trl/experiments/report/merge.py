@@ -94,7 +94,20 @@ def _merge_cell(runs: list[FinishedRun], asked: list[str]) -> MergedCell:
         kept_mass=_kept_mass(runs),
         costs=_costs(runs),
         models=_shared_models(runs),
+        novelty=_novelty(runs),
     )
+
+
+def _novelty(runs: Sequence[FinishedRun]) -> dict[str, Any]:
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for run in runs:
+        for name, fit in (run.data.get("novelty") or {}).items():
+            values = {"slope": fit["slopes"][0]} if len(fit["slopes"]) == 1 else {}
+            for role, summary in fit["roles"].items():
+                values[f"{role}.temperature"] = summary["temperature"]["mean"]
+                values |= {f"{role}.{key}": value for key, value in fit["auroc"].get(role, {}).items()}
+            found.setdefault(name, {})[run.name] = values
+    return {name: _by_name(by_run) for name, by_run in found.items()}
 
 
 def _describe_role(runs: list[FinishedRun], role: str, index: int) -> dict[str, Any]:

@@ -34,6 +34,8 @@ class MergedCell:
         kept_mass (`list[dict]`): Summary of the teacher's mass in its 1, 2, ... most likely tokens.
         costs (`dict`): Arm -> what it takes -> summary.
         models (`dict`): Role of the model -> what it is; empty when runs differ.
+        novelty (`dict`): Arm with temperatures by novelty -> summaries of its `slope`, and per role of its mean `temperature` and
+            the `auroc` of feature and largest probability, as `ROLE.temperature`, `ROLE.feature`, `ROLE.max_probability`.
     """
 
     cell: dict[str, Any]
@@ -51,6 +53,7 @@ class MergedCell:
     kept_mass: list[dict[str, Any]]
     costs: dict[str, dict[str, Any]]
     models: dict[str, Any]
+    novelty: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def difference(self, arm: str, baseline: str, role: str, metric: str, reading: str = "full_vocab") -> Any:
         """One entry of `differences`, or `None`."""

@@ -130,6 +130,31 @@ def fit_table(cell: MergedCell) -> Table | None:
     return Table("Rescale of the teacher, fitted on `validation`.", header, rows)
 
 
+def novelty_table(cell: MergedCell) -> Table | None:
+    """How new the rows of each role are to the arms with temperatures by novelty, and what temperature they get."""
+    rows: list[list[Value | str]] = []
+    for name, found in cell.novelty.items():
+        if name not in cell.arms:
+            continue
+        for i, role in enumerate(role for role in cell.roles if f"{role}.temperature" in found):
+            keys = (f"{role}.temperature", f"{role}.feature", f"{role}.max_probability")
+            first = [cell.arms[name]["label"], _plain_spread(found.get("slope"))] if i == 0 else ["", ""]
+            rows.append([*first, role, *(_plain_spread(found.get(key)) for key in keys)])
+    if not rows:
+        return None
+    caption = (
+        "Temperatures by novelty, fitted on `validation`. AUROC: how often a row of the role is newer by the feature than one "
+        "of the first role, and how often the model is less sure of it."
+    )
+    return Table(caption, ["arm", "slope", "role", "mean temperature", "AUROC", "of the largest probability"], rows)
+
+
+def _plain_spread(summary: Mapping[str, Any] | None) -> str:
+    if not summary:
+        return NOTHING
+    return f"{summary['mean']:.2f}" + (f" ± {summary['sd']:.2f}" if summary["sd"] is not None else "")
+
+
 def cost_table(cell: MergedCell) -> Table | None:
     """What every arm takes; arms that a sweep made cost the same as the others of their kind."""
     names = [name for name in cell.costs if name in cell.arms and not cell.arms[name]["swept"]]

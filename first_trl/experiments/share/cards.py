@@ -1,9 +1,11 @@
 """Cards of the students of a finished run, from its folder alone."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 from ...cache.manifest import Manifest
 from ...cards.license import License, find_license
@@ -195,9 +197,20 @@ def _facts(run: Run, arm: str) -> list[tuple[str, str]]:
         facts.append(("Epoch", "the one with the lowest negative log-likelihood on the validation rows"))
     if spec.get("lora"):
         facts.append(("LoRA", ", ".join(f"`{name}` {value}" for name, value in spec["lora"].items())))
+    if behind := run.report.get("novelty_of", {}).get(arm):
+        facts.append(("Novelty", _novelty_text(run.report["novelty"][behind])))
     seed = run.recipe.get("seed")
     facts.append(("Recipe", f"`{run.recipe['name']}`, arm `{arm}`" + (f", seed {seed}" if seed is not None else "")))
     return facts
+
+
+def _novelty_text(fit: Mapping[str, Any]) -> str:
+    told = ", ".join(f"{scores['feature']:.2f} for `{role}`" for role, scores in fit["auroc"].items())
+    return (
+        f"`answer_pipeline(..., novelty=True)` divides the logits by {math.exp(fit['intercept']):.2f} · "
+        f"exp({fit['slopes'][0]:.2f} d), d the distance of a prompt to the training rows in layer {fit['layer']}; without it "
+        f"one temperature, {fit['scalar']:.2f}, fits best" + (f". AUROC of the distance: {told}" if told else "")
+    )
 
 
 def _rows_text(run: Run, role: str) -> str:

@@ -169,6 +169,9 @@ class Run:
             text = f"[{name}](https://huggingface.co/{name}){at}"
         else:
             text = f"a local model, `{public_name(name)}`"
+        # Runs from before layers could be left out say nothing about them
+        if layers := spec.get("keep_layers"):
+            text = f"the first {layers} layers of {text}"
         return text + (", pre-trained in the same run" if spec.get("pretrain") else "")
 
     def teacher_text(self, arm: str | None) -> str:

@@ -31,7 +31,7 @@ _SLICE = re.compile(rf"(?P<name>[^\[\]]+)\[\s*(?P<start>{_BOUND})?\s*:\s*(?P<end
 
 def has_rows(task: str) -> bool:
     """Whether a task reads text that only our tokenizer of a smoke run covers."""
-    return task in _FILES
+    return task in _FILES or task == "mmlu_field"
 
 
 def smoke_task(task: TaskSpec, folder: Path) -> TaskSpec:
@@ -74,8 +74,8 @@ def small_limit(limit: int | None) -> int:
 
 
 def _path(task: str, folder: Path) -> str | None:
-    if task == "mmlu_category":
-        return str(write_mmlu_category(folder / task))
+    if task in ("mmlu_category", "mmlu_field"):
+        return str(write_mmlu_questions(folder / "mmlu_questions"))
     return str(DATA / _FILES[task]) if task in _FILES else None
 
 
@@ -85,7 +85,7 @@ def _options(task: str, options: dict[str, Any] | None) -> dict[str, Any] | None
     return {key: value for key, value in options.items() if key not in _ROW_OPTIONS.get(task, ())}
 
 
-def write_mmlu_category(folder: Path) -> Path:
+def write_mmlu_questions(folder: Path) -> Path:
     """
     Questions of all 57 subjects of MMLU in its original format. The task cuts splits of fixed sizes out of the whole test
     split, so there are 160 a subject; the recipe's limits keep a few.

@@ -6,14 +6,16 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from ...tasks.mmlu_field import ANSWERS as FIELDS
 from ...tasks.multiple_choice import LETTERS
 from .rows import DATA
 
 
 _SPECIAL = ["<pad>", "<bos>", "<eos>"]
 # Behind a space these have to be one token, as in the tokenizers of real models
-_ANSWERS = [*LETTERS, *"0123456789", "yes", "no", "Yes", "No", "true", "false", "True", "False"]
-_VOCABULARY = 640
+_WORDS = ["yes", "no", "Yes", "No", "true", "false", "True", "False", *(field.strip() for field in FIELDS)]
+_ANSWERS = [*LETTERS, *"0123456789", *_WORDS]
+_VOCABULARY = 660
 
 
 def smoke_tokenizer(folder: Path) -> Path:

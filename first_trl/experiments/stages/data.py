@@ -141,10 +141,12 @@ def _write(run: RunContext, folder: Path) -> None:
             "choices": any(rows[role]["choices"]),
             "domain": _domain(run, role),
         }
-        if role in evaluated and counts[role]["choices"]:
-            # What evaluation would refuse after all trainings
+        # What evaluation or a training would refuse after all trainings before it
+        checked = {run.recipe.evaluation.scoring} if role in evaluated else set()
+        checked |= {"token"} if role in _with_choices(run.recipe) else set()
+        for scoring in checked if counts[role]["choices"] else ():
             try:
-                check_answers(tokenizer, rows[role], run.recipe.evaluation.scoring)
+                check_answers(tokenizer, rows[role], scoring)
             except ValueError as error:
                 raise ValueError(f"Role {role!r}, {error}") from None
         # Multiple choice is evaluated on the text of the rows, everything else works on tokens

@@ -189,19 +189,27 @@ def novelty_results(run: RunContext, name: str) -> Iterator[tuple[str, MultipleC
         yield role, result
 
 
+def exported_novelty(run: RunContext) -> dict[str, str]:
+    """Student -> the arm whose temperature is saved with it: its first one with a distance that is no point of a sweep."""
+    chosen: dict[str, str] = {}
+    for name, arm in run.recipe.arms.items():
+        if arm.kind != "novelty_scaling" or not run.folder.novelty_reference(name).is_file():
+            continue
+        of = str(arm.of)
+        if run.folder.student(of).has_model and (not arm.swept or run.recipe.arms[of].swept):
+            chosen.setdefault(of, name)
+    return chosen
+
+
 def export_novelty(run: RunContext) -> None:
-    """Put what was fitted beside the weights of each student: of its first arm with a distance that is no point of a sweep."""
-    for student, spec in run.recipe.arms.items():
-        behind = [
-            name
-            for name, arm in run.recipe.arms.items()
-            if arm.kind == "novelty_scaling" and arm.of == student and (not arm.swept or spec.swept)
-        ]
-        made = [file for name in behind if (file := run.folder.novelty_reference(name)).is_file()]
+    """Put what was fitted beside the weights of each student, and take away what an earlier recipe put there."""
+    chosen = exported_novelty(run)
+    for student in run.recipe.arms:
         model = run.folder.student(student).model
-        if made and model.is_dir():
-            shutil.copyfile(made[0], model / NOVELTY_NAME)
-            write_decision_extras(model, novelty={"file": NOVELTY_NAME, "sha256": file_digest(made[0])})
+        if student in chosen:
+            source = run.folder.novelty_reference(chosen[student])
+            shutil.copyfile(source, model / NOVELTY_NAME)
+            write_decision_extras(model, novelty={"file": NOVELTY_NAME, "sha256": file_digest(source)})
         elif (model / NOVELTY_NAME).is_file():
             (model / NOVELTY_NAME).unlink()
             write_decision_extras(model, novelty=None)

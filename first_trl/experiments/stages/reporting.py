@@ -15,7 +15,7 @@ from ..share.push import push_run, write_student_cards
 from .capture import captured_roles
 from .context import RunContext
 from .decisions import decision_scores
-from .novelty import export_novelty
+from .novelty import export_novelty, exported_novelty
 from .recalibrate import fit_of, fit_path, fits
 from .teachers import teacher_of, teachers
 from .units import Unit, Unknown, content_key
@@ -76,12 +76,13 @@ def _write(run: RunContext, arms: list[str], recipe_key: str, folder: Path) -> N
             "arms": {name: _describe_arm(run, name) for name in recipe.arms},
             "costs": {name: _cost(run, name) for name in recipe.arms},
             "models": {"teacher": _model(recipe.teacher), "student": _model(recipe.student)},
+            "novelty_of": exported_novelty(run),
             "recipe_key": recipe_key,
             "highlight": recipe.report.highlight,
         },
     )
-    write_student_cards(run.folder.root)
     export_novelty(run)
+    write_student_cards(run.folder.root)
 
 
 def share_units(run: RunContext) -> Iterator[Unit]:
@@ -109,7 +110,8 @@ def share_units(run: RunContext) -> Iterator[Unit]:
 
 
 def _model(spec: Any) -> dict[str, Any]:
-    return {"name_or_path": spec.name_or_path, "architecture": spec.architecture, "config": spec.config}
+    keys = ("name_or_path", "architecture", "config", "keep_layers")
+    return {key: getattr(spec, key) for key in keys if key != "keep_layers" or spec.keep_layers is not None}
 
 
 def _describe_arm(run: RunContext, name: str) -> dict[str, Any]:

@@ -67,13 +67,15 @@ def base_units(run: RunContext) -> Iterator[Unit]:
                 spec.config,
                 spec.init_kwargs,
                 path_fingerprint(spec.name_or_path),
+                # Left out where there is none, so that runs from before it could be given go on
+                *([spec.keep_layers] if spec.keep_layers is not None else []),
             ],
             "pretrain": spec.pretrain,
             "seed": run.recipe.seed,
             # The tokenizer, of which a model from scratch has as many rows, is part of every role's key
             "data": [run.role_keys[role] for role in ("train", *(["pretrain"] if spec.pretrain else []))],
         }
-        if spec.pretrain is None and not spec.from_scratch:
+        if spec.used_as_it_is:
             run.keys[base_unit(role)] = json.dumps(inputs["model"])  # used where it is, nothing to make
         else:
             yield Unit(base_unit(role), inputs, partial(_make_base, run, role))
@@ -93,7 +95,7 @@ def _make_base(run: RunContext, role: str, path: Path) -> None:
 def base_model(run: RunContext, role: str) -> Any:
     """Teacher or student before fine-tuning."""
     spec = getattr(run.recipe, role)
-    if spec.pretrain is None and not spec.from_scratch:
+    if spec.used_as_it_is:
         return make_model(spec, None, run.recipe.seed, role)
     # By its whole path: adapters keep it, and are loaded from other working folders too
     return load_trained(TrainingFolder(run.folder.base(role).path.resolve()), spec, lambda: None)

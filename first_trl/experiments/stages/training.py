@@ -18,6 +18,7 @@ from transformers.utils.import_utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
 from ...training.config import FirstDistillConfig
+from ...training.keep_layers import load_first_layers
 from ...training.options import DistillOptions
 from ...training.sft import label_trainer
 from ...training.trainer import FirstDistillTrainer
@@ -37,7 +38,10 @@ def make_model(spec: ModelSpec, tokenizer: Any, seed: int, role: str) -> Any:
 
 def _make_model(spec: ModelSpec, tokenizer: Any, seed: int, role: str) -> Any:
     if not spec.from_scratch:
-        return AutoModelForCausalLM.from_pretrained(str(spec.name_or_path), **spec.config, **spec.init_kwargs)
+        name = str(spec.name_or_path)
+        if spec.keep_layers is not None:
+            return load_first_layers(name, spec.keep_layers, config=spec.config, **spec.init_kwargs)
+        return AutoModelForCausalLM.from_pretrained(name, **spec.config, **spec.init_kwargs)
     set_seed(seed + zlib.crc32(role.encode()) % 2**16)
     special = {
         f"{name}_token_id": getattr(tokenizer, f"{name}_token_id")
