@@ -102,4 +102,4 @@ def score_meaning(sample: dict[str, Any], n_bins: int) -> str:
 
 
 # Arms of a recipe that put temperatures behind another arm
-POST_HOC = ("temperature_scaling", "novelty_scaling")
+POST_HOC = ("temperature_scaling", "novelty_scaling", "agreement_scaling")

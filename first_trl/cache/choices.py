@@ -55,6 +55,21 @@ class _Row(NamedTuple):
     soft: np.ndarray | None = None
 
 
+class _Lists(NamedTuple):
+    """One list a row, as two arrays: `map` hashes what it is given, and takes long over many lists."""
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+    @classmethod
+    def of(cls, lists: Sequence[Sequence[Any] | np.ndarray]) -> "_Lists":
+        return cls(np.concatenate(lists), np.concatenate([[0], np.cumsum([len(values) for values in lists])]))
+
+    def row(self, row: int) -> list[Any]:
+        found: list[Any] = self.values[self.offsets[row] : self.offsets[row + 1]].tolist()
+        return found
+
+
 def has_soft_labels(columns: Sequence[str]) -> bool:
     """Whether one of the columns holds distributions or votes over the choices."""
     return TARGET_PROBS in columns or TARGET_VOTES in columns
@@ -87,7 +102,7 @@ def restrict_to_choices(cache: Dataset, processing_class: Any = None) -> Dataset
     refuse_transform(cache)
     check_columns(cache.column_names)
     choice_ids = _choice_ids(cache, processing_class)
-    soft = _soft_labels(cache, choice_ids) if has_soft_labels(cache.column_names) else None
+    soft = _Lists.of(_soft_labels(cache, choice_ids)) if has_soft_labels(cache.column_names) else None
     columns = [name for name in CACHE_COLUMNS if name in cache.column_names]
     found = _map(cache.select_columns(columns), partial(_restricted, soft=soft), choice_ids, soft is not None)
     total = sum(map(len, choice_ids))
@@ -147,7 +162,7 @@ def add_soft_labels(dataset: Dataset, processing_class: Any) -> Dataset:
     if not len(dataset):
         raise ValueError("The dataset is empty: there is no row to train on. Check the filter or slice that made it.")
     choice_ids = _choice_ids(dataset, processing_class)
-    soft = _soft_labels(dataset, choice_ids)
+    soft = _Lists.of(_soft_labels(dataset, choice_ids))
     if INPUT_IDS not in names:
         dataset = _tokenized(dataset, processing_class, choice_ids)
     elif LABELS not in names:
@@ -175,7 +190,7 @@ def _map(dataset: Dataset, make: Any, choice_ids: list[list[int]], mixed: bool) 
         features=features,
         fn_kwargs={
             "make": make,
-            "choice_ids": choice_ids,
+            "choices": _Lists.of(choice_ids),
             "width": max(map(len, choice_ids)),
             # datasets names a result after its function and arguments, and an imported function by its name alone
             "version": code_version((__name__,)),
@@ -194,13 +209,13 @@ def _make_table(
     indices: list[int],
     *,
     make: Any,
-    choice_ids: list[list[int]],
+    choices: _Lists,
     width: int,
     version: str,
     schema: pa.Schema,
 ) -> pa.Table:
     columns: dict[str, list[Any]] = {name: [] for name in schema.names}
-    for row in make(table, indices, [choice_ids[i] for i in indices]):
+    for row in make(table, indices, [choices.row(i) for i in indices]):
         order = np.argsort(-row.logprobs, kind="stable")
         taken = set(row.choices)
         spare = [token for token in range(2 * width) if token not in taken][: width - len(order)]
@@ -241,7 +256,7 @@ def _make_table(
 
 
 def _restricted(
-    table: pa.Table, indices: list[int], choice_ids: list[list[int]], *, soft: list[np.ndarray] | None
+    table: pa.Table, indices: list[int], choice_ids: list[list[int]], *, soft: _Lists | None
 ) -> list[_Row]:
     batch, rows = CacheBatch.from_arrow(table), []
     starts = np.concatenate([[0], np.cumsum(batch.topk_lengths)])
@@ -259,7 +274,7 @@ def _restricted(
                 f"none of the {len(choices)} choices is among its {len(ids)} cached entries. Capture a larger `k`.",
             )
         found = np.maximum(found - np.logaddexp.reduce(found), LOG_ZERO)
-        own = None if soft is None else soft[number]
+        own = None if soft is None else np.array(soft.row(number))
         rows.append(
             _Row(
                 batch.input_ids[text], labels, choices, found, batch.cache_ids[i], bool(batch.has_gold[i]), own
@@ -269,7 +284,7 @@ def _restricted(
 
 
 def _soft_rows(
-    table: pa.Table, indices: list[int], choice_ids: list[list[int]], *, soft: list[np.ndarray], cache_id: str
+    table: pa.Table, indices: list[int], choice_ids: list[list[int]], *, soft: _Lists, cache_id: str
 ) -> list[_Row]:
     rows, columns = [], table.to_pydict()
     flags = columns.get(HAS_GOLD) or columns.get(TEACHER_HAS_GOLD) or [True] * len(indices)
@@ -280,7 +295,7 @@ def _soft_rows(
         has_gold = flags[i] is not False
         labels = _only_answer(given, choices, has_gold, number)
         with np.errstate(divide="ignore"):
-            logprobs = np.maximum(np.log(soft[number]), LOG_ZERO)
+            logprobs = np.maximum(np.log(soft.row(number)), LOG_ZERO)
         rows.append(_Row(input_ids, labels, choices, logprobs, cache_id, has_gold))
     return rows
 

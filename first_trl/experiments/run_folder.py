@@ -21,7 +21,7 @@ cache[-NAME][/fold-I]               their caches
 recalibration[-NAME]/FIT.json       fitted rescales
 students/ARM                        trained students
 states/ARM                          ROLE.safetensors, layers.json
-base_states/teacher, .../student    train.safetensors
+base_states/teacher, .../student    train.safetensors; of other roles in .../student-ROLE
 evaluate/ARM                        ROLE.json, ROLE.parquet, temperature.json, decisions.json, novelty.json, novelty.safetensors
 report/                             report.md, report.json and figures
 share/                              repositories.json
@@ -82,9 +82,9 @@ def states_unit(arm: str) -> str:
     return f"states/{arm}"
 
 
-def base_states_unit(role: str) -> str:
-    """Unit of what the teacher or student says of the training rows before it is fine-tuned."""
-    return f"base_states/{role}"
+def base_states_unit(model: str, role: str = "train") -> str:
+    """Unit of what the teacher or student says of the rows of a role before it is fine-tuned."""
+    return f"base_states/{model}" + ("" if role == "train" else f"-{role}")
 
 
 def evaluation_unit(arm: str) -> str:
@@ -297,9 +297,13 @@ class RunFolder:
         """Logits and hidden states of an arm's model at the answer positions of a role."""
         return self.root / states_unit(arm) / f"{role}.safetensors"
 
-    def base_states(self, role: str) -> Path:
-        """Logits and hidden states of the teacher or student before fine-tuning, at the answer positions of `train`."""
-        return self.root / base_states_unit(role) / "train.safetensors"
+    def base_states(self, model: str, role: str = "train") -> Path:
+        """Logits and hidden states of the teacher or student before fine-tuning, at the answer positions of a role."""
+        return self.root / base_states_unit(model, role) / f"{role}.safetensors"
+
+    def agreement(self, arm: str) -> Path:
+        """The temperature that an arm got by agreement with the model before fine-tuning."""
+        return self.root / evaluation_unit(arm) / "agreement.json"
 
     def layers(self, arm: str) -> Path:
         """Which layers were read, and which of them are tried where an arm names none."""

@@ -9,7 +9,12 @@ from typing import Any
 from accelerate.utils import is_peft_model
 from transformers import is_wandb_available
 
-from .._trl_compat import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
+from .._trl_compat import (
+    get_comet_experiment_url,
+    get_config_model_id,
+    get_dataset_column_names,
+    get_trackio_space_url,
+)
 from ..cache.manifest import Manifest, read_manifests
 from ..cards.license import find_license
 from ..cards.render import hub_id, public_name
@@ -18,6 +23,7 @@ from ..cards.student import Evaluation, StudentCard
 from ..cards.wording import PROCESSES, cache_text, estimator_text, recalibration_text, shared_cache_text
 from ..evaluation.predictions import MultipleChoiceResult
 from ..utils.versions import training_versions
+from ..vocabulary import TARGET_PROBS, TARGET_VOTES
 from .options import CARD_OPTIONS
 
 
@@ -30,6 +36,7 @@ class ModelCardMixin:
     def _start_card(self, train_dataset: Any) -> None:
         """Keep what the card says of the cache, before the dataset is prepared for training."""
         self._manifests = read_manifests(train_dataset)
+        self._trained_columns = get_dataset_column_names(train_dataset)
         self._cache_page = str(getattr(getattr(train_dataset, "info", None), "homepage", "") or "")
         self._evaluations: dict[tuple[str, str | None], Evaluation] = {}
 
@@ -113,7 +120,12 @@ class ModelCardMixin:
                 "set in the training arguments" if given else "fitted on validation rows and stored with the cache",
             ),
             estimator=estimator_text(args.estimator),
-            facts=[*_template_facts(self._manifests), *_adapter_facts(model, adapter), *_log_facts()],
+            facts=[
+                *_target_facts(self._trained_columns, args.soft_label_weight),
+                *_template_facts(self._manifests),
+                *_adapter_facts(model, adapter),
+                *_log_facts(),
+            ],
             arguments={**vars(args), PROCESSES: args.world_size},
             own_arguments=CARD_OPTIONS,
             evaluations=list(self._evaluations.values()),
@@ -164,6 +176,17 @@ def _template_facts(manifests: list[Manifest]) -> list[tuple[str, str]]:
     found = [manifest.tokenizer.get("template_arguments") for manifest in manifests]
     texts = dict.fromkeys(f"`chat_template_kwargs={json.dumps(arguments)}`" for arguments in found if arguments)
     return [("Chat template", ", ".join(texts))] if texts else []
+
+
+def _target_facts(columns: list[str], weight: float | None) -> list[tuple[str, str]]:
+    """What stood in place of a cached teacher, or beside it."""
+    name = next((name for name in (TARGET_PROBS, TARGET_VOTES) if name in columns), None)
+    if name is None:
+        return []
+    share = (
+        "in place of a teacher" if weight is None else f"{100 * weight:g} % of the target, the rest is the teacher's"
+    )
+    return [("Soft labels", f"`{name}` of the training rows, over the choices: {share}")]
 
 
 def _adapter_facts(model: Any, adapter: bool) -> list[tuple[str, str]]:

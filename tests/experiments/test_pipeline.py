@@ -27,6 +27,7 @@ ARMS = {
     "bucket": {"kind": "distill", "estimator": "bucket", "ce_weight": 0.2},
     "lora": {"kind": "distill", "lora": {"r": 4, "target_modules": "all-linear"}},
     "sft_novelty": {"kind": "novelty_scaling", "of": "sft"},
+    "sft_agreement": {"kind": "agreement_scaling", "of": "sft", "prompts": "ood"},
     "lora_novelty": {"kind": "novelty_scaling", "of": "lora", "novelty": {"fit": "cross_group", "layers": [1]}},
 }
 
@@ -118,6 +119,14 @@ def test_temperature_by_novelty_leaves_accuracy_and_says_how_new_rows_are(run):
         "parquet", data_files=str(run / "evaluate" / "sft_novelty" / "ood.parquet"), split="train"
     )
     assert given == pytest.approx(predictions["top_prob"][:8], abs=2e-3)
+    agreed = json.loads((run / "evaluate" / "sft_agreement" / "agreement.json").read_text())
+    assert (
+        agreed["prompts"] == "ood"
+        and 0 < agreed["agreed"] <= agreed["n"] == 50
+        and 0.125 <= agreed["temperature"] <= 16
+    )
+    ece = [results[arm]["ood"]["full_vocab"]["nll"] for arm in ("sft", "sft_agreement")]
+    assert ece[0] != ece[1]
     # The one temperature is the one of temperature scaling, to the digits of the table it is read from
     scalar = json.loads((run / "evaluate" / "sft_novelty" / "novelty.json").read_text())["scalar"]
     scaled = json.loads((run / "evaluate" / "sft_ts" / "temperature.json").read_text())["temperature"]
@@ -274,7 +283,7 @@ def test_a_further_evaluation_role_and_a_smaller_batch_train_nothing_again(run, 
     redone = {
         line.split(":")[0].strip() for line in capsys.readouterr().out.splitlines() if line.endswith(": running")
     }
-    read = {f"states/{arm['of']}" for arm in ARMS.values() if arm["kind"] == "novelty_scaling"}
+    read = {f"states/{arm['of']}" for arm in ARMS.values() if arm["kind"] in ("novelty_scaling", "agreement_scaling")}
     assert redone == {"data", "report", *read, *(f"evaluate/{arm}" for arm in (*ARMS, "bayes"))}
     # Other training rows are another matter
     assert main(["run", recipe, *TINY, "task.splits.train.limit=80", "--output-dir", str(folder)]) == 0

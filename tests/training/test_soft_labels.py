@@ -323,6 +323,19 @@ def test_a_lora_student_learns_the_soft_labels(cache, tokenizer, tmp_path):
     assert losses[-1] < 0.7 * losses[0]
 
 
+def test_the_card_names_the_soft_labels(cache, tokenizer, tmp_path):
+    soft = soft_rows(cache, tokenizer)
+    made(soft, tokenizer, tmp_path / "alone").create_model_card()
+    line = "| Soft labels | `target_probs` of the training rows, over the choices: in place of a teacher |"
+    assert line in (tmp_path / "alone" / "README.md").read_text()
+    both = cache.add_column("target_probs", soft["target_probs"][:])
+    made(both, tokenizer, tmp_path / "both", soft_label_weight=0.25).create_model_card()
+    assert (
+        "over the choices: 25 % of the target, the rest is the teacher's"
+        in (tmp_path / "both" / "README.md").read_text()
+    )
+
+
 def three(**columns):
     """A sound row, the one to break, a sound row."""
     row = {"prompt": "w3 w4 w5", "choices": [" w6", " w7", " w8"], "gold": 1, "target_probs": [0.2, 0.5, 0.3]}

@@ -238,7 +238,7 @@ class NoveltySpec:
 class _Arm:
     """What an arm begins with."""
 
-    kind: Literal["teacher", "sft", "distill", "temperature_scaling", "novelty_scaling"]
+    kind: Literal["teacher", "sft", "distill", "temperature_scaling", "novelty_scaling", "agreement_scaling"]
     label: Text | None = None
     of: Annotated[Text, For(POST_HOC)] | None = None
     training: Annotated[Mapping, _STUDENTS] = field(default_factory=dict)
@@ -251,9 +251,11 @@ class ArmSpec(DistillOptions, _Arm):
     [`~first_trl.training.options.DistillOptions`], and these:
 
     Args:
-        kind (`str`): `teacher`, `sft`, `distill`, `temperature_scaling` or `novelty_scaling`.
+        kind (`str`): `teacher`, `sft`, `distill`, `temperature_scaling`, `novelty_scaling` or `agreement_scaling`.
         label (`str`, *optional*): Name in tables and figures. With a grid, `{top_k}` and the like are filled in.
-        of (`str`, *optional*): Arm that `temperature_scaling` or `novelty_scaling` is applied to.
+        of (`str`, *optional*): Arm that `temperature_scaling`, `novelty_scaling` or `agreement_scaling` is applied to.
+        prompts (`str`, *optional*): Role whose prompts an `agreement_scaling` is fitted on, without their answers: where the
+            model chooses what it chose before fine-tuning, its confidence is brought to what it was then.
         novelty (`NoveltySpec`, *optional*): How a `novelty_scaling` is fitted, where it is not by default.
         training (`dict`): Training arguments on top of the recipe's `training`.
         objective (`str`, *optional*): Objective of the fit, when it is another than the recipe's.
@@ -273,6 +275,7 @@ class ArmSpec(DistillOptions, _Arm):
     data: Annotated[list[Text], _DISTILL] = field(default_factory=lambda: ["train"])
     lora: Annotated[Mapping, _STUDENTS] | None = None
     novelty: Annotated[NoveltySpec, For(("novelty_scaling",))] | None = None
+    prompts: Annotated[Text, For(("agreement_scaling",))] | None = None
     swept: Mapping = field(default_factory=dict)
 
 

@@ -127,8 +127,10 @@ def _arm(recipe: Recipe, name: str, arm: ArmSpec) -> Iterator[str]:
         yield f"{place}.novelty: the fit 'steepest' is for one feature, distance or max_probability."
     if spec is not None and spec.fit == "steepest" and spec.at_least_scalar:
         yield f"{place}.novelty: with at_least_scalar there is no steepest slope. Leave one of the two out."
-    if arm.kind == "novelty_scaling" and recipe.evaluation.scoring != "token":
-        yield f"{place}: novelty_scaling reads answers of one token, and evaluation.scoring is {recipe.evaluation.scoring!r}."
+    if arm.kind in ("novelty_scaling", "agreement_scaling") and recipe.evaluation.scoring != "token":
+        yield f"{place}: {arm.kind} reads answers of one token, and evaluation.scoring is {recipe.evaluation.scoring!r}."
+    if arm.kind == "agreement_scaling" and arm.prompts not in ("validation", *recipe.evaluation.splits):
+        yield f"{place}.prompts must name 'validation' or a role of evaluation.splits, got {arm.prompts!r}."
     misplaced = list(_misplaced(arm))
     for key in misplaced:
         kinds = " and ".join(_kinds_of(key) or ())

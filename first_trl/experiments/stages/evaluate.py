@@ -1,7 +1,7 @@
 """Stage `evaluate`: predictions and scores of every arm on every role."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,15 @@ from ..run_folder import (
 from .context import RunContext
 from .data import task_of
 from .decisions import fit_decisions
-from .novelty import base_role, novelty_results, read_base_states, read_states, states_inputs
+from .novelty import (
+    agreement_results,
+    base_role,
+    base_rows,
+    novelty_results,
+    read_base_states,
+    read_states,
+    states_inputs,
+)
 from .teachers import base_model, teacher_model, teacher_of
 from .training import load_trained
 from .units import Key, Unit
@@ -52,7 +60,7 @@ def evaluation_units(run: RunContext) -> Iterator[Unit]:
             "arm": [arm.kind, arm.of],
             "model": _model_key(run, arm.of or name),
         }
-        if arm.kind != "novelty_scaling":
+        if arm.kind not in ("novelty_scaling", "agreement_scaling"):
             yield Unit(evaluation_unit(name), inputs, partial(_evaluate, run, name, arm))
             continue
         of = str(arm.of)
@@ -61,14 +69,18 @@ def evaluation_units(run: RunContext) -> Iterator[Unit]:
             read = {"data": run.keys[DATA], "model": inputs["model"], **states_inputs(run, of)}
             yield Unit(states, read, partial(_read_states, run, of))
         inputs |= {"novelty": arm.novelty, "states": run.keys[states], "seed": run.recipe.seed}
-        if arm.novelty is not None and arm.novelty.fit == "cross_group":
-            role = base_role(run, of)
-            base = base_states_unit(role)
+        role = base_rows(arm)
+        if arm.prompts is not None:
+            inputs["prompts"] = arm.prompts
+        if role is not None:
+            model = base_role(run, of)
+            base = base_states_unit(model, role)
             if base not in run.keys:
-                read = {"data": run.role_keys["train"], "model": run.keys[base_unit(role)], "seed": run.recipe.seed}
-                yield Unit(base, read, partial(read_base_states, run, role))
+                read = {"data": run.role_keys[role], "model": run.keys[base_unit(model)], "seed": run.recipe.seed}
+                yield Unit(base, read, partial(read_base_states, run, model, role))
             inputs["base_states"] = run.keys[base]
-        yield Unit(evaluation_unit(name), inputs, partial(_evaluate_novelty, run, name))
+        results = novelty_results if arm.kind == "novelty_scaling" else agreement_results
+        yield Unit(evaluation_unit(name), inputs, partial(_evaluate_states, run, name, results))
     if run.has_posterior:
         inputs = {"evaluation": run.recipe.evaluation, "data": run.keys[DATA], "arm": BAYES, **_plugin_metrics()}
         yield Unit(evaluation_unit(BAYES), inputs, partial(_evaluate_bayes, run))
@@ -97,9 +109,9 @@ def _read_states(run: RunContext, name: str, folder: Path) -> None:
     read_states(run, name, _model_of(run, name))
 
 
-def _evaluate_novelty(run: RunContext, name: str, folder: Path) -> None:
+def _evaluate_states(run: RunContext, name: str, results: Callable[..., Any], folder: Path) -> None:
     if run.is_main:
-        for role, result in novelty_results(run, name):
+        for role, result in results(run, name):
             _store(run, result, name, role)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ...calibration.agreement import fit_agreement_temperature
 from ...calibration.scores import auroc_between
 from ...evaluation.answer_states import AnswerStates, candidate_layers, collect_answer_states, layer_count
 from ...evaluation.cross_group import cross_group_slopes
@@ -17,7 +18,7 @@ from ...evaluation.novelty import file_digest
 from ...evaluation.novelty_scaling import NOVELTY_NAME, NoveltyScaling, fit_novelty_scaling
 from ...tasks.decision_extras import write_decision_extras
 from ...utils.files import write_json
-from ..recipe import NoveltySpec
+from ..recipe import ArmSpec, NoveltySpec
 from ..run_folder import read_json
 from .context import RunContext
 from .teachers import base_model
@@ -95,15 +96,40 @@ def base_role(run: RunContext, of: str) -> str:
     return "teacher" if run.recipe.arms[of].kind == "teacher" else "student"
 
 
-def read_base_states(run: RunContext, role: str, folder: Path) -> None:
-    """One pass of the model before fine-tuning over the training rows."""
-    model = place(base_model(run, role))
+def base_rows(arm: ArmSpec) -> str | None:
+    """The role that an arm needs the model before fine-tuning on, where it does."""
+    if arm.novelty is not None and arm.novelty.fit == "cross_group":
+        return "train"
+    return arm.prompts
+
+
+def read_base_states(run: RunContext, which: str, role: str, folder: Path) -> None:
+    """One pass of the model before fine-tuning over the rows of a role."""
+    model = place(base_model(run, which))
+    rows = _train_rows(run) if role == "train" else run.folder.load_rows(role)
     states = collect_answer_states(
-        model, run.tokenizer(), _train_rows(run), candidate_layers(layer_count(model)),
+        model, run.tokenizer(), rows, candidate_layers(layer_count(model)), max_length=run.recipe.task.max_length,
         batch_size=run.recipe.evaluation.batch_size, disable_tqdm=True, distributed=True,
     )  # fmt: skip
     if run.is_main:
-        states.save(run.folder.base_states(role))
+        states.save(run.folder.base_states(which, role))
+
+
+def agreement_results(run: RunContext, name: str) -> Iterator[tuple[str, MultipleChoiceResult]]:
+    """Fit the one temperature of an arm by agreement, write it, and give the predictions of each role that is evaluated."""
+    arm = run.recipe.arms[name]
+    of, prompts = str(arm.of), str(arm.prompts)
+    own = AnswerStates.load(run.folder.states(of, prompts))
+    before = AnswerStates.load(run.folder.base_states(base_role(run, of), prompts))
+    try:
+        fitted = fit_agreement_temperature(own.choice_logits, before.choice_logits)
+    except ValueError as error:
+        raise ValueError(f"arms.{name}: {error}") from None
+    write_json(run.folder.agreement(name), {"prompts": prompts, **fitted.to_dict()})
+    for role in run.recipe.evaluation.splits:
+        ids = np.array([str(each) for each in run.folder.load_rows(role)["id"]])
+        rows = AnswerStates.load(run.folder.states(of, role))
+        yield role, rows.result(ids, fitted.temperature, n_bins=run.recipe.evaluation.n_bins)
 
 
 def fit_arm(run: RunContext, name: str) -> NoveltyScaling:

@@ -23,7 +23,7 @@ def student_units(run: RunContext) -> Iterator[Unit]:
         if arm.kind not in ("sft", "distill"):
             continue
         inputs: dict[str, Any] = {
-            "arm": {key: value for key, value in asdict(arm).items() if key != "novelty"}
+            "arm": {key: value for key, value in asdict(arm).items() if key not in ("novelty", "prompts")}
             | {"label": None, "swept": None},
             "training": {**run.recipe.training, **arm.training},
             "seed": run.recipe.seed,
