@@ -44,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sharding", choices=("none", "fsdp2", "zero3"), help="dry run: how weights are divided")
     parser.add_argument("--configs", help="dry run: folder of <org>--<name>/config.json to read before the Hub")
     parser.add_argument(
+        "--probe", action="store_true", help="dry run: time a few steps here, and estimate the minutes"
+    )
+    parser.add_argument(
         "--smoke",
         action="store_true",
         help="run every stage and arm on the CPU in under a minute, with tiny random models of the same kind and a "
@@ -53,8 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the recipe."""
-    if not args.dry_run and (args.json or args.processes or args.sharding or args.configs):
-        raise ValueError("--json, --processes, --sharding and --configs belong to --dry-run.")
+    if not args.dry_run and (args.json or args.processes or args.sharding or args.configs or args.probe):
+        raise ValueError("--json, --processes, --sharding, --configs and --probe belong to --dry-run.")
     if args.jobs < 1 or (args.jobs > 1 and (args.dry_run or args.smoke or args.seed is not None)):
         raise ValueError("--jobs takes a number from 1, and not together with --seed, --dry-run or --smoke.")
     # Read and checked before torch is imported: a typo is answered at once
@@ -67,7 +70,9 @@ def main(args: argparse.Namespace) -> int:
         from ..experiments.plan import format_plan, plan_recipe
         from ..utils.processes import process_state
 
-        plan = plan_recipe(recipe, processes=args.processes, sharding=args.sharding, configs=args.configs)
+        plan = plan_recipe(
+            recipe, processes=args.processes, sharding=args.sharding, configs=args.configs, probe=args.probe
+        )
         if process_state().is_main_process:
             print(json.dumps(dataclasses.asdict(plan), indent=2) if args.json else format_plan(plan))
             for problem in plan.problems:

@@ -23,6 +23,7 @@ from first_trl import answer_pipeline, evaluate_multiple_choice, expected_calibr
 from first_trl.calibration.threshold import ConfidenceThreshold, fit_threshold
 from first_trl.cli import main
 from first_trl.evaluation.loading import load_model
+from first_trl.experiments.share.push import write_student_cards
 from first_trl.tasks.decision import decision_request, save_decision_config
 from first_trl.tasks.decision_extras import read_decision_extras, read_temperature
 from first_trl.utils.resources import recipe_path
@@ -125,6 +126,14 @@ def test_thresholds_are_fitted_on_rows_of_their_own(run):
     card = (folder / "README.md").read_text()
     assert "No threshold on 100 `threshold` rows keeps the error rate below 5 %." in card
     assert card.count('pipeline("decision"') == 1
+
+
+def test_a_run_of_an_earlier_version_says_what_is_missing(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "evaluate" / "sft" / "decisions.json").unlink()
+    cards = write_student_cards(tmp_path / "run", arms=["sft", "lora"])
+    assert "sft was evaluated before students brought their temperature" in capsys.readouterr().out
+    assert [card.read_text().count('pipeline("decision"') for card in cards.values()] == [0, 1]
 
 
 def test_thresholds_are_not_evaluated(tmp_path, capsys):

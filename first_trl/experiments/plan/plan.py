@@ -14,6 +14,7 @@ from .cache_size import cache_bytes
 from .data import find_tokenizer, plan_splits
 from .memory import SHARDINGS, capture_memory, training_memory
 from .models import Shape, UnknownModel, config_of, lora_parameters, shape_of
+from .probe import measure_times
 from .progress import plan_units
 from .schema import CachePlan, MemoryPlan, ModelPlan, Plan, RunPlan, SettingPlan, SplitPlan, TrainingPlan
 from .steps import defaults, device_batch, optimizer_steps
@@ -29,6 +30,7 @@ def plan_recipe(
     processes: int | None = None,
     sharding: str | None = None,
     configs: str | Path | None = None,
+    probe: bool = False,
 ) -> Plan:
     """
     The plan of a recipe: what its runs need and make, and what is finished. Reads configurations, local rows and
@@ -43,6 +45,8 @@ def plan_recipe(
             `none`, `fsdp2` or `zero3`. What `accelerate launch` was told by default.
         configs (`str` or `Path`, *optional*):
             Folder of model configurations, `<organisation>--<name>/config.json`, looked into before the Hub.
+        probe (`bool`, *optional*, defaults to `False`):
+            Time a few steps of models of these shapes on this machine, see [`measure_times`].
 
     Returns:
         [`Plan`]: Print it with [`format_plan`]. What cannot be known is `None`, with the reason beside it.
@@ -63,6 +67,7 @@ def plan_recipe(
             settings[key] = _setting(run, processes, sharding, folder)
         runs.append(RunPlan(run.seed, run.cell, str(run.folder), plan_units(run), _pushes(run, settings[key])))
     merged = merged_folder(recipe) if len(runs) > 1 else None
+    times = measure_times(cells(recipe)[0], next(iter(settings.values())), folder) if probe else []
     return Plan(
         recipe.name,
         recipe.description.strip(),
@@ -71,6 +76,7 @@ def plan_recipe(
         list(settings.values()),
         runs,
         None if merged is None else str(RunFolder(merged).report.path),
+        times,
     )
 
 

@@ -162,6 +162,14 @@ class TrainingPlan:
 
 
 @dataclass
+class TimePlan:
+    """Seconds that a part of one run takes on this machine, from a probe."""
+
+    what: str
+    seconds: float
+
+
+@dataclass
 class SettingPlan:
     """What the runs of one grid combination have in common; seeds do not change it."""
 
@@ -184,6 +192,7 @@ class Plan:
         settings (`list[SettingPlan]`): One a grid combination.
         runs (`list[RunPlan]`): One a seed of each.
         merged (`str`, *optional*): Folder of the merged report, for several runs.
+        times (`list[TimePlan]`): Of one run of the first setting, where a probe was asked for.
     """
 
     name: str
@@ -193,6 +202,7 @@ class Plan:
     settings: list[SettingPlan]
     runs: list[RunPlan]
     merged: str | None = None
+    times: list[TimePlan] = field(default_factory=list)
 
     @property
     def problems(self) -> list[str]:

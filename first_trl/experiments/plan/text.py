@@ -37,8 +37,26 @@ def format_plan(plan: Plan) -> str:
             shown[title] = text
             lines += ["", title + (f", {cell}" if cell else ""), *body]
     lines += _pushes(plan.runs)
-    lines += ["", "Nothing was loaded or downloaded. Memory is a rough estimate; time is not estimated."]
+    lines += _times(plan)
+    last = "Memory is a rough estimate" + ("." if plan.times else "; time is not estimated (--probe does).")
+    lines += ["", f"Nothing was loaded or downloaded. {last}"]
     return "\n".join(lines)
+
+
+def _times(plan: Plan) -> list[str]:
+    if not plan.times:
+        return []
+    whole = sum(time.seconds for time in plan.times)
+    rows = [[time.what, _minutes(time.seconds)] for time in plan.times]
+    rows += [["one run", _minutes(whole)]]
+    if len(plan.runs) > 1:
+        rows += [[f"{len(plan.runs)} runs like the first", _minutes(whole * len(plan.runs))]]
+    note = "  A few steps of models of these shapes at the mean row length; fits and figures are not counted."
+    return ["", "Time on this machine, at least", *_table(["part", "minutes"], rows), note]
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:,.1f}" if seconds >= 6 else f"{seconds / 60:.2f}"
 
 
 def _sections(plan: Plan, setting: SettingPlan) -> list[tuple[str, list[str]]]:

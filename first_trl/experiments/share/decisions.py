@@ -6,7 +6,7 @@ from typing import Any
 from ...calibration.threshold import ConfidenceThreshold
 from ...cards.student import DecisionFacts
 from ...vocabulary import REPORTED_MAX_ERROR
-from ..run_folder import read_json
+from ..run_folder import evaluation_unit, read_json
 from .run import Run
 
 
@@ -24,6 +24,14 @@ def write_decision_files(run: Run, arm: str) -> DecisionFacts | None:
     """
     path = run.folder.decisions(arm)
     if not path.is_file():
+        counts = read_json(run.folder.counts) if run.folder.counts.is_file() else {}
+        if counts.get("validation", {}).get("choices") and run.folder.scores(arm, run.roles[0]).is_file():
+            marker = run.folder.marker(evaluation_unit(arm)).relative_to(run.folder.root)
+            print(
+                f"    {arm} was evaluated before students brought their temperature, and is no decision model. Delete {marker} and "
+                "run the recipe again to make it one.",
+                flush=True,
+            )
         return None
     fitted: dict[str, Any] = read_json(path)
     if "readings" not in fitted:
