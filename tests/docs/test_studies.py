@@ -30,6 +30,25 @@ def test_tables_are_recomputed(study, capsys, monkeypatch):
     assert set(re.findall(r"\d+\.\d+", prose)) <= {"1.2"}
 
 
+def test_the_shift_table_of_the_front_page_is_that_of_the_study():
+    scores = read_results(ROOT / "model_cards" / "studies" / "shift" / "results.csv.gz")
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    head, *rows = re.findall(r"^\|.*\|$", page[page.index("| ECE %, `test` → `ood` |") :], re.MULTILINE)[:7]
+    cells = [cell.strip() for cell in head.strip("|").split("|")][1:]
+    for row in rows[1:]:
+        arm, *shown = (cell.strip() for cell in row.strip("|").split("|"))
+        for cell, text in zip(cells, shown, strict=True):
+            found = [
+                [
+                    100 * score.values["ece"]
+                    for score in scores
+                    if (score.cell, score.arm, score.role) == (cell, arm, role)
+                ]
+                for role in ("test", "ood")
+            ]
+            assert text == " → ".join(f"{sum(values) / 5:.1f}" for values in found)
+
+
 @pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.name)
 def test_studies_are_small(study):
     assert len((study / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
