@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ...utils.processes import process_state
 from ..recipe import Recipe
+from ..run_folder import base_unit, student_unit
 from .data import find_tokenizer
 from .models import config_of, shape_of
 from .schema import SettingPlan, TimePlan
@@ -100,7 +101,7 @@ def measure_times(recipe: Recipe, setting: SettingPlan, configs: Path | None = N
         config = config_of(spec, role, vocabulary, configs)
         speed = _speed(role, config, shape_of(spec, config).parameters)
         for training in setting.trainings:
-            if training.unit.startswith(("students/", "base/student")) != (role == "student"):
+            if training.unit.startswith((student_unit(""), base_unit("student"))) != (role == "student"):
                 continue
             if not training.steps or not training.tokens or not training.batch:
                 raise ValueError(f"--probe needs the rows of {training.unit}, which are not on this machine.")
@@ -130,11 +131,11 @@ def measure_times(recipe: Recipe, setting: SettingPlan, configs: Path | None = N
 
 def _training(recipe: Recipe, unit: str) -> dict[str, Any]:
     """Training arguments of a unit of the plan."""
-    stage, _, name = unit.partition("/")
-    if stage == "students":
-        return {**recipe.training, **recipe.arms[name].training}
-    if stage == "base":
-        return dict(getattr(recipe, name).pretrain or {})
+    if unit.startswith(student_unit("")):
+        return {**recipe.training, **recipe.arms[unit.removeprefix(student_unit(""))].training}
+    for role in ("teacher", "student"):
+        if unit == base_unit(role):
+            return dict(getattr(recipe, role).pretrain or {})
     return dict(recipe.teacher.sft or {})
 
 
