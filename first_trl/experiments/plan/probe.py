@@ -95,7 +95,8 @@ def measure_times(recipe: Recipe, setting: SettingPlan, configs: Path | None = N
     times: list[TimePlan] = []
     rows = {split.role: split for split in setting.splits}
     evaluated = [rows[role] for role in recipe.evaluation.splits]
-    posthoc = [arm for arm in recipe.arms.values() if arm.of is not None]
+    # Other arms behind one share a single pass over its rows, which is left out
+    posthoc = [arm for arm in recipe.arms.values() if arm.kind == "temperature_scaling"]
     for role in ("teacher", "student"):
         spec = getattr(recipe, role)
         config = config_of(spec, role, vocabulary, configs)
@@ -112,7 +113,7 @@ def measure_times(recipe: Recipe, setting: SettingPlan, configs: Path | None = N
             times.append(TimePlan(training.unit, training.steps * forwards * seconds))
         kinds = ("teacher",) if role == "teacher" else ("sft", "distill")
         arms = [name for name, arm in recipe.arms.items() if arm.kind in kinds]
-        # Each arm behind another reads its validation rows too
+        # They read the validation rows too
         behind = [arm for arm in posthoc if arm.of in arms]
         work: list[tuple[str, int, Any]] = [("evaluate", len(arms) + len(behind), split) for split in evaluated]
         work += [("evaluate", len(behind), rows["validation"])]
