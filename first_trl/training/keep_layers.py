@@ -6,6 +6,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging as hf_logging
 
 
+# Arguments of `from_pretrained` that say which configuration is read
+WHERE = ("revision", "subfolder", "token", "trust_remote_code", "cache_dir")
+
+
 def keep_first_layers(config: PretrainedConfig, n: int) -> PretrainedConfig:
     """
     The configuration of a model without its upper layers.
@@ -54,7 +58,7 @@ def load_first_layers(name_or_path: str, n: int, *, config: dict[str, Any] | Non
     >>> student = load_first_layers("HuggingFaceTB/SmolLM2-135M-Instruct", 10)
     ```
     """
-    where = {key: kwargs[key] for key in ("revision", "subfolder", "trust_remote_code", "cache_dir") if key in kwargs}
+    where = {key: kwargs[key] for key in WHERE if key in kwargs}
     cut = keep_first_layers(AutoConfig.from_pretrained(name_or_path, **where, **(config or {})), n)
     verbosity = hf_logging.get_verbosity()
     # Every weight of the layers that are left out would be listed as unexpected

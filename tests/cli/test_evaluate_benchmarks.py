@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from first_trl.cli import main
 from first_trl.tasks import get_task
+from tests.support.harness import run_harness
 from tests.support.tiny import tiny_llama
 
 
@@ -74,9 +75,7 @@ def test_each_benchmark_is_read_and_scored(model, data_folder, tmp_path, capsys,
 @pytest.mark.parametrize("vocabulary", ["gpt2", pytest.param("sentencepiece", marks=pytest.mark.slow)])
 def test_numbers_are_those_of_the_harness(model, stories, data_folder, tmp_path, vocabulary):
     """Accuracy and the confidence of every row: letters by their token, texts by all tokens and each normalisation."""
-    lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (pip install lm-eval)")
-    from lm_eval.tasks import TaskManager
-
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (pip install lm-eval)")
     model = model if vocabulary == "gpt2" else stories
     with gzip.open(data_folder / "arc_easy" / "test.jsonl.gz", "rt") as file:
         lines = list(file)
@@ -88,16 +87,7 @@ def test_numbers_are_those_of_the_harness(model, stories, data_folder, tmp_path,
         data = tmp_path / f"{completion}.jsonl"
         rows.map(lambda row: {"choices": [choice[1:] for choice in row["choices"]]}).to_json(data)
         (tmp_path / f"{completion}.yaml").write_text(HARNESS_TASK.format(name=completion, data=data))
-    results = lm_eval.simple_evaluate(
-        model="hf",
-        model_args={"pretrained": model, "dtype": "float32"},
-        tasks=["letter", "text"],
-        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
-        device="cpu",
-        batch_size=16,
-        log_samples=True,
-        bootstrap_iters=0,
-    )
+    results = run_harness(tmp_path, model, ["letter", "text"])
     for completion, length, metric in (
         ("letter", "none", "acc"),
         ("text", "none", "acc"),

@@ -11,9 +11,10 @@ from first_trl import expected_calibration_error
 from first_trl.cli import calibrate
 from first_trl.evaluation.readers import add_ece_to_harness_task, read_harness_log, read_harness_results
 from tests.conftest import DATA
+from tests.support.harness import run_harness
 
 
-lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (pip install lm-eval)")
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (pip install lm-eval)")
 
 pytestmark = [
     pytest.mark.slow,
@@ -51,7 +52,6 @@ metadata:
 def run(tmp_path_factory):
     """The first 80 test questions of ARC-Easy and all with 3 or 5 choices, through the harness."""
     from lm_eval.loggers import EvaluationTracker
-    from lm_eval.tasks import TaskManager
 
     folder = tmp_path_factory.mktemp("harness")
     with gzip.open(DATA / "arc_easy" / "test.jsonl.gz", "rt") as file:
@@ -66,16 +66,7 @@ def run(tmp_path_factory):
     base = folder / "arc_easy_local.yaml"
     base.write_text(TASK.format(data=folder / "arc.jsonl"))
     add_ece_to_harness_task(base, gold='doc["gold"]')
-    results = lm_eval.simple_evaluate(
-        model="hf",
-        model_args={"pretrained": str(DATA / "tiny_llama" / "stories260K"), "dtype": "float32"},
-        tasks=["arc_easy_local", "arc_easy_local_ece"],
-        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
-        device="cpu",
-        batch_size=16,
-        log_samples=True,
-        bootstrap_iters=0,
-    )
+    results = run_harness(folder, DATA / "tiny_llama" / "stories260K", ["arc_easy_local", "arc_easy_local_ece"])
     in_process = read_harness_results(results)
     tracker = EvaluationTracker(output_path=str(folder / "out"))
     tracker.save_results_aggregated(results=results, samples=results["samples"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from first_trl.losses import ESTIMATORS, fused_sparse_kl, sparse_kl_reference
-from tests.support.sparse_kl import Problem, make_problem
+from tests.support.sparse_kl import Problem, descend, make_problem
 
 
 WEIGHTS = [(0.7, 0.0), (0.0, 1.3), (0.7, 1.3)]
@@ -122,15 +122,7 @@ def test_minimised_at_the_target(estimator: str, weights: tuple[float, float]) -
         assert fused_sparse_kl(moved, eye, ids, log_target, **options).choice_score > 1e-4
 
     start = torch.randn(4, vocab_size, generator=generator, dtype=torch.float64).requires_grad_()
-    optimizer = torch.optim.LBFGS([start], max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
-
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        loss = fused_sparse_kl(start, eye, ids, log_target, **options).loss
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
+    descend(start, lambda: fused_sparse_kl(start, eye, ids, log_target, **options).loss)
     torch.testing.assert_close(start.detach()[:, :5].softmax(-1), target, atol=1e-4, rtol=0)
 
 

@@ -7,6 +7,7 @@ import torch
 from scipy.stats import norm
 
 from first_trl.losses import fused_sparse_kl
+from tests.support.sparse_kl import descend
 
 
 def loss_and_gradient(logits: torch.Tensor, ids: torch.Tensor, target: torch.Tensor, **kwargs: Any) -> tuple[Any, Any]:
@@ -27,17 +28,7 @@ def minimise(ids: torch.Tensor, target: torch.Tensor, vocab_size: int, **kwargs:
     logits = torch.randn(1, vocab_size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     logits.requires_grad_()
     eye = torch.eye(vocab_size, dtype=torch.float64)
-    optimizer = torch.optim.LBFGS(
-        [logits], max_iter=500, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
-    )
-
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        loss = fused_sparse_kl(logits, eye, ids, target, **kwargs).loss
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
+    descend(logits, lambda: fused_sparse_kl(logits, eye, ids, target, **kwargs).loss)
     return logits.detach()
 
 

@@ -1,5 +1,6 @@
 """Random problems for the sparse KL losses, solved by the fused loss and by the float64 reference."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,21 @@ class Problem:
 
     def parameters(self) -> list[torch.Tensor]:
         return [self.hidden, self.weight] + ([] if self.bias is None else [self.bias])
+
+
+def descend(logits: torch.Tensor, loss: Callable[[], torch.Tensor]) -> None:
+    """Takes `logits`, in place, to where `loss` of them is least."""
+    optimizer = torch.optim.LBFGS(
+        [logits], max_iter=500, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        found = loss()
+        found.backward()
+        return found
+
+    optimizer.step(closure)
 
 
 def make_problem(

@@ -11,13 +11,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from ...hub.reach import quick_offline
-from ...training.keep_layers import keep_first_layers
+from ...training.keep_layers import WHERE, keep_first_layers
 from ...utils.resources import shipped_config
 from ..recipe import ModelSpec
 
 
-# Arguments of `from_pretrained` that say which configuration is read
-_WHERE = ("revision", "subfolder", "token", "trust_remote_code", "cache_dir")
 # Bytes of a weight that bitsandbytes keeps in 4 or 8 bits, absmax statistics included
 _QUANTISED = {"load_in_4bit": 0.56, "load_in_8bit": 1.0}
 _FLOATS = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "float64": 8.0}
@@ -79,7 +77,7 @@ def _named_config(spec: ModelSpec, role: str, folder: Path | None) -> Pretrained
     name = str(spec.name_or_path)
     local = None if folder is None else folder / name.replace("/", "--")
     source = name if local is None or not (local / "config.json").is_file() else str(local)
-    options = {key: value for key, value in spec.init_kwargs.items() if key in _WHERE and source == name}
+    options = {key: value for key, value in spec.init_kwargs.items() if key in WHERE and source == name}
     try:
         with quick_offline():
             return AutoConfig.from_pretrained(source, **options, **spec.config)

@@ -190,7 +190,7 @@ def novelty_results(run: RunContext, name: str) -> Iterator[tuple[str, MultipleC
         run.folder.novelty(name),
         {
             "feature": fitted.feature,
-            "layer": _layer(fitted),
+            "layer": next(iter(fitted.layers), None),
             **fitted.temperature.to_dict(),
             "settings": asdict(_spec(run, name)),
             "choice": json.loads(json.dumps(fitted.choice)),
@@ -239,12 +239,6 @@ def export_novelty(run: RunContext) -> None:
         elif (model / NOVELTY_NAME).is_file():
             (model / NOVELTY_NAME).unlink()
             write_decision_extras(model, novelty=None)
-
-
-def _layer(fitted: NoveltyScaling) -> int | None:
-    if fitted.reference is not None:
-        return fitted.reference.layer
-    return fitted.head[0] if fitted.head is not None else None
 
 
 def _summary(temperature: np.ndarray, newness: np.ndarray) -> dict[str, Any]:
