@@ -43,7 +43,7 @@ class AnswerPipeline(Pipeline):
     also for adapters of any revision, is [`answer_pipeline`].
 
     Call it with a prompt (`str`, or a conversation: a list of messages), a row (`dict` with `prompt` and, where they
-    differ from row to row, `choices` and `tools`; or with `question` and `options`, see `layout`), a list of these, or a dataset of rows; a list or [`~datasets.Dataset`] gives a list, an iterator or streamed dataset
+    differ from row to row, `choices`, `tools` and, for a temperature by type of question, `kind`; or with `question` and `options`, see `layout`), a list of these, or a dataset of rows; a list or [`~datasets.Dataset`] gives a list, an iterator or streamed dataset
     gives an iterator. `batch_size` changes the speed only: prompts are padded on the right and read at their last
     token.
 
@@ -201,7 +201,8 @@ class AnswerPipeline(Pipeline):
     ) -> dict[str, Any]:
         """Tokens of a prompt and of its choices, for each order in which the options are shown."""
         assert self.tokenizer is not None
-        scored: dict[str, Any] = {"max_length": max_length, "scoring": scoring, "length": length}
+        kind = (row.get("kind") if isinstance(row, Mapping) else None) or "choice"
+        scored: dict[str, Any] = {"max_length": max_length, "scoring": scoring, "length": length, "kind": kind}
         if isinstance(row, Mapping) and "options" in row and (permutations or "prompt" not in row):
             if layout is None or "question" not in row:
                 raise ValueError(
@@ -248,7 +249,14 @@ class AnswerPipeline(Pipeline):
         }
 
     def _encode(
-        self, prompt: str, choices: Sequence[str] | None, *, max_length: int | None, scoring: str, length: str
+        self,
+        prompt: str,
+        choices: Sequence[str] | None,
+        *,
+        max_length: int | None,
+        scoring: str,
+        length: str,
+        kind: str,
     ) -> dict[str, Any]:
         """Tokens of a prompt and of its choices; what the log-probabilities of whole choices are divided by."""
         assert self.tokenizer is not None
@@ -274,7 +282,7 @@ class AnswerPipeline(Pipeline):
                 UserWarning,
                 stacklevel=2,
             )
-        return {"ids": ids, "tokens": tokens, **whole}
+        return {"ids": ids, "tokens": tokens, "scoring": (scoring, length), "kind": kind, **whole}
 
     def _forward(  # type: ignore[override]
         self, inputs: dict[str, Any], temperature: Temperature = 1.0
@@ -308,13 +316,13 @@ class AnswerPipeline(Pipeline):
         choices, asked = outputs["row"]["choices"], outputs["row"]["asked"]
         row = asked[0]
         if isinstance(abstain_below, str):
-            if len(asked) > 1 or "lengths" in row or row["tokens"] is None:
+            if len(asked) > 1 or row["tokens"] is None:
                 raise ValueError(
-                    f"abstain_below={abstain_below!r} is about one-token answers in the order given: the threshold was "
-                    'fitted on such. Leave `permutations` and scoring="choices" out and give `choices`, or give a number.'
+                    f"abstain_below={abstain_below!r} is about answers in the order given: the threshold was fitted on such. "
+                    "Leave `permutations` out and give `choices`, or give a number."
                 )
             used = outputs["row"]["temperature"]
-            abstain_below = stored_threshold(self.extras, abstain_below, confidence, used).threshold
+            abstain_below = stored_threshold(self.extras, abstain_below, confidence, used, row["scoring"]).threshold
         index = answer = probabilities = mass = None
         if row["tokens"] is None:
             if confidence != "full_vocab":
@@ -376,7 +384,7 @@ def _token_scores(
             given, novelty = scaling.of_states(dict(zip(layers, states, strict=True)), logits)
             divisors, more = given.tolist(), [{"novelty": float(each)} for each in novelty]
         else:
-            divisors = [_divisor(temperature, asked[number]["tokens"]) for number in index]
+            divisors = [_divisor(temperature, asked[number]) for number in index]
         lp = torch.log_softmax(
             logits / torch.tensor(divisors, dtype=logits.dtype, device=logits.device)[:, None], dim=-1
         )
@@ -400,9 +408,10 @@ def _saved_novelty(source: str, temperature: Any, extras: Mapping[str, Any], **w
     return NoveltyScaling.load(source, digest=(extras.get("novelty") or {}).get("sha256"), **where)
 
 
-def _divisor(temperature: Any, choices: Sequence[Any] | None) -> float:
+def _divisor(temperature: Any, asked: Mapping[str, Any]) -> float:
     if isinstance(temperature, OptionTemperature):
-        return temperature.common if choices is None else temperature.temperature("choice", len(choices))
+        choices = asked["tokens"]
+        return temperature.common if choices is None else temperature.temperature(asked["kind"], len(choices))
     return temperature
 
 
@@ -458,8 +467,8 @@ def answer_pipeline(
     abstain_below: float | str | None = None,
     max_length: int | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
-    scoring: str = "token",
-    length: str = "none",
+    scoring: str | None = None,
+    length: str | None = None,
     layout: Any = None,
     permutations: int = 0,
     novelty: bool = False,
@@ -486,7 +495,9 @@ def answer_pipeline(
         novelty (`bool`, *optional*, defaults to `False`):
             Use the temperature by novelty that was saved with the model (`novelty.safetensors`): the answer stays, the
             confidence falls where a prompt is unlike the training rows, and the result says how new it is.
-        confidence, choices, abstain_below, max_length, chat_template_kwargs, scoring, length, layout, permutations, new_above:
+        scoring (`str`, *optional*), length (`str`, *optional*):
+            Default to those that were saved with the model, whose answers have several tokens, else to `"token"`.
+        confidence, choices, abstain_below, max_length, chat_template_kwargs, layout, permutations, new_above:
             Defaults of every call, see [`AnswerPipeline`].
         batch_size (`int`, *optional*, defaults to `1`):
             Prompts per forward.
@@ -559,8 +570,10 @@ def answer_pipeline(
         "layout": layout,
     }
     temperature = 1.0 if temperature is None else temperature
+    saved = extras.get("scoring", {}) if scoring is None else {}
+    scoring, length = scoring or saved.get("scoring", "token"), length or saved.get("length", "none")
     if isinstance(abstain_below, str):
-        stored_threshold(extras, abstain_below, confidence, temperature)
+        stored_threshold(extras, abstain_below, confidence, temperature, (scoring, length))
     pipe = AnswerPipeline(
         model=loaded,
         tokenizer=tokenizer,

@@ -34,6 +34,7 @@ TASKS = Registry(
         "mmlu_field": "first_trl.tasks.mmlu_field:MMLUField",
         "noisy_world": "first_trl.tasks.noisy_world:NoisyWorld",
         "openbook_qa": "first_trl.tasks.openbook_qa:OpenBookQA",
+        "system_one": "first_trl.tasks.system_one:SystemOne",
     },
 )
 ESTIMATORS = Registry(

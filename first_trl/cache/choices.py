@@ -9,14 +9,13 @@ an entry is; rows with fewer choices than others are filled up with entries that
 import warnings
 from collections.abc import Sequence
 from functools import partial
-from numbers import Real
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 
-from ..calibration.distribution import check_distribution, votes_to_distribution
+from ..calibration.distribution import soft_label
 from ..tasks.answers import answer_token_ids_of_rows
 from ..tasks.encode import encode_prompts, filler_token_id
 from ..utils.versions import code_version
@@ -300,6 +299,22 @@ def _soft_rows(
     return rows
 
 
+def only_answers(dataset: Dataset) -> Dataset:
+    """
+    Tokenised rows with the position of the answer alone supervised, where a teacher of another tokenizer has something to say.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): With `input_ids`, `labels` and `choice_ids`; `has_gold` where rows have no answer.
+    """
+    has_gold = dataset[HAS_GOLD][:] if HAS_GOLD in dataset.column_names else [True] * len(dataset)
+    given = zip(dataset[LABELS], dataset[CHOICE_IDS], has_gold, strict=True)
+    labels = [
+        _only_answer(np.array(row), choices, known, number).tolist()
+        for number, (row, choices, known) in enumerate(given)
+    ]
+    return dataset.remove_columns(LABELS).add_column(LABELS, labels, feature=dataset.features[LABELS])
+
+
 def _only_answer(labels: np.ndarray, choices: Sequence[int], has_gold: bool, row: int) -> np.ndarray:
     """The labels with the answer's position alone supervised."""
     at = np.flatnonzero(labels[1:] != IGNORE_INDEX) + 1
@@ -379,22 +394,10 @@ def _soft_labels(dataset: Dataset, choice_ids: list[list[int]]) -> list[np.ndarr
         )
     found = []
     for row, (values, choices) in enumerate(zip(dataset.with_format(None)[given[0]], choice_ids, strict=True)):
-        if not isinstance(values, list) or not values:
-            _fail(
-                row, f"`{given[0]}` is {'missing' if values is None else 'empty' if values == [] else repr(values)}."
-            )
-        for value in values:
-            if isinstance(value, bool) or not isinstance(value, Real):
-                _fail(row, f"`{given[0]}` holds {value!r}, which is no number.")
-        if len(values) != len(choices):
-            _fail(
-                row, f"`{given[0]}` has {len(values)} numbers for {len(choices)} choices; there must be one for one."
-            )
         try:
-            shares = votes_to_distribution(values) if given[0] == TARGET_VOTES else check_distribution(values, "It")
+            found.append(soft_label(given[0], values, len(choices)))
         except ValueError as error:
-            _fail(row, f"`{given[0]}` is {values}. {error}")
-        found.append(shares)
+            _fail(row, str(error))
     return found
 
 

@@ -177,6 +177,11 @@ class OptionTemperature:
         log_t = found.log_temperature + found.slope * math.log(n_options / found.n_options)
         return math.exp(min(max(log_t, -_LOG_BOUND), _LOG_BOUND))
 
+    def of_rows(self, n_options: Sequence[int], kinds: Sequence[str] | None = None) -> Array:
+        """The temperatures of questions with these numbers of options, and of these types (`choice` by default)."""
+        named = ["choice"] * len(n_options) if kinds is None else kinds
+        return np.array([self.temperature(kind, int(n)) for kind, n in zip(named, n_options, strict=True)])
+
     def scalars(self) -> dict[str, float]:
         """One temperature a type, at its usual number of options: what `decision.json` can express."""
         return {kind: math.exp(found.log_temperature) for kind, found in self.kinds.items()}
@@ -185,6 +190,15 @@ class OptionTemperature:
     def depends_on_options(self) -> bool:
         """Whether the scalars leave something out."""
         return any(found.slope != 0.0 for found in self.kinds.values())
+
+    def __str__(self) -> str:
+        parts = [
+            f"{math.exp(found.log_temperature):.2f}"
+            + (f" (n/{found.n_options:.2g})^{found.slope:.2g}" if found.slope else "")
+            + (f" for {kind}" if len(self.kinds) > 1 else "")
+            for kind, found in self.kinds.items()
+        ]
+        return ", ".join(parts) or f"{self.common:.2f}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -1,9 +1,12 @@
 """A distribution over a few options, given by someone: checked, and scaled to add up to 1."""
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
+
+from ..vocabulary import TARGET_VOTES
 
 
 # How far the probabilities of a distribution may add up from 1: what rounding to three digits leaves over a few options
@@ -43,3 +46,30 @@ def votes_to_distribution(votes: Sequence[float]) -> np.ndarray:
     if not counts.sum():
         raise ValueError("No annotator voted: leave the row out, or give it a gold answer.")
     return counts / counts.sum()
+
+
+def soft_label(column: str, values: Any, n_choices: int) -> np.ndarray:
+    """
+    The distribution over the choices of one row, as its column holds it.
+
+    Args:
+        column (`str`): `target_probs`, probabilities, or `target_votes`, counts; the values do not decide that.
+        values (`list`): One number a choice.
+        n_choices (`int`): How many choices the row has.
+
+    Raises:
+        `ValueError`: The values are missing, no numbers, not one for each choice, or no distribution.
+    """
+    if not isinstance(values, list) or not values:
+        raise ValueError(
+            f"`{column}` is {'missing' if values is None else 'empty' if values == [] else repr(values)}."
+        )
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise ValueError(f"`{column}` holds {value!r}, which is no number.")
+    if len(values) != n_choices:
+        raise ValueError(f"`{column}` has {len(values)} numbers for {n_choices} choices; there must be one for one.")
+    try:
+        return votes_to_distribution(values) if column == TARGET_VOTES else check_distribution(values, "It")
+    except ValueError as error:
+        raise ValueError(f"`{column}` is {values}. {error}") from None

@@ -85,13 +85,13 @@ class DecisionFacts:
 
     Args:
         stock (`bool`): Whether stock transformers can load it as one.
-        temperature (`float`): That lives with it.
+        temperature (`float` or `str`): That lives with it; in words where it depends on the number of options.
         fitted_on (`str`): Rows that the threshold was fitted on.
         threshold ([`ConfidenceThreshold`]): For the probability of the most likely of all tokens.
     """
 
     stock: bool
-    temperature: float
+    temperature: float | str
     fitted_on: str
     threshold: ConfidenceThreshold
 

@@ -33,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=SCORINGS,
         default="auto",
         help="token: one token an answer, over the whole vocabulary; choices: the log-probability of each choice's text; "
-        "decision: the probabilities of pipeline('decision'), for system_one; auto: decision for system_one, token where "
-        "every answer is one token, else choices",
+        "decision: the probabilities of pipeline('decision'), for system_one; auto: decision for system_one, else what was "
+        "saved with the model, else token where every answer is one token, else choices",
     )
     parser.add_argument(
         "--length",
@@ -83,7 +83,7 @@ def main(args: argparse.Namespace) -> int:
     from transformers.decision import DecisionConfig
 
     from ..evaluation.loading import load_model
-    from ..tasks.decision_extras import read_temperature
+    from ..tasks.decision_extras import read_decision_extras, read_temperature
     from ..utils.processes import process_state
 
     options = dict(map(_key_value, args.option))
@@ -106,6 +106,9 @@ def main(args: argparse.Namespace) -> int:
     tokenizer = AutoTokenizer.from_pretrained(home, revision=revision)
     config = DecisionConfig.from_pretrained(args.model, revision=args.revision)
     saved = read_temperature(args.model, revision=args.revision) if args.temperature is None else args.temperature
+    scored = read_decision_extras(args.model, revision=args.revision).get("scoring")
+    if scored is not None and args.scoring == "auto" and args.length == "none":
+        args.scoring, args.length = scored["scoring"], scored["length"]
     predictions, report, lines = _score(args, model, tokenizer, config, saved, rows)
     folder = Path(args.output_dir)
     report = {"model": args.model, "revision": args.revision, "task": args.task, "split": args.split, **report}
@@ -233,14 +236,13 @@ def _score_choices(
     from ..evaluation.multiple_choice import evaluate_multiple_choice
     from ..evaluation.whole_answers import evaluate_whole_answers
     from ..tasks.answers import NotOneToken
+    from ..vocabulary import TARGET_PROBS
 
-    by_options = temperature if isinstance(temperature, OptionTemperature) else None
     scoring = "choices" if args.scoring == "auto" and args.length != "none" else args.scoring
     labelled = rows.select([i for i, gold in enumerate(rows["gold"]) if gold >= 0])
     if len(labelled) == 0:
         raise ValueError(f"No row of split {args.split!r} has an answer: there is nothing to score.")
-    options = {"batch_size": args.batch_size, "max_length": args.max_length}
-    options["temperature"] = 1.0 if by_options is not None else temperature
+    options = {"batch_size": args.batch_size, "max_length": args.max_length, "temperature": temperature}
     with warnings.catch_warnings():
         # What a small sample means for an ECE is said of its own report, which is not printed here
         warnings.simplefilter("ignore", CalibrationWarning)
@@ -252,17 +254,14 @@ def _score_choices(
                 if scoring == "token":
                     raise
                 scoring = "choices"
-        if by_options is not None and (scoring == "choices" or args.permutations):
-            raise ValueError(
-                "The temperature that was saved with this model depends on the number of options, which whole answers and "
-                "--permutations do not support. Give --temperature."
-            )
         if scoring == "choices":
+            if isinstance(temperature, OptionTemperature):
+                raise ValueError(
+                    "The temperature that was saved with this model depends on the number of options, which whole answers do "
+                    "not support. Give --temperature."
+                )
             predicted = evaluate_whole_answers(model, tokenizer, labelled, length=args.length, **options).predictions
     scores = predicted.get("choice_scores", predicted["choice_logprobs"])
-    if by_options is not None:
-        divisors = [by_options.temperature("choice", int(n)) for n in predicted["n_choices"]]
-        scores, temperature = scores / np.array(divisors)[:, None], by_options.to_dict()
     probabilities = [
         np.exp(values[:n] - np.logaddexp.reduce(values[:n]))
         for values, n in zip(scores, predicted["n_choices"], strict=True)
@@ -278,17 +277,23 @@ def _score_choices(
     if args.target_probs is not None:
         from datasets import List, Value
 
-        from ..vocabulary import TARGET_PROBS
-
         soft = [p.tolist() for p in (probabilities if orders is None else orders.averaged)]
         path = Path(args.target_probs)
         path.parent.mkdir(parents=True, exist_ok=True)
-        labelled.add_column(TARGET_PROBS, soft, feature=List(Value("float64"))).to_parquet(path)
+        others = labelled.select_columns([name for name in labelled.column_names if name != TARGET_PROBS])
+        others.add_column(TARGET_PROBS, soft, feature=List(Value("float64"))).to_parquet(path)
         print(f"Wrote {len(soft)} rows with `{TARGET_PROBS}` to {path}.")
-    gold = [np.eye(len(p))[g] for p, g in zip(probabilities, labelled["gold"], strict=True)]
+    # Rows with soft labels are scored against these
+    given = labelled[TARGET_PROBS][:] if TARGET_PROBS in labelled.column_names else [None] * len(labelled)
+    gold = [
+        np.eye(len(p))[g] if soft_gold is None else np.array(soft_gold)
+        for p, g, soft_gold in zip(probabilities, labelled["gold"], given, strict=True)
+    ]
     choices = [tuple(choice) for choice in labelled["choices"]]
-    predictions = OptionPredictions(list(labelled["id"]), ["choice"] * len(gold), probabilities, gold, choices)
-    return predictions, scoring, temperature, orders
+    kinds = labelled["kind"][:] if "kind" in labelled.column_names else ["choice"] * len(gold)
+    predictions = OptionPredictions(list(labelled["id"]), kinds, probabilities, gold, choices)
+    shown = temperature.to_dict() if isinstance(temperature, OptionTemperature) else temperature
+    return predictions, scoring, shown, orders
 
 
 _COLUMNS = {

@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 
 from ..calibration.arrays import first_boolean
+from ..calibration.conditional import OptionTemperature
 from ..tasks.answers import answer_token_ids_of_rows
 from ..tasks.encode import encode_prompts
 from ..utils.processes import Share
@@ -29,7 +30,7 @@ def evaluate_multiple_choice(
     dataset: Dataset,
     *,
     batch_size: int = 32,
-    temperature: float = 1.0,
+    temperature: float | OptionTemperature = 1.0,
     max_length: int | None = None,
     n_bins: int = 10,
     top_k: int = 5,
@@ -56,8 +57,9 @@ def evaluate_multiple_choice(
             where there is one, `id`.
         batch_size (`int`, *optional*, defaults to `32`):
             Prompts per forward; prompts of like length go together.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Logits are divided by it (see [`fit_posthoc_temperature`]).
+        temperature (`float` or [`~first_trl.calibration.conditional.OptionTemperature`], *optional*, defaults to `1.0`):
+            Logits are divided by it (see [`fit_posthoc_temperature`]); of one by type and number of options, by that of each
+            row (its type is in the column `kind`, `choice` where there is none).
         max_length (`int`, *optional*):
             Longer prompts lose tokens at the front. Defaults to the context length of the model. Cut rows are counted and
             reported in a warning.
@@ -91,7 +93,8 @@ def evaluate_multiple_choice(
     >>> result.report["full_vocab"]["ece"], result.report["options"]["ece"], result.report["option_mass"]
     ```
     """
-    _check_temperature(temperature)
+    if not isinstance(temperature, OptionTemperature):
+        _check_temperature(temperature)
     if top_k < 1:
         raise ValueError(f"`top_k` must be at least 1, got {top_k}.")
     rows = read_multiple_choice_rows(
@@ -102,13 +105,18 @@ def evaluate_multiple_choice(
     choice_tokens = fill_rows(rows.choice_tokens, -1, np.int64)
     choice_logprobs = np.full(choice_tokens.shape, -np.inf)
     top_token, top_logprob, topk_mass, sum_squares = np.empty(n, np.int64), np.empty(n), np.empty(n), np.empty(n)
+    divisors = None
+    if isinstance(temperature, OptionTemperature):
+        kinds = dataset["kind"] if "kind" in dataset.column_names else None
+        divisors = torch.from_numpy(temperature.of_rows([len(tokens) for tokens in rows.choice_tokens], kinds))
     share, done = Share.of(distributed), np.zeros(n, dtype=bool)
     batches = next_token_logits(
         model, rows.prompt_ids, batch_size=batch_size, disable_tqdm=disable_tqdm, desc="Evaluating", share=share
     )
     for index, logits in batches:
         done[index] = True
-        lp = torch.log_softmax(logits / temperature, dim=-1)
+        divisor = temperature if divisors is None else divisors[index, None].to(logits)
+        lp = torch.log_softmax(logits / divisor, dim=-1)
         for i, row in enumerate(index):
             for group in groups[row]:
                 if len(group) > 1:

@@ -136,6 +136,7 @@ def evaluate_option_order(
             example = task.reorder(row, order)
             # Which option is right does not enter, so questions without an answer are asked like all others
             asked = {"prompt": example.prompt, "choices": list(example.choices), "gold": 0}
+            asked |= {"kind": row["kind"]} if row.get("kind") else {}
             rows.append({"id": f"{row['id']}-order-{number}", **asked})
     asked_rows = Dataset.from_list(rows)
     with warnings.catch_warnings():

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..plugins import TASKS
 from ..utils.names import nearest
 from ..utils.tables import is_nan, listed
+from ..vocabulary import TARGET_PROBS
 from .sizes import SplitSize
 from .source import read_rows
 
@@ -50,6 +51,8 @@ class Example:
         answer (`str` or `None`): What two copies that contradict each other differ in. `None` takes the completion.
         options (`tuple[str, ...]` or `None`): Texts of the choices without their letters, where they can be put in another
             order.
+        target_probs (`tuple[float, ...]` or `None`): Soft labels, one probability per choice.
+        kind (`str` or `None`): Type of a System One question.
     """
 
     prompt: str
@@ -62,6 +65,8 @@ class Example:
     key: str = ""
     answer: str | None = None
     options: tuple[str, ...] | None = None
+    target_probs: tuple[float, ...] | None = None
+    kind: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,8 @@ class TaskSplit:
         dataset ([`~datasets.Dataset`]): Columns `id` (`str`), `prompt` (`str`), `completion` (`str`, null where a row
             is unlabelled), `choices` (`list[str]`), `gold` (`int64`, -1 = none), `group` (`str`), `question` (`str`,
             what tells the question from others); where the true distribution over the choices is known, `posterior`
-            (`list[float64]`); and of lettered options `options` (`list[str]`, their texts).
+            (`list[float64]`); of lettered options `options` (`list[str]`, their texts); where rows bring them, soft labels as
+            `target_probs` (`list[float64]`) and types of questions as `kind` (`str`).
         n_read (`int`): Rows of the source, after a slice such as `"train[:90%]"`.
         n_not_selected (`int`): Usable rows left out because of `limit`.
         reasons (`dict[str, int]`): Why rows were dropped, with the count of each reason.
@@ -305,9 +311,10 @@ class Task:
         n_kept = len(kept)
         kept = [form for row in kept for form in self.forms(row)]
         features = FEATURES
-        for column, kind in (("posterior", "float64"), ("options", "string")):
-            if column in kept[0]:
-                features = Features({**features, column: List(Value(kind))})
+        lists = ("posterior", "float64"), ("options", "string"), (TARGET_PROBS, "float64")
+        for column, kind in (*((name, List(Value(kind))) for name, kind in lists), ("kind", Value("string"))):
+            if any(column in row for row in kept):
+                features = Features({**features, column: kind})
         # `from_list` takes the columns of the first row, and an unlabelled row has no completion.
         columns = {name: [row.get(name) for row in kept] for name in features}
         dataset = Dataset.from_dict(columns, features=features)

@@ -5,7 +5,9 @@ Columns: `question`; the choices, either as `choices` (a list, or the text of a 
 `A`, `B` and so on; `answer`, the letter of the right choice (`B`, `b`, `(B)`, `B.`) or its exact text, or its number
 where the option `answers_from` says whether numbers count from 0 or from 1; and, where you have them, `id` and `group`
 (rows that belong together, such as those of one document). Other columns are left alone. A row may have 2 to 26
-choices. What a cell means, and what is missing, is told in [`first_trl.utils.tables`].
+choices. Soft labels stand in a column of their own, a list or the text of a JSON list in the order of the choices:
+`target_probs` (probabilities that add up to 1) or `target_votes` (how many annotators chose each). With them `answer` may
+be left out, and is then the most likely choice, of equal ones the first. What a cell means, and what is missing, is told in [`first_trl.utils.tables`].
 
 ```text
 question,A,B,C,answer
@@ -21,13 +23,15 @@ ones.
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..calibration.distribution import soft_label
 from ..utils.tables import as_text, is_nan
+from ..vocabulary import TARGET_PROBS, TARGET_VOTES
 from .base import Example
 from .multiple_choice import LETTERS, MultipleChoice, cell_texts, optional_text, required
 from .source import SPLIT_WORDS, names_split
@@ -98,8 +102,10 @@ class Custom(MultipleChoice):
 
     def example(self, row: dict[str, Any], *, split: str) -> Example:
         texts = _choices(row)
-        gold = -1
-        if split not in self.unlabelled_splits:
+        gold, soft = -1, _soft_labels(row, len(texts))
+        if soft is not None and row.get("answer") is None:
+            gold = int(np.argmax(soft))
+        elif split not in self.unlabelled_splits:
             if row.get("answer") is None or is_nan(row["answer"]):
                 raise ValueError(
                     "field 'answer' is missing. Fill it in, or put questions without an answer into the split "
@@ -109,7 +115,8 @@ class Custom(MultipleChoice):
         question = required(row, "question")
         if not isinstance(question, str):
             raise ValueError(f"the question is {question!r}, not a text")
-        return self.fill(question, texts, gold, group=optional_text(row, "group"))
+        example = self.fill(question, texts, gold, group=optional_text(row, "group"))
+        return replace(example, target_probs=soft)
 
 
 def _choices(row: dict[str, Any]) -> list[str]:
@@ -119,16 +126,7 @@ def _choices(row: dict[str, Any]) -> list[str]:
             f"the choices stand in 'choices' and in the columns {', '.join(letters)}; keep one of the two"
         )
     if row.get("choices") is not None:
-        choices = row["choices"]
-        if isinstance(choices, str):
-            try:
-                choices = json.loads(choices)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f'`choices` {choices!r} is not the text of a JSON list such as ["pocket", "blotter"] ({error})'
-                ) from None
-        if not isinstance(choices, list):
-            raise ValueError(f"`choices` must be a list, got {choices!r}")
+        choices = _list(row, "choices", '["pocket", "blotter"]')
     elif letters:
         if letters != list(LETTERS[: len(letters)]):
             raise ValueError(f"the columns of the choices are {', '.join(letters)}; they must be A, B, C and so on")
@@ -143,6 +141,32 @@ def _choices(row: dict[str, Any]) -> list[str]:
         if text in texts[:i]:
             raise ValueError(f"choices {LETTERS[texts.index(text)]} and {_name(i)} are both {text!r}")
     return texts
+
+
+def _list(row: dict[str, Any], field: str, example: str) -> list[Any]:
+    """A cell that holds a list, or the text of one."""
+    value = row[field]
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"`{field}` {value!r} is not the text of a JSON list such as {example} ({error})"
+            ) from None
+    if not isinstance(value, list):
+        raise ValueError(f"`{field}` must be a list, got {value!r}")
+    return value
+
+
+def _soft_labels(row: dict[str, Any], n_choices: int) -> tuple[float, ...] | None:
+    """The distribution over the choices that a row brings."""
+    given = [field for field in (TARGET_PROBS, TARGET_VOTES) if row.get(field) is not None]
+    if not given:
+        return None
+    if len(given) == 2:
+        raise ValueError(f"`{TARGET_PROBS}` and `{TARGET_VOTES}` are both there; keep one of the two")
+    values = _list(row, given[0], "[3, 1]")
+    return tuple(soft_label(given[0], values, n_choices).tolist())
 
 
 def _name(i: int) -> str:

@@ -35,8 +35,9 @@ _CHECKED_ROWS = 64
 # Expressions of Jinja for the fields of a task's `str.format` template. A state that is a mapping may name fields itself.
 _STATE = (
     "{%- macro text(value) %}{{ '' if value is none else value if value is string else value|tojson }}{% endmacro -%}\n"
-    "{%- set fields = state if state is mapping else {} -%}\n"
-    "{%- set given = '' if state is mapping else text(state) -%}\n"
+    "{%- set named = state is mapping and (state|select('in', NAMES)|list) -%}\n"
+    "{%- set fields = state if named else {} -%}\n"
+    "{%- set given = '' if named else text(state) -%}\n"
     "{%- set asked = text(question.instructions) -%}\n"
 )
 _CHOICES = (
@@ -44,7 +45,7 @@ _CHOICES = (
     "{%- for option in question.options -%}\n"
     "{%- set description = text(question.descriptions[loop.index0]) -%}\n"
     "{%- set shown = description if question.type == 'score' else option ~ ': ' ~ description if description else option -%}\n"
-    "{%- set lines.all = lines.all + ['(' ~ 'ABCDEFGHIJKLMNOPQRSTUVWXYZ'[loop.index0] ~ ') ' ~ shown] -%}\n"
+    "{%- set lines.all = lines.all + ['(' ~ 'ABCDEFGHIJKLMNOPQRSTUVWXYZ'[loop.index0] ~ ') ' ~ shown|trim] -%}\n"
     "{%- endfor -%}\n"
 )
 
@@ -55,7 +56,8 @@ def decision_template(task: Task, front: str = "") -> str:
 
     A task with a template of its own takes the question from `state` and `instructions` (joined where both are given)
     and the choices from `criteria`; a task that makes its prompts itself takes `state` as the whole prompt. A state that
-    is a mapping may give the template's fields by name, or the whole prompt as `{"prompt": ...}`.
+    is a mapping may give the template's fields by name, or the whole prompt as `{"prompt": ...}`; any other one is text, as
+    JSON.
 
     Args:
         task ([`Task`]): As the student was trained with, options included.
@@ -78,13 +80,14 @@ def decision_template(task: Task, front: str = "") -> str:
             if name is not None:
                 body += "{{- " + _expression(name, fields[name]) + " -}}\n"
         body += "{%- endif -%}"
-    return "{{- " + json.dumps(front, ensure_ascii=False) + " -}}\n" + _STATE + body
+    names = json.dumps([PROMPT, *(fields or ())])
+    return "{{- " + json.dumps(front, ensure_ascii=False) + " -}}\n" + _STATE.replace("NAMES", names) + body
 
 
 def _expression(name: str, source: str) -> str:
     """Where a field of the template comes from in a request."""
     given = {
-        "question": "([given, asked]|select|join('\\n'))",
+        "question": "([given, asked]|select|join('\\n')|trim)",
         "state": "given",
         "instructions": "asked",
         "choices": "(lines.all|join('\\n'))",

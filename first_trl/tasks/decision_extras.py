@@ -4,6 +4,7 @@ What `decision.json` cannot express, in a file of our own beside it: `first_trl_
 ```json
 {"version": 1,
  "temperature": 1.4,  # of a model that decision.json cannot describe
+ "scoring": {"scoring": "choices", "length": "none"},  # of answers of more than one token
  "option_temperature": {"common": 1.4, "kinds": {"choice": {"log_temperature": 0.3, "slope": 0.1, ...}}},
  "novelty": {"file": "novelty.safetensors", "sha256": "..."},
  "thresholds": {"temperature": 1.4, "fitted_on": "validation", "readings": {"full_vocab": [{"max_error": 0.05, ...}]}}}
@@ -103,8 +104,10 @@ def save_thresholds(
     folder: str | Path,
     readings: Mapping[str, Sequence[ConfidenceThreshold]],
     *,
-    temperature: float = 1.0,
+    temperature: float | OptionTemperature = 1.0,
     fitted_on: str = "validation",
+    scoring: str = "token",
+    length: str = "none",
 ) -> None:
     """
     Store thresholds with a saved model, for `answer_pipeline(..., abstain_below="max_error=0.05")`.
@@ -115,10 +118,12 @@ def save_thresholds(
         readings (`Mapping[str, Sequence]`):
             Reading of the confidence (as [`~first_trl.answer_pipeline`] names them) -> thresholds of
             [`~first_trl.fit_threshold`], one a promised error rate.
-        temperature (`float`, *optional*, defaults to `1.0`):
+        temperature (`float` or [`~first_trl.calibration.conditional.OptionTemperature`], *optional*, defaults to `1.0`):
             Temperature of the confidences that they were fitted on.
         fitted_on (`str`, *optional*, defaults to `"validation"`):
             Which rows these were.
+        scoring (`str`, *optional*, defaults to `"token"`), length (`str`, *optional*, defaults to `"none"`):
+            How answers were scored, as [`~first_trl.answer_pipeline`] names it.
 
     Example:
 
@@ -130,11 +135,23 @@ def save_thresholds(
     ```
     """
     stored = {name: [replace(each, candidates=()).to_dict() for each in found] for name, found in readings.items()}
-    write_decision_extras(folder, thresholds={"temperature": temperature, "fitted_on": fitted_on, "readings": stored})
+    plain = temperature.to_dict() if isinstance(temperature, OptionTemperature) else temperature
+    thresholds = {
+        "temperature": plain,
+        "fitted_on": fitted_on,
+        "scoring": scoring,
+        "length": length,
+        "readings": stored,
+    }
+    write_decision_extras(folder, thresholds=thresholds)
 
 
 def stored_threshold(
-    extras: Mapping[str, Any], promise: str, reading: str, temperature: Any = None
+    extras: Mapping[str, Any],
+    promise: str,
+    reading: str,
+    temperature: Any = None,
+    scoring: tuple[str, str] | None = None,
 ) -> ConfidenceThreshold:
     """
     The threshold that a model brings for a promised error rate.
@@ -143,11 +160,13 @@ def stored_threshold(
         extras (`Mapping`): From [`read_decision_extras`].
         promise (`str`): `"max_error=0.05"`.
         reading (`str`): Of the confidence that is compared with it.
-        temperature (`float`, *optional*): That of the confidences; checked where it is given.
+        temperature (`float` or [`~first_trl.calibration.conditional.OptionTemperature`], *optional*): That of the confidences;
+            checked where it is given.
+        scoring (`tuple[str, str]`, *optional*): How answers are scored, and the length; checked where it is given.
 
     Raises:
         `ValueError`: The promise cannot be read, the model brings no threshold for it, or none was found when it was
-            fitted; or the temperature is another one.
+            fitted; or the temperature or the scoring is another one.
     """
     try:
         max_error = float(promise.removeprefix(_PROMISE)) if promise.startswith(_PROMISE) else math.nan
@@ -162,12 +181,17 @@ def stored_threshold(
             f"This model brings no threshold for confidence={reading!r} (it brings: {known}). Fit one with fit_threshold "
             "and store it with first_trl.tasks.decision_extras.save_thresholds, or give a number."
         )
-    if temperature is not None and (
-        not isinstance(temperature, int | float) or not math.isclose(temperature, stored["temperature"])
-    ):
+    if temperature is not None and not _same_temperature(temperature, stored["temperature"]):
+        known = stored["temperature"]
         raise ValueError(
-            f"The thresholds of this model were fitted at temperature {stored['temperature']:g}, not at that of these "
-            "confidences. Leave `temperature` out, or fit a threshold for it and give the number."
+            f"The thresholds of this model were fitted at temperature {OptionTemperature.from_dict(known) if isinstance(known, dict) else known}, "
+            "not at that of these confidences. Leave `temperature` out, or fit a threshold for it and give the number."
+        )
+    fitted = (stored.get("scoring", "token"), stored.get("length", "none"))
+    if scoring is not None and scoring != fitted:
+        raise ValueError(
+            f"abstain_below={promise!r} is about answers that are scored by scoring={fitted[0]!r} and length={fitted[1]!r}: the "
+            "thresholds of this model were fitted on such. Leave `scoring` and `length` out, or give a number."
         )
     found = {each["max_error"]: each for each in stored["readings"][reading]}
     if max_error not in found:
@@ -178,3 +202,9 @@ def stored_threshold(
     if threshold.threshold is None:
         raise ValueError(f"No threshold keeps {promise} for this model: {threshold.reason}")
     return threshold
+
+
+def _same_temperature(used: Any, fitted: Any) -> bool:
+    if isinstance(used, OptionTemperature) or isinstance(fitted, dict):
+        return isinstance(used, OptionTemperature) and used.to_dict() == fitted
+    return isinstance(used, int | float) and math.isclose(used, fitted)

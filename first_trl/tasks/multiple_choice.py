@@ -114,6 +114,8 @@ class MultipleChoice(Task):
         for number, order in enumerate(orders):
             example = self.reorder(row, order)
             changed = {name: getattr(example, name) for name in ("prompt", "completion", "choices", "gold", "options")}
+            if row.get("target_probs") is not None:
+                changed["target_probs"] = tuple(row["target_probs"][i] for i in order)
             forms.append({**row, **changed, "id": row["id"] if number == 0 else f"{row['id']}-order-{number}"})
         return forms
 

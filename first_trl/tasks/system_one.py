@@ -17,14 +17,16 @@ give. `answers` may stand for `gold`.
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..calibration.distribution import check_distribution
+from .base import Example
+from .custom import Custom
 
 
 KINDS = ("choice", "score", "noul")
@@ -168,3 +170,47 @@ def _distribution(values: list[Any], place: str) -> np.ndarray:
         return check_distribution(values, "it")
     except ValueError as error:
         raise ValueError(f"{place}: the gold {values} is no distribution: {error}") from None
+
+
+@dataclass(frozen=True)
+class SystemOne(Custom):
+    """
+    The questions of a file of requests as rows that a student is trained and evaluated on, their gold distributions as soft
+    labels (`target_probs`). The right answer is the most likely option, of equal ones the first.
+
+    The prompt is the one that the student's `decision_template.jinja` renders for the same request: state and instructions,
+    and a lettered line for each option with its description, each level, or `true` and `false`. Files, splits and
+    `shuffle_seed` are as in the task `custom`; slices count questions. Questions of one request share its id as `group`, for
+    `unseen: group`.
+    """
+
+    name = "system_one"
+    splits = {split: split for split in ("train", "validation", "test", "ood")}
+    unlabelled_splits = ()
+    decision_kinds = KINDS
+
+    def rows(
+        self, split: str, path: str | None, revision: str | None, seed: int
+    ) -> Iterable[tuple[str, dict[str, Any] | Example | None]]:
+        for number, (where, row) in enumerate(super().rows(split, path, revision, seed)):
+            for question in [] if row is None else _questions(row, where, f"{split}-{number}", True):
+                yield where, {"id": question.id, "asked": question}
+
+    def example(self, row: dict[str, Any], *, split: str) -> Example:
+        asked: DecisionQuestion = row["asked"]
+        question = asked.request["questions"][asked.name]
+        text = "\n".join(filter(None, map(_text, (asked.request["state"], question.get("instructions")))))
+        criteria = question.get("criteria") or {}
+        if asked.kind == "score":
+            lines = [_text(level) for level in criteria]
+        else:
+            described = [(option, _text(criteria.get(option))) for option in asked.options]
+            lines = [f"{option}: {description}" if description else option for option, description in described]
+        assert asked.gold is not None
+        example = self.fill(text, lines, int(np.argmax(asked.gold)), group=asked.id.removesuffix(f"/{asked.name}"))
+        return replace(example, target_probs=tuple(asked.gold.tolist()), kind=asked.kind)
+
+
+def _text(value: Any) -> str:
+    """As templates of transformers write it."""
+    return "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

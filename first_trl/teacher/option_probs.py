@@ -6,12 +6,18 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, List, Value
 
+from ..cache.choices import CHOICE_IDS, LOG_ZERO
+from ..cache.manifest import tokenizer_fingerprint
+from ..cache.schema import INPUT_IDS
+from ..cache.scores import Scores
 from ..calibration import CalibrationWarning
 from ..evaluation.multiple_choice import evaluate_multiple_choice
 from ..evaluation.option_order import evaluate_option_order
 from ..evaluation.whole_answers import evaluate_whole_answers
+from ..tasks.answers import NotOneToken, answer_token_ids_of_rows
 from ..tasks.multiple_choice import MultipleChoice
-from ..vocabulary import TARGET_PROBS
+from ..vocabulary import NO_ENTRY, TARGET_PROBS
+from .backends import TransformersBackend
 
 
 def add_option_probs(
@@ -101,6 +107,85 @@ def add_option_probs(
         shares = np.exp(scores - np.logaddexp.reduce(scores, axis=1, keepdims=True))
         probabilities = [values[:n] for values, n in zip(shares, predicted["n_choices"], strict=True)]
     return _with_column(dataset, TARGET_PROBS, [values.tolist() for values in probabilities], List(Value("float64")))
+
+
+class OptionBackend:
+    """
+    An engine of [`~first_trl.add_teacher_topk`] for a teacher of another tokenizer: at the answer of each row, its
+    distribution over the options, as the tokens that the student answers with. What it gives to anything else is left out.
+
+    Choices that are one token of the teacher each are read at that token, others by the probability of their whole texts.
+
+    Args:
+        engine ([`~first_trl.teacher.backends.TransformersBackend`]):
+            The teacher.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        rows ([`~datasets.Dataset`]):
+            Rows of the student that will be scored: `input_ids`, `labels` and `choice_ids` (the student's token of each
+            choice).
+        asked ([`~datasets.Dataset`]):
+            The same questions, in the same order, with `prompt` and `choices` (texts).
+        options:
+            As in [`add_option_probs`].
+    """
+
+    head_size = None
+    max_length = None
+    ranks_per_teacher = 1
+
+    def __init__(
+        self, engine: TransformersBackend, processing_class: Any, rows: Dataset, asked: Dataset, **options: Any
+    ):
+        self._engine, self._tokenizer = engine, processing_class
+        self.scoring = "token"
+        try:
+            answer_token_ids_of_rows(processing_class, asked)
+        except NotOneToken:
+            self.scoring = "choices"
+        self.notes = [
+            "Distribution over the options alone, of a teacher with another tokenizer, matched by option and read "
+            + ("at one token a choice." if self.scoring == "token" else "by the probability of whole choices."),
+            *engine.notes,
+        ]
+        asked = asked.remove_columns([name for name in (TARGET_PROBS,) if name in asked.column_names])
+        found = add_option_probs(asked, engine.model, processing_class, scoring=self.scoring, **options)
+        self._entries: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
+        columns = (rows[INPUT_IDS], rows[CHOICE_IDS], found[TARGET_PROBS])
+        for input_ids, tokens, shares in zip(*columns, strict=True):
+            with np.errstate(divide="ignore"):
+                logprobs = np.maximum(np.log(shares), LOG_ZERO)
+            order = np.lexsort((tokens, -logprobs))
+            self._entries[tuple(input_ids)] = np.array(tokens, np.int32)[order], logprobs[order].astype(np.float32)
+
+    def describe(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        teacher, backend = self._engine.describe()
+        return teacher, {
+            **backend, "name": "options", "scoring": self.scoring, "tokenizer": tokenizer_fingerprint(self._tokenizer)
+        }  # fmt: skip
+
+    def confirm(self, teacher: dict[str, Any]) -> None:
+        self._engine.confirm(teacher)
+
+    def score(
+        self,
+        rows: list[np.ndarray],
+        positions: list[np.ndarray],
+        k: int,
+        num_tokens: int,
+        uniforms: list[np.ndarray] | None = None,
+    ) -> list[Scores]:
+        scores = []
+        for row, at in zip(rows, positions, strict=True):
+            tokens, logprobs = self._entries[tuple(row.tolist())]
+            assert len(at) == 1 and uniforms is None
+            # A row of few options is filled up with entries that count as absent
+            spare = [token for token in range(2 * k) if token not in tokens][: max(k - len(tokens), 0)]
+            ids = np.concatenate([tokens[:k], np.array(spare, np.int32)])
+            values = np.concatenate([logprobs[:k], np.full(len(spare), NO_ENTRY, np.float32)])
+            tail = np.logaddexp.reduce(logprobs[k:].astype(np.float64)) if len(tokens) > k else -np.inf
+            scores.append(Scores(ids[None], values[None], np.array([tail], np.float32)))
+        return scores
 
 
 def _with_column(dataset: Dataset, name: str, values: list[Any], feature: Any) -> Dataset:

@@ -108,6 +108,10 @@ class DistillOptions:
         rps_weight (`float`, *optional*, defaults to `0.0`):
             Factor of the ranked probability score among the choices, which is added to the loss. For targets over
             choices that are ordered, lowest first.
+        soft_label_weight (`float`, *optional*):
+            Where rows hold soft labels beside a cached teacher: share `w` of theirs in the target, the teacher's (after
+            its recalibration) has `1 - w`. In a recipe, 1 trains on the soft labels alone, and `recalibration` rescales
+            them.
         token_dropout (`float`, *optional*, defaults to `0.0`):
             Probability that a token of the student's input is replaced in training, while the teacher's target stays
             that of the whole text (word dropout). Special tokens, padding and supervised tokens are never replaced.
@@ -151,6 +155,16 @@ class DistillOptions:
         Lt(float("inf")),
         Fact("Ranked probability score", "{value:g} times that among the choices is added"),
     ] = 0.0
+    soft_label_weight: (
+        Annotated[
+            float,
+            Strict(),
+            Ge(0.0),
+            Le(1.0),
+            Fact("Soft labels", "those of the training rows are {value:.0%} of the target, over the choices"),
+        ]
+        | None
+    ) = None
     token_dropout: Annotated[
         float,
         Strict(),
@@ -159,6 +173,16 @@ class DistillOptions:
         For(("sft", "distill")),
         Fact("Token dropout", "{value:g} of the input tokens, in training only"),
     ] = 0.0
+
+    @property
+    def target(self) -> str:
+        """
+        What the student learns: the teacher over the `vocabulary` or over the `choices`, `soft_labels` alone, or `both` of the
+        latter.
+        """
+        if self.soft_label_weight is not None:
+            return "soft_labels" if self.soft_label_weight == 1.0 else "both"
+        return "choices" if self.restrict_to_choices else "vocabulary"
 
     def options(self) -> dict[str, Any]:
         """The options by name, without what a subclass adds."""
@@ -205,10 +229,10 @@ class DistillOptions:
                 "top_k",
                 f"has no meaning with `estimator={self.estimator!r}`: leaving draws out would bias it. Leave it unset.",
             )
-        if self.restrict_to_choices and (self.top_k is not None or estimator_target(self.estimator) == "draws"):
+        if self.target != "vocabulary" and (self.top_k is not None or estimator_target(self.estimator) == "draws"):
             other = f"`top_k={self.top_k}`" if self.top_k is not None else f"`estimator={self.estimator!r}`"
             yield (
-                "restrict_to_choices",
+                "restrict_to_choices" if self.soft_label_weight is None else "soft_label_weight",
                 f"has no meaning with {other}: its target is all the choices. Leave one of the two out.",
             )
 
@@ -217,12 +241,9 @@ class DistillOptions:
 @dataclass
 class TrainerOptions(DistillOptions):
     r"""
-    The options of [`FirstDistillConfig`]: those of [`DistillOptions`], and three that a recipe does not have.
+    The options of [`FirstDistillConfig`]: those of [`DistillOptions`], and two that a recipe does not have.
 
     Parameters:
-        soft_label_weight (`float`, *optional*):
-            Where rows hold soft labels beside a cached teacher: share `w` of theirs in the target, the teacher's (after
-            its recalibration) has `1 - w`.
         loss_chunk_size (`int`, *optional*):
             Supervised tokens per chunk of the fused loss. When not set, chosen from the vocabulary size.
         token_dropout_id (`int`, *optional*):
@@ -230,7 +251,6 @@ class TrainerOptions(DistillOptions):
             padding and end-of-sequence token.
     """
 
-    soft_label_weight: Annotated[float, Ge(0.0), Le(1.0)] | None = None
     loss_chunk_size: Annotated[int, Ge(1)] | None = None
     token_dropout_id: int | None = None
 

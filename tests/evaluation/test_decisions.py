@@ -9,6 +9,9 @@ from transformers.decision import DecisionConfig
 
 from first_trl.evaluation.decisions import predict_decisions
 from first_trl.evaluation.distributions import distribution_scores
+from first_trl.evaluation.multiple_choice import evaluate_multiple_choice
+from first_trl.tasks import get_task
+from first_trl.tasks.decision import decision_config
 from first_trl.tasks.system_one import read_requests
 from first_trl.tasks.word_tokenizer import word_tokenizer
 from tests.support.tiny import tiny_llama
@@ -51,6 +54,39 @@ def write(path, rows) -> str:
 def tokenizer():
     words = "charged twice thank you refund ? calm angry sad later week today Answer: A B C Yes No true false"
     return word_tokenizer([*words.split(), "<unk>"], unknown="<unk>")
+
+
+def test_requests_are_rows_that_a_student_trains_on(tmp_path):
+    """Their prompts are those that stock transformers renders of the same requests with the student's own template."""
+    described = {
+        "id": "three",
+        "state": {"message": "thank you", "urgent": False},
+        "questions": {
+            "tone": {"type": "choice", "instructions": "refund ? ", "criteria": {"calm": "thank", "angry": None}},
+            "refund": {"type": "noul", "instructions": "refund ?", "criteria": {"true": "charged twice"}},
+        },
+        "gold": {"tone": {"calm": 0.5, "angry": 0.5}, "refund": False},
+    }
+    path = write(tmp_path / "cases.jsonl", [*CASES, described])
+    task = get_task("system_one")
+    rows = task.load("train", path=path).dataset
+    assert rows["id"][:] == [question.id for question in read_requests(path)]
+    assert rows["kind"][:3] == ["noul", "choice", "score"] and rows["group"][:4] == ["one"] * 3 + ["two"]
+    assert rows["target_probs"][3:5] == [[0.2, 0.8], [0.0, 1.0]] and rows["gold"][3:] == [1, 1, 0, 0, 1]
+    assert rows["prompt"][6] == (
+        '{"message": "thank you", "urgent": false}\nrefund ?\nAnswer Choices:\n(A) calm: thank\n(B) angry\nAnswer:'
+    )
+    letters = [f"{mark}{letter}" for letter in "ABC" for mark in ("", "(")]
+    words = {word for prompt in rows["prompt"] for word in prompt.split()} | set(letters)
+    tokenizer = word_tokenizer([*sorted(words), "<unk>"], unknown="<unk>")
+    model = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=128)
+    config = decision_config(task, tokenizer, rows)
+    ours = evaluate_multiple_choice(model, tokenizer, rows, disable_tqdm=True).predictions["choice_logprobs"]
+    for found, expected in zip(
+        predict_decisions(model, tokenizer, read_requests(path), config).probabilities, ours, strict=True
+    ):
+        expected = expected[: len(found)]
+        np.testing.assert_allclose(found, np.exp(expected - np.logaddexp.reduce(expected)), atol=1e-6)
 
 
 def test_gold_in_every_form(tmp_path):

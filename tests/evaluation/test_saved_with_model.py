@@ -146,7 +146,7 @@ def test_a_promised_error_rate(student, tokenizer, rows, reading):
     ):
         with pytest.raises(ValueError, match=message):
             answer_pipeline(student, **{"confidence": reading, **options})
-    with pytest.raises(ValueError, match="one-token answers"):
+    with pytest.raises(ValueError, match="scored by scoring='token' and length='none'"):
         plain(rows[0], abstain_below="max_error=0.3", scoring="choices")
 
 

@@ -12,7 +12,9 @@ from datasets import load_dataset, load_from_disk
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from first_trl import answer_pipeline, expected_calibration_error
 from first_trl.cli import main
+from first_trl.tasks.decision_extras import read_decision_extras
 from tests.support.quickstart import TINY
 from tests.support.tiny import tiny_llama
 
@@ -118,6 +120,40 @@ def test_predictions_are_sums_over_the_tokens_of_each_choice(folder):
             np.testing.assert_allclose(prediction["choice_logprobs"], expected, atol=1e-5)
             np.testing.assert_allclose(prediction["choice_scores"], np.array(expected) / 2, atol=1e-5)
     assert json.loads((run / "evaluate" / "sft_ts" / "temperature.json").read_text())["temperature"] != 1.0
+
+
+def test_the_student_brings_its_scoring_temperature_and_thresholds(folder):
+    """What the answers are scored by lives with the student: the pipeline and the command give the evaluation of the run."""
+    run = folder / "run"
+    student = run / "students" / "sft" / "model"
+    extras = read_decision_extras(student)
+    temperature = json.loads((run / "evaluate" / "sft_ts" / "temperature.json").read_text())["temperature"]
+    assert extras["scoring"] == {"scoring": "choices", "length": "tokens"}
+    assert extras["temperature"] == extras["thresholds"]["temperature"] == temperature
+    rows = load_from_disk(str(run / "data" / "rows" / "test"))
+    stored = pq.read_table(run / "evaluate" / "sft_ts" / "test.parquet").to_pylist()
+    pipe = answer_pipeline(student, confidence="renormalized", batch_size=4)
+    answers = pipe(rows)
+    for answer, row in zip(answers, stored, strict=True):
+        scores = np.array(row["choice_scores"])
+        assert answer["confidence"] == pytest.approx(np.exp(scores - np.logaddexp.reduce(scores)).max(), abs=1e-5)
+        np.testing.assert_allclose(answer["choices"], np.exp(row["choice_logprobs"]), atol=1e-5)
+    report = json.loads((run / "report" / "report.json").read_text())
+    confidence = np.array([answer["confidence"] for answer in answers])
+    correct = np.array([answer["index"] == gold for answer, gold in zip(answers, rows["gold"], strict=True)])
+    ece = expected_calibration_error(confidence, correct.astype(int), n_bins=10)
+    assert report["decisions"]["sft"]["roles"]["test"]["ece"] == pytest.approx(ece, abs=1e-6)
+    assert report["results"]["sft_ts"]["test"]["options"]["ece"] == pytest.approx(ece, abs=1e-6)
+    # 9 rows cannot promise 5 % of errors, and a promise is about answers scored in one way
+    with pytest.raises(ValueError, match=r"No threshold keeps max_error=0\.05"):
+        pipe(rows[0], abstain_below="max_error=0.05")
+    with pytest.raises(ValueError, match="scored by scoring='choices'"):
+        answer_pipeline(student, scoring="choices", length="none", abstain_below="max_error=0.05")
+    words = ["--option=completion= {text}", f"--path={folder / 'questions.csv'}", "--split=train[85%:]"]
+    assert main(["evaluate", str(student), "--task=custom", *words, f"--output-dir={folder / 'own'}"]) == 0
+    found = json.loads((folder / "own" / "report.json").read_text())
+    assert (found["scoring"], found["length"], found["temperature"]) == ("choices", "tokens", temperature)
+    assert found["scores"]["model"]["ece_argmax"] == pytest.approx(ece, abs=1e-6)
 
 
 def test_the_report_says_what_its_numbers_are(folder):

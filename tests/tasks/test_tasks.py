@@ -43,6 +43,7 @@ def test_registry_knows_every_task_and_names_the_nearest():
         "mmlu_field",
         "noisy_world",
         "openbook_qa",
+        "system_one",
     ]
     for name in list_tasks():
         assert get_task(name).name == name

@@ -39,7 +39,7 @@ class _Unknown(Exception):
 def find_tokenizer(recipe: Recipe) -> Any:
     """The recipe's tokenizer when it is on this machine, else `None`."""
     task = recipe.task
-    name = recipe.tokenizer or recipe.teacher.name_or_path
+    name, revision = recipe.tokenizer_source
     try:
         if recipe.tokenizer is None:
             source = get_task(task.name, **task.options)
@@ -52,9 +52,7 @@ def find_tokenizer(recipe: Recipe) -> Any:
         # From a folder without a vocabulary, transformers makes a tokenizer of one token
         if folder.is_dir() and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
             return None
-        return AutoTokenizer.from_pretrained(
-            name, revision=recipe.teacher.init_kwargs.get("revision"), local_files_only=True
-        )
+        return AutoTokenizer.from_pretrained(name, revision=revision, local_files_only=True)
     except (OSError, ValueError, KeyError):
         return None
 

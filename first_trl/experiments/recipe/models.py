@@ -153,6 +153,9 @@ class TeacherSpec:
 class CaptureSpec:
     """
     Args:
+        target (`str`): `vocabulary`: the teacher's most likely tokens at every token of the answer. `options`: its
+            distribution over the choices alone, matched by option, for a teacher of another tokenizer than the student's. It
+            is read at one token a choice, or by the probability of whole texts where a choice has several.
         k (`int`): Entries kept per position.
         logprob_dtype (`str`): `float16` or `float32`.
         max_tokens_per_batch (`int`): Size of a teacher forward.
@@ -167,6 +170,7 @@ class CaptureSpec:
         backend_options (`dict`): Keyword arguments of a plugin's engine.
     """
 
+    target: Literal["vocabulary", "options"] = "vocabulary"
     k: Count = 5
     logprob_dtype: Literal["float16", "float32"] = "float16"
     max_tokens_per_batch: Count = 8192
@@ -359,7 +363,8 @@ class Recipe:
         teachers (`dict[str, TeacherSpec]`): Further teachers, for arms that name them.
         training (`dict`): Training arguments every student starts from (`SFTConfig` / `FirstDistillConfig` names, and
             `global_batch_size`, which is divided by the number of processes).
-        tokenizer (`str`, *optional*): Name or folder; default is the task's own, or the teacher's.
+        tokenizer (`str`, *optional*): Name or folder; default is the task's own, or the teacher's, with
+            `capture.target: options` the student's.
         seed (`int`): Seed of generated data, models and training.
         seeds (`list[int]`): Run all of these, one folder each, and merge their reports.
         grid (`dict[str, list]`): Dotted key -> values. A key of an arm (`arms.NAME.KEY`) makes one arm a value, which
@@ -406,6 +411,14 @@ class Recipe:
     merge: Flag = True
     plugins: list[Text] = field(default_factory=list)
     cell: Mapping = field(default_factory=dict)
+
+    @property
+    def tokenizer_source(self) -> tuple[str | None, str | None]:
+        """Name and revision of the tokenizer of rows, caches and students, where the task brings none."""
+        if self.tokenizer is not None:
+            return self.tokenizer, None
+        model = self.student if self.capture.target == "options" else self.teacher
+        return model.name_or_path, model.init_kwargs.get("revision")
 
     @property
     def folder(self) -> Path:

@@ -79,6 +79,17 @@ def _backend(recipe: Recipe) -> Iterator[str]:
 
 
 def _capture(recipe: Recipe) -> Iterator[str]:
+    if recipe.capture.target == "options":
+        capture, teacher = recipe.capture, recipe.teacher
+        if capture.vllm_url is not None or capture.backend not in (None, "transformers") or capture.num_draws:
+            yield "capture.target 'options' needs the teacher in this process and no draws: leave vllm_url, backend and num_draws out."
+        if teacher.sft is not None or teacher.pretrain is not None:
+            yield (
+                "capture.target 'options' takes a teacher as it is, with its own tokenizer: fine-tune it in a recipe of its own "
+                "(an arm of kind sft), name that model, and leave teacher.sft and teacher.pretrain out."
+            )
+        if recipe.evaluation.scoring != "token":
+            yield "capture.target 'options' is for students that answer with one token: set evaluation.scoring to token."
     if recipe.capture.vllm_url is None:
         return
     if recipe.teachers:
@@ -146,8 +157,8 @@ def _arm(recipe: Recipe, name: str, arm: ArmSpec) -> Iterator[str]:
         if role not in recipe.task.splits or role in recipe.evaluation.splits:
             yield f"{place}.data names {role!r}; choose roles of task.splits that nothing is evaluated on."
     for key in ("brier_weight", "rps_weight"):
-        if getattr(arm, key) and not arm.restrict_to_choices and key not in misplaced:
-            yield f"{place}.{key} is a score among the choices: set {place}.restrict_to_choices."
+        if getattr(arm, key) and arm.target == "vocabulary" and key not in misplaced:
+            yield f"{place}.{key} is a score among the choices: set {place}.restrict_to_choices or soft_label_weight."
     for key, text in arm.problems():
         if key not in misplaced:
             yield f"{place}.{key} {text}"

@@ -86,8 +86,10 @@ def write_report(
         if curves:
             caption = (
                 f"Risk against coverage on `{role}`: wrong answers among the surest ones, by the probability of the options at "
-                "the fitted temperature. Dots: the thresholds of the table, fitted on other rows."
+                "the fitted temperature."
             )
+            if any(found["roles"][role]["error"] is not None for found in curves.values()):
+                caption += " Dots: the thresholds of the table, fitted on other rows."
             save(f"risk_coverage_{role}", caption, risk_coverage_figure(curves, role))
     for name, fit in fits.items():
         symbol = method_symbol(fit["recalibration"]["method"])

@@ -111,7 +111,11 @@ def _decision_parts(run: RunContent) -> list[Part]:
     rows: list[list[Value | str]] = []
     for name, found in run.decisions.items():
         threshold = found["threshold"]["threshold"]
-        row = [run.labels[name], f"{found['temperature']:.2f}", "none" if threshold is None else f"{threshold:.3f}"]
+        row = [
+            run.labels[name],
+            found.get("temperature_text", f"{found['temperature']:.2f}"),
+            "none" if threshold is None else f"{threshold:.3f}",
+        ]
         for scores in found["roles"].values():
             wrong = NOTHING if scores["error"] is None else f"{100 * scores['error']:.1f}"
             row += [f"{100 * scores['ece']:.1f}", f"{100 * scores['coverage']:.0f}", wrong]
@@ -119,7 +123,7 @@ def _decision_parts(run: RunContent) -> list[Part]:
     columns = [f"{title} ({role})" for role in some["roles"] for title in ("ECE %", "answered %", "wrong %")]
     fitted_on = some["fitted_on"]
     caption = (
-        f"Students as decision models: option probabilities at the temperature T that lives with them, and the smallest "
+        f"Students as decision models: option probabilities at the temperature T that lives with them (by the number n of options where these differ), and the smallest "
         f"confidence above which at most {promise} of the answers are wrong, with {100 * (1 - some['threshold']['delta']):g} % "
         f"confidence, on rows like those of `{fitted_on}`."
     )

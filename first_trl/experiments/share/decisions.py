@@ -1,8 +1,10 @@
 """The files that make the students of a finished run decision models, written beside their weights."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
+from ...calibration.conditional import OptionTemperature
 from ...calibration.threshold import ConfidenceThreshold
 from ...cards.student import DecisionFacts
 from ...vocabulary import REPORTED_MAX_ERROR
@@ -44,11 +46,16 @@ def write_decision_files(run: Run, arm: str) -> DecisionFacts | None:
     from ...tasks.decision import save_decision_config
     from ...tasks.decision_extras import save_thresholds, write_decision_extras
 
-    folder, temperature = run.student(arm).model, float(fitted["temperature"])
+    folder, temperature = run.student(arm).model, saved_temperature(fitted)
+    scored = {key: fitted.get(key, default) for key, default in (("scoring", "token"), ("length", "none"))}
     alike = [role for role in run.roles if run.task(role) == run.task("validation") and role != "validation"]
     rows = [run.folder.load_rows(role).select_columns(["prompt", "choices"]) for role in ("validation", *alike)]
     stock = True
     try:
+        if scored["scoring"] != "token":
+            raise ValueError(
+                "its answers are scored by their whole text, and decision.json names one token an option."
+            )
         tokenizer = AutoTokenizer.from_pretrained(folder)
         save_decision_config(
             folder, run.make_task("validation"), tokenizer, concatenate_datasets(rows), temperature=temperature
@@ -56,10 +63,19 @@ def write_decision_files(run: Run, arm: str) -> DecisionFacts | None:
     except ValueError as error:
         print(f"    {arm} is no decision model of stock transformers: {error}", flush=True)
         stock = False
-        write_decision_extras(folder, temperature=temperature)
+        by_options = temperature.to_dict() if isinstance(temperature, OptionTemperature) else None
+        own = {"temperature": None if by_options else temperature, "option_temperature": by_options}
+        write_decision_extras(folder, **own, scoring=scored if scored["scoring"] != "token" else None)
     readings = {
         name: [ConfidenceThreshold.from_dict(each) for each in found] for name, found in fitted["readings"].items()
     }
-    save_thresholds(folder, readings, temperature=temperature, fitted_on=fitted["fitted_on"])
+    save_thresholds(folder, readings, temperature=temperature, fitted_on=fitted["fitted_on"], **scored)
     threshold = next(each for each in readings["full_vocab"] if each.max_error == REPORTED_MAX_ERROR)
-    return DecisionFacts(stock, temperature, fitted["fitted_on"], dataclasses.replace(threshold, candidates=()))
+    shown = temperature if isinstance(temperature, float) else str(temperature)
+    return DecisionFacts(stock, shown, fitted["fitted_on"], dataclasses.replace(threshold, candidates=()))
+
+
+def saved_temperature(fitted: Mapping[str, Any]) -> float | OptionTemperature:
+    """The temperature that lives with a student, of what the evaluation fitted."""
+    by_options = fitted.get("option_temperature")
+    return float(fitted["temperature"]) if by_options is None else OptionTemperature.from_dict(by_options)

@@ -20,6 +20,7 @@ _FILES = {
     "custom": "custom",
     "mmlu": "mmlu",
     "openbook_qa": "openbook_qa",
+    "system_one": "system_one",
 }
 # Rows a role of other tasks
 _LIMIT = 24

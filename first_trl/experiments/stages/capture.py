@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 
-from ...cache.choices import CHOICE_IDS, restrict_to_choices
+from ...cache.choices import CHOICE_IDS, add_soft_labels, only_answers, restrict_to_choices
 from ...cache.folder import load_teacher_cache
 from ...cache.verify import verify_teacher_cache
 from ...plugins import BACKENDS
 from ...tasks.answers import answer_token_ids_of_rows
 from ...teacher.backends import VLLMBackend
 from ...teacher.capture import add_teacher_topk
+from ...teacher.option_probs import OptionBackend
+from ...vocabulary import TARGET_PROBS
 from ..recipe import Recipe
 from ..run_folder import cache_unit, read_json, teacher_unit
 from .context import RunContext
@@ -51,6 +53,7 @@ def capture_units(run: RunContext) -> Iterator[Unit]:
                 # What enters the entries; how the work is cut or where it is served may change on the way
                 "capture": [spec.k, spec.logprob_dtype, spec.num_draws, spec.vllm_url is not None, spec.vllm_model],
                 # Left out where it is the default, so that runs from before it could be named go on
+                **({"target": spec.target} if spec.target != "vocabulary" else {}),
                 **({"backend": [spec.backend, spec.backend_options]} if spec.backend not in _OWN_BACKENDS else {}),
                 "teacher": run.keys[teacher_unit(teacher.name, fold)],
                 "data": {role: run.role_keys[role] for role in roles},
@@ -60,6 +63,7 @@ def capture_units(run: RunContext) -> Iterator[Unit]:
 
 def _capture(run: RunContext, teacher: Teacher, fold: int | None, folder: Path) -> None:
     options = asdict(run.recipe.capture)
+    options.pop("target")
     url, server = options.pop("vllm_url"), {"model": options.pop("vllm_model")}
     server["concurrency"] = options.pop("vllm_concurrency")
     name, settings = options.pop("backend"), options.pop("backend_options")
@@ -74,11 +78,23 @@ def _capture(run: RunContext, teacher: Teacher, fold: int | None, folder: Path) 
         backend.notes = [*backend.notes, _selection_note(read_json(selection))]
     for role in captured_roles(run.recipe, teacher):
         rows = run.folder.load_tokens(role)
+        engine = backend
+        if run.recipe.capture.target == "options":
+            rows = only_answers(_with_choices(run, role, rows, soft=False))
+            engine, rows = _option_backend(run, role, backend, rows), rows.remove_columns(CHOICE_IDS)
         if teacher.folds is not None:
             rows = rows.select(np.flatnonzero(fold_numbers(run, teacher, role) == fold))
             if len(rows) == 0:
                 continue
-        add_teacher_topk(rows, backend, tokenizer, output_dir=folder, split=role, **options)
+        add_teacher_topk(rows, engine, tokenizer, output_dir=folder, split=role, **options)
+
+
+def _option_backend(run: RunContext, role: str, backend: Any, rows: Dataset) -> OptionBackend:
+    """The teacher as an engine that gives the options' probabilities as the tokens that the student answers with."""
+    asked = _texts(run, role, rows)
+    options: dict[str, Any] = {"max_length": run.recipe.task.max_length, "disable_tqdm": True, "distributed": True}
+    options["batch_size"] = run.recipe.evaluation.batch_size
+    return OptionBackend(backend, run.tokenizer("teacher"), rows, asked, **options)
 
 
 def _served_teacher(run: RunContext, teacher: Teacher, url: str, **options: Any) -> VLLMBackend:
@@ -118,17 +134,32 @@ def _selection_note(chosen: dict[str, Any]) -> str:
     )
 
 
-def load_cache(run: RunContext, teacher: Teacher, role: str, *, choices: bool = False) -> Dataset:
-    """Rows of a role with the teacher's entries, over all folds; with `choices`, over the choices of each question."""
+def load_cache(run: RunContext, teacher: Teacher, role: str, target: str = "vocabulary") -> Dataset:
+    """Rows of a role with what an arm of this `target` trains on: the teacher's entries, over all folds, or soft labels."""
+    if target == "soft_labels":
+        return add_soft_labels(_with_choices(run, role, run.folder.load_tokens(role), soft=True), run.tokenizer())
     parts = [load_teacher_cache(path, role) for path in run.folder.caches(teacher.name, teacher.folds, role)]
     cache = parts[0] if len(parts) == 1 else concatenate_datasets(parts)
-    if not choices:
+    if target == "vocabulary":
         return cache
-    rows = run.folder.load_rows(role)
-    if not any(rows["choices"]):
-        raise ValueError(
-            f"Role {role!r} has no choices: `restrict_to_choices` is for arms that train on multiple choice."
-        )
     verify_teacher_cache(cache)
-    tokens = dict(zip(rows["id"], answer_token_ids_of_rows(run.tokenizer(), rows), strict=True))
-    return restrict_to_choices(cache.add_column(CHOICE_IDS, [tokens[name] for name in cache["id"]]))
+    return restrict_to_choices(_with_choices(run, role, cache, soft=target == "both"))
+
+
+def _with_choices(run: RunContext, role: str, dataset: Dataset, *, soft: bool) -> Dataset:
+    """Tokenised rows with the token of each choice, and with their soft labels."""
+    rows = _texts(run, role, dataset)
+    if not all(rows["choices"]):
+        raise ValueError(
+            f"Rows of role {role!r} have no choices: `restrict_to_choices`, `soft_label_weight` and `capture.target: options` "
+            "are for multiple choice."
+        )
+    dataset = dataset.add_column(CHOICE_IDS, answer_token_ids_of_rows(run.tokenizer(), rows))
+    return dataset.add_column(TARGET_PROBS, rows[TARGET_PROBS][:]) if soft else dataset
+
+
+def _texts(run: RunContext, role: str, dataset: Dataset) -> Dataset:
+    """The rows of a role as the task gives them, in the order of tokenised ones."""
+    rows = run.folder.load_rows(role)
+    place = {name: i for i, name in enumerate(rows["id"])}
+    return rows.select([place[name] for name in dataset["id"]])

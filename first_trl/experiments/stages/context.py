@@ -42,24 +42,23 @@ class RunContext:
     def is_main(self) -> bool:
         return bool(self.workspace.state.is_main_process)
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self, model: str = "student") -> Any:
+        """The tokenizer of rows, caches and students; that of a `teacher` is another one with `capture.target: options`."""
         recipe = self.recipe
-        name = recipe.tokenizer or recipe.teacher.name_or_path
+        name, revision = recipe.tokenizer_source
+        if model == "teacher" and recipe.capture.target == "options" and recipe.teacher.name_or_path is not None:
+            options = {"revision": recipe.teacher.init_kwargs.get("revision")}
+            return AutoTokenizer.from_pretrained(recipe.teacher.name_or_path, **options)
         task = get_task(recipe.task.name, **recipe.task.options)
         tokenizer = task.tokenizer(path=recipe.task.path, revision=recipe.task.revision, seed=recipe.seed)
         if recipe.tokenizer is None and tokenizer is not None:
             return tokenizer
         if name is None:
             raise ValueError(
-                f"Task {recipe.task.name!r} brings no tokenizer and the teacher is made from scratch: name one with the "
+                f"Task {recipe.task.name!r} brings no tokenizer, and the model it would come from is made from scratch: name one with the "
                 "recipe's `tokenizer` key."
             )
-        return AutoTokenizer.from_pretrained(name, revision=self.tokenizer_revision)
-
-    @property
-    def tokenizer_revision(self) -> str | None:
-        """The teacher's, whose tokenizer it is unless the recipe names another."""
-        return None if self.recipe.tokenizer is not None else self.recipe.teacher.init_kwargs.get("revision")
+        return AutoTokenizer.from_pretrained(name, revision=revision)
 
     def has_choices(self, role: str) -> bool:
         """Whether the rows of a role are multiple choice; others are free text."""

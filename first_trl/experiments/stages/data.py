@@ -14,7 +14,7 @@ from ...tasks.copies import drop_copies
 from ...tasks.multiple_choice import MultipleChoice
 from ...tasks.overlap import drop_overlap
 from ...utils.files import write_json
-from ...vocabulary import THRESHOLD_ROLE
+from ...vocabulary import TARGET_PROBS, TARGET_VOTES, THRESHOLD_ROLE
 from ..recipe import Recipe, SplitSpec
 from ..run_folder import DATA
 from .context import RunContext
@@ -26,10 +26,11 @@ def data_units(run: RunContext) -> list[Unit]:
     Besides the key of the whole unit there is one of each role, which what is made from a role depends on: a further evaluation role rewrites the rows and trains nothing again.
     """
     recipe, task = run.recipe, run.recipe.task
+    tokenizer, revision = recipe.tokenizer_source
     common = {
         "task": [dataclasses.replace(task, splits={}), path_fingerprint(task.path)],
         "seed": recipe.seed,
-        "tokenizer": [path_fingerprint(recipe.tokenizer or recipe.teacher.name_or_path), run.tokenizer_revision],
+        "tokenizer": [path_fingerprint(tokenizer), revision],
     }
     keys = {
         role: content_key({**common, "split": spec, "files": path_fingerprint(_path(run, spec))})
@@ -55,7 +56,9 @@ def data_units(run: RunContext) -> list[Unit]:
 
 def _with_choices(recipe: Recipe) -> set[str]:
     """Roles whose choices students train on."""
-    return {role for arm in recipe.arms.values() if arm.restrict_to_choices for role in arm.data}
+    if recipe.capture.target == "options":
+        return {"train", "validation", *(role for arm in recipe.arms.values() for role in arm.data)}
+    return {role for arm in recipe.arms.values() if arm.target != "vocabulary" for role in arm.data}
 
 
 def used_roles(recipe: Recipe) -> list[str]:
@@ -117,6 +120,13 @@ def _write(run: RunContext, folder: Path) -> None:
     lettered = [isinstance(task_of(run.recipe, splits[role]), MultipleChoice) for role in evaluated]
     if run.recipe.evaluation.permutations and not any(lettered):
         raise ValueError("evaluation.permutations: none of the evaluated roles has lettered options to permute.")
+    for name, arm in run.recipe.arms.items():
+        without = [role for role in arm.data if TARGET_PROBS not in rows[role].column_names]
+        if arm.soft_label_weight is not None and without:
+            raise ValueError(
+                f"arms.{name}.soft_label_weight: the rows of {without[0]!r} have no soft labels. Give them a column "
+                f"`{TARGET_PROBS}` or `{TARGET_VOTES}` (tasks custom and system_one), or leave the key out."
+            )
     used = used_roles(run.recipe)
     overlapping: dict[str, dict[str, int]] = {role: {} for role in used}
     for role, spec in splits.items():
@@ -128,6 +138,8 @@ def _write(run: RunContext, folder: Path) -> None:
     for role, dropped_copies in copies.dropped.items():
         overlapping[role] |= dropped_copies
     tokenizer = run.tokenizer()
+    evaluates_teacher = any(arm.kind == "teacher" for arm in run.recipe.arms.values())
+    teacher = run.tokenizer("teacher") if run.recipe.capture.target == "options" and evaluates_teacher else None
     counts = {}
     for role, split in loaded.items():
         reasons = {**split.reasons, **overlapping.get(role, {})}
@@ -147,6 +159,8 @@ def _write(run: RunContext, folder: Path) -> None:
         for scoring in checked if counts[role]["choices"] else ():
             try:
                 check_answers(tokenizer, rows[role], scoring)
+                if teacher is not None and role in evaluated:
+                    check_answers(teacher, rows[role], scoring)
             except ValueError as error:
                 raise ValueError(f"Role {role!r}, {error}") from None
         # Multiple choice is evaluated on the text of the rows, everything else works on tokens

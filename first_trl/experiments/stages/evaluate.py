@@ -12,7 +12,6 @@ from datasets import Dataset
 from ...calibration import calibration_report
 from ...evaluation.multiple_choice import MultipleChoiceResult, evaluate_multiple_choice, multiple_choice_report
 from ...evaluation.option_order import evaluate_option_order
-from ...evaluation.posthoc import fit_posthoc_temperature
 from ...evaluation.token_level import evaluate_token_level
 from ...evaluation.whole_answers import evaluate_whole_answers
 from ...plugins import METRICS
@@ -26,13 +25,14 @@ from ..run_folder import (
     base_states_unit,
     base_unit,
     evaluation_unit,
+    read_json,
     states_unit,
     student_unit,
     teacher_unit,
 )
 from .context import RunContext
 from .data import task_of
-from .decisions import fit_decisions
+from .decisions import fit_decisions, fit_temperature
 from .novelty import (
     agreement_results,
     base_role,
@@ -117,7 +117,7 @@ def _evaluate_states(run: RunContext, name: str, results: Callable[..., Any], fo
 
 def _evaluate(run: RunContext, name: str, arm: ArmSpec, folder: Path) -> None:
     model = _model_of(run, arm.of or name)
-    tokenizer = run.tokenizer()
+    tokenizer = run.tokenizer(base_role(run, arm.of or name))
     options: dict[str, Any] = {
         "batch_size": run.recipe.evaluation.batch_size,
         "disable_tqdm": True,
@@ -127,14 +127,8 @@ def _evaluate(run: RunContext, name: str, arm: ArmSpec, folder: Path) -> None:
         fit_decisions(run, name, model, **options)
     temperature = 1.0
     if arm.kind == "temperature_scaling":
-        choices = run.has_choices("validation") and run.recipe.evaluation.scoring == "token"
-        temperature = fit_posthoc_temperature(
-            model,
-            tokenizer,
-            run.folder.load_rows("validation") if choices else run.folder.load_tokens("validation"),
-            max_length=run.recipe.task.max_length if choices else None,
-            **options,
-        ).temperature
+        fitted = _fitted_before(run, str(arm.of))
+        temperature = fit_temperature(run, model, tokenizer, **options) if fitted is None else fitted
         if run.is_main:
             write_json(run.folder.temperature(name), {"temperature": temperature, "objective": "nll"})
     options |= {"temperature": temperature, "n_bins": run.recipe.evaluation.n_bins}
@@ -160,6 +154,13 @@ def _evaluate(run: RunContext, name: str, arm: ArmSpec, folder: Path) -> None:
             result = evaluate_token_level(model, tokenizer, run.folder.load_tokens(role), **options)
         if run.is_main:
             _store(run, result, name, role)
+
+
+def _fitted_before(run: RunContext, of: str) -> float | None:
+    """The temperature that a student got with its thresholds, where it was evaluated before."""
+    path = run.folder.decisions(of)
+    found = read_json(path) if evaluation_unit(of) in run.done and path.is_file() else {}
+    return found.get("temperature")
 
 
 def _evaluate_bayes(run: RunContext, folder: Path) -> None:

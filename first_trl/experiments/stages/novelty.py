@@ -79,7 +79,7 @@ def read_states(run: RunContext, of: str, model: Any) -> None:
         "disable_tqdm": True,
         "distributed": True,
     }
-    tokenizer = run.tokenizer()
+    tokenizer = run.tokenizer(base_role(run, of))
     for role in ("train", *_roles(run)):
         rows = _train_rows(run) if role == "train" else run.folder.load_rows(role)
         states = collect_answer_states(
@@ -108,7 +108,7 @@ def read_base_states(run: RunContext, which: str, role: str, folder: Path) -> No
     model = place(base_model(run, which))
     rows = _train_rows(run) if role == "train" else run.folder.load_rows(role)
     states = collect_answer_states(
-        model, run.tokenizer(), rows, candidate_layers(layer_count(model)), max_length=run.recipe.task.max_length,
+        model, run.tokenizer(which), rows, candidate_layers(layer_count(model)), max_length=run.recipe.task.max_length,
         batch_size=run.recipe.evaluation.batch_size, disable_tqdm=True, distributed=True,
     )  # fmt: skip
     if run.is_main:

@@ -25,7 +25,7 @@ class Fit:
     top_k: int | None = None
     objective: str = "ece"
     min_value: float | None = None
-    choices: bool = False
+    target: str = "vocabulary"
 
     def name(self, default_objective: str) -> str:
         """File name; the plain fit of a method has the method's name."""
@@ -34,7 +34,7 @@ class Fit:
         parts += [f"k{self.top_k}"] if self.top_k is not None else []
         parts += [self.objective] if self.objective != default_objective else []
         parts += [f"min{self.min_value:g}"] if self.min_value is not None else []
-        parts += ["choices"] if self.choices else []
+        parts += [self.target] if self.target != "vocabulary" else []
         return "-".join(parts)
 
 
@@ -44,7 +44,9 @@ def fit_of(recipe: Recipe, arm: ArmSpec) -> Fit | None:
         return None
     top_k = None if arm.top_k == recipe.capture.k else arm.top_k
     objective = arm.objective or recipe.recalibration.objective
-    return Fit(arm.recalibration, arm.estimator, top_k, objective, arm.min_value, arm.restrict_to_choices)
+    # Beside a teacher, soft labels are taken as they are
+    target = "choices" if arm.target == "both" else arm.target
+    return Fit(arm.recalibration, arm.estimator, top_k, objective, arm.min_value, target)
 
 
 def fits(recipe: Recipe, teacher: Teacher) -> list[Fit]:
@@ -89,7 +91,7 @@ def _fit(run: RunContext, teacher: Teacher, folder: Path) -> None:
         forget_recalibrations(cache, "train", _stored_methods(run.recipe, wanted))
     for fit in wanted:
         found = fit_recalibration(
-            load_cache(run, teacher, "validation", choices=fit.choices),
+            load_cache(run, teacher, "validation", fit.target),
             method=fit.method,
             objective=fit.objective,
             estimator=fit.estimator,

@@ -1,7 +1,7 @@
 """Stage `students`: every arm that is trained."""
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,11 @@ def student_units(run: RunContext) -> Iterator[Unit]:
         if arm.kind not in ("sft", "distill"):
             continue
         inputs: dict[str, Any] = {
-            "arm": {key: value for key, value in asdict(arm).items() if key not in ("novelty", "prompts")}
+            "arm": {
+                key: value
+                for key, value in asdict(arm).items()
+                if key not in ("novelty", "prompts") and (key, value) != ("soft_label_weight", None)
+            }
             | {"label": None, "swept": None},
             "training": {**run.recipe.training, **arm.training},
             "seed": run.recipe.seed,
@@ -54,6 +58,8 @@ def _train(run: RunContext, name: str, value: float | None, path: Path) -> None:
         )  # fmt: skip
         return
     teacher = teacher_of(run.recipe, arm)
-    caches = [load_cache(run, teacher, role, choices=arm.restrict_to_choices) for role in arm.data]
+    caches = [load_cache(run, teacher, role, arm.target) for role in arm.data]
+    if arm.target == "soft_labels":
+        arm = replace(arm, soft_label_weight=None)  # nothing is mixed
     cache = caches[0] if len(caches) == 1 else concatenate_datasets(caches)
     train_distill(run.recipe, student, tokenizer, cache, arm, value, training, folder, validation=validation)
