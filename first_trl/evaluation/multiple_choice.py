@@ -105,8 +105,10 @@ def evaluate_multiple_choice(
     choice_tokens = fill_rows(rows.choice_tokens, -1, np.int64)
     choice_logprobs = np.full(choice_tokens.shape, -np.inf)
     top_token, top_logprob, topk_mass, sum_squares = np.empty(n, np.int64), np.empty(n), np.empty(n), np.empty(n)
-    divisors = None
-    if isinstance(temperature, OptionTemperature):
+    divisors, scalar = None, 1.0
+    if not isinstance(temperature, OptionTemperature):
+        scalar = temperature
+    else:
         kinds = dataset["kind"] if "kind" in dataset.column_names else None
         divisors = torch.from_numpy(temperature.of_rows([len(tokens) for tokens in rows.choice_tokens], kinds))
     share, done = Share.of(distributed), np.zeros(n, dtype=bool)
@@ -115,7 +117,7 @@ def evaluate_multiple_choice(
     )
     for index, logits in batches:
         done[index] = True
-        divisor = temperature if divisors is None else divisors[index, None].to(logits)
+        divisor = scalar if divisors is None else divisors[index, None].to(logits)
         lp = torch.log_softmax(logits / divisor, dim=-1)
         for i, row in enumerate(index):
             for group in groups[row]:

@@ -25,7 +25,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -54,7 +54,7 @@ class Custom(MultipleChoice):
 
     name = "custom"
     splits = {split: split for split in ("train", "validation", "test", "ood", "unlabelled")}
-    unlabelled_splits = ("unlabelled",)
+    unlabelled_splits: ClassVar[tuple[str, ...]] = ("unlabelled",)
     n_choices = (2, len(LETTERS))
     needs_path = True
 

@@ -50,7 +50,7 @@ class MultipleChoice(Task):
     permutation_seed: int = 0
 
     n_choices: ClassVar[tuple[int, int]]
-    decision_kinds = ("choice", "score")
+    decision_kinds: ClassVar[tuple[str, ...]] = ("choice", "score")
 
     @property
     def prompt_template(self) -> str:
