@@ -83,7 +83,7 @@ def fit_decisions(run: RunContext, name: str, model: Any, **options: Any) -> Non
     for reading in _READINGS:
         given = result.confidences(reading)
         readings[reading] = [fit_threshold(given.confidence, given.correct, each).to_dict() for each in _MAX_ERRORS]
-    fitted = {
+    fitted: dict[str, Any] = {
         "temperature": common,
         "fitted_on": role,
         "scoring": spec.scoring,
@@ -124,8 +124,7 @@ def decision_scores(run: RunContext, name: str) -> dict[str, Any] | None:
 
     Returns:
         `dict`: `temperature` (and `temperature_text`, of one by number of options too), `fitted_on`, `threshold` (for 5 % of
-        errors) and `roles`: role -> `n`, `accuracy`, `ece`,
-        `coverage` and `error` above the threshold, and `curve`, pairs of coverage and error. `None` where nothing was fitted.
+        errors) and `roles`: role -> `n`, `accuracy`, `ece`, `coverage` and `error` above the threshold, and `curve`, pairs of coverage and error. `None` where nothing was fitted.
     """
     path = run.folder.decisions(name)
     fitted = read_json(path) if path.is_file() else {}
