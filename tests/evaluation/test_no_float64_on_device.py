@@ -28,10 +28,10 @@ class DeviceWithoutFloat64(TorchFunctionMode):
         given = args[0] if args and isinstance(args[0], torch.Tensor) else None
         wide = name == "double" or (name == "to" and torch.float64 in (*args[1:], *kwargs.values()))
         if given is not None and wide and not any(given is each for each in self.moved):
-            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
+            raise TypeError("Cannot convert a MPS Tensor to float64")
         places = [each for each in (*args[1:], *kwargs.values()) if isinstance(each, torch.device | str)]
         if name == "to" and places and given is not None and given.dtype == torch.float64:
-            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
+            raise TypeError("Cannot convert a MPS Tensor to float64")
         result = func(*args, **kwargs)
         if name == "cpu":
             self.moved.append(result)
