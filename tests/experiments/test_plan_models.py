@@ -245,7 +245,7 @@ def test_sharding_divides_and_checkpointing_saves():
     assert training_memory(model, {}, tokens=None, trainable=1000)["head"] == 0
     assert total(processes=8) > total()  # buckets of gradients
     for sharding in ("fsdp2", "zero3"):
-        assert total(processes=16, sharding=sharding) < 0.6 * total(processes=8, sharding=sharding)
+        assert total(processes=16, sharding=sharding) < 0.65 * total(processes=8, sharding=sharding)
     assert total({"gradient_checkpointing": False}.items()) > total() + 5e9
     assert total({"optim": "adamw_bnb_8bit"}.items()) < total() - 2e10
     assert total(trainable=40_000_000) < 0.35 * total()
