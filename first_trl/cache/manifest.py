@@ -46,7 +46,8 @@ class Manifest:
     id, so that a resumed capture cannot mix teachers, data or settings; the rest is filled in when it ends.
 
     Args:
-        teacher (`dict`): `{"name", "revision", "weights_digest", "parameters"}`.
+        teacher (`dict`): `{"name", "revision", "weights_digest", "parameters"}`; of a committee also `members`, a list of
+            such entries, and the digest is of theirs.
         backend (`dict`): `{"name", "version", "dtype", "quantization"}`.
         tokenizer (`dict`): `{"name", "fingerprint", "chat_template", "size", "front", "from_template",
             "template_arguments"}`: hash of the chat template, special tokens in front of a text, whether the template
@@ -83,6 +84,11 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     timing: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def committee_size(self) -> int:
+        """Teachers whose mean distribution this is; 0 where there is one teacher and no committee."""
+        return len(self.teacher.get("members") or ())
 
     @property
     def identity(self) -> dict[str, Any]:
