@@ -59,7 +59,7 @@ RECALIBRATIONS = Registry(
 BACKENDS = Registry(
     "teacher backend",
     {
-        "transformers": "first_trl.teacher.backends.transformers:TransformersBackend",
+        "transformers": "first_trl.teacher.backends.committee:transformers_backend",
         "vllm": "first_trl.teacher.backends.vllm:VLLMBackend",
     },
 )

@@ -6,6 +6,9 @@ at temperature 1 are stored: recalibration and estimators are applied at trainin
 
 A prompt without an answer is a row too. Its label is a filler that stands where an answer would begin, and
 `teacher_has_gold` is false; the column exists only where some row has no answer, and null means that there is one.
+
+The cache of a committee of M teachers holds the mean of their distributions, and in `teacher_mutual_information` how far they
+disagree: the entropy of the mean minus the mean of their entropies, over the full vocabulary, in nats; 0 to log M.
 """
 
 import hashlib
@@ -30,6 +33,7 @@ CACHE_ID = "teacher_cache"
 ROW_DIGEST = "teacher_row_digest"
 DRAW_IDS = "teacher_draw_ids"
 DRAW_COUNTS = "teacher_draw_counts"
+MUTUAL_INFORMATION = "teacher_mutual_information"
 # Of rows whose entries are the choices: which choice each entry is (-1: none, it fills up the row), and soft labels beside
 # a teacher
 CHOICE_INDEX = "teacher_choice_index"
@@ -38,11 +42,13 @@ SOFT_LABELS = "teacher_soft_labels"
 TEACHER_COLUMNS = (TOPK_IDS, TOPK_LOGPROBS, TAIL_LOGPROB, CACHE_ID, ROW_DIGEST)
 REQUIRED_COLUMNS = (INPUT_IDS, LABELS, *TEACHER_COLUMNS)
 DRAW_COLUMNS = (DRAW_IDS, DRAW_COUNTS)
-CACHE_COLUMNS = (*REQUIRED_COLUMNS, *DRAW_COLUMNS, TEACHER_HAS_GOLD)
+CACHE_COLUMNS = (*REQUIRED_COLUMNS, *DRAW_COLUMNS, MUTUAL_INFORMATION, TEACHER_HAS_GOLD)
 LOGPROB_DTYPES = ("float16", "float32")
 
 
-def cache_features(logprob_dtype: str = "float16", draws: bool = False, has_gold: bool = False) -> Features:
+def cache_features(
+    logprob_dtype: str = "float16", draws: bool = False, has_gold: bool = False, mutual_information: bool = False
+) -> Features:
     """Types of the cache columns (`datasets.Features`)."""
     features = {
         INPUT_IDS: List(Value("int32")),
@@ -55,6 +61,8 @@ def cache_features(logprob_dtype: str = "float16", draws: bool = False, has_gold
     }
     if draws:
         features |= {DRAW_IDS: List(List(Value("int32"))), DRAW_COUNTS: List(List(Value("uint16")))}
+    if mutual_information:
+        features |= {MUTUAL_INFORMATION: List(Value("float32"))}
     if has_gold:
         features |= {TEACHER_HAS_GOLD: Value("bool")}
     return Features(features)
@@ -150,6 +158,8 @@ class CacheBatch:
     digests: np.ndarray
     has_gold: np.ndarray
     draws: "DrawBatch | None" = None
+    information_offsets: np.ndarray | None = None
+    mutual_information: np.ndarray | None = None
 
     @classmethod
     def from_arrow(cls, table: pa.Table) -> "CacheBatch":
@@ -158,6 +168,9 @@ class CacheBatch:
         entry_offsets, topk = list_column(table, TOPK_IDS)
         logprob_offsets, logprobs = list_column(table, TOPK_LOGPROBS)
         tail_offsets, tail = flat_column(table, TAIL_LOGPROB)
+        information_offsets, information = (
+            flat_column(table, MUTUAL_INFORMATION) if MUTUAL_INFORMATION in table.column_names else (None, None)
+        )
         return cls(
             input_ids=input_ids,
             labels=labels,
@@ -175,6 +188,8 @@ class CacheBatch:
             digests=flat_values(column(table, ROW_DIGEST)),
             has_gold=gold_flags(table),
             draws=DrawBatch.from_arrow(table) if DRAW_IDS in table.column_names else None,
+            information_offsets=information_offsets,
+            mutual_information=information,
         )
 
     @property
@@ -189,6 +204,9 @@ class CacheBatch:
         for row in range(self.num_rows):
             e0, e1 = self.entry_offsets[row : row + 2]
             l0, l1 = self.logprob_offsets[row : row + 2]
+            information = self.mutual_information
+            if information is not None and self.information_offsets is not None:
+                information = information[slice(*self.information_offsets[row : row + 2])]
             digests[row] = row_digest(
                 self.input_ids[self.offsets[row] : self.offsets[row + 1]],
                 self.labels[self.label_offsets[row] : self.label_offsets[row + 1]],
@@ -198,6 +216,7 @@ class CacheBatch:
                 self.cache_ids[row],
                 None if self.draws is None else self.draws.row(row),
                 bool(self.has_gold[row]),
+                information,
             )
         return digests
 
@@ -211,10 +230,12 @@ def row_digest(
     cache_id: str,
     draws: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
     has_gold: bool = True,
+    mutual_information: np.ndarray | None = None,
 ) -> int:
     """
     64-bit digest of one row: its tokens, which of them are supervised, the teacher's entries in their stored dtype,
-    the draws if there are any (lengths, ids, counts), the cache they belong to, and whether the labels are no answer.
+    the draws if there are any (lengths, ids, counts), the mutual information of a committee, the cache they belong to, and
+    whether the labels are no answer.
     Lengths enter too, so that no value can move between neighbouring fields.
     """
     digest = hashlib.blake2b(digest_size=8)
@@ -225,6 +246,7 @@ def row_digest(
         (logprobs, None),
         (tail_logprob, np.float32),
         *(zip(draws, (np.int32, np.int32, np.uint16), strict=True) if draws is not None else ()),
+        *([(mutual_information, np.float32)] if mutual_information is not None else ()),
     ):
         array = np.ascontiguousarray(values, dtype)
         digest.update(array.size.to_bytes(8, "little"))

@@ -20,6 +20,7 @@ from .schema import (
     DRAW_IDS,
     INPUT_IDS,
     LABELS,
+    MUTUAL_INFORMATION,
     ROW_DIGEST,
     TAIL_LOGPROB,
     TOPK_IDS,
@@ -32,7 +33,7 @@ from .schema import (
 from .scores import Scores
 
 
-_SPLIT_COLUMNS = (TOPK_IDS, TOPK_LOGPROBS, TAIL_LOGPROB, DRAW_IDS)
+_SPLIT_COLUMNS = (TOPK_IDS, TOPK_LOGPROBS, TAIL_LOGPROB, DRAW_IDS, MUTUAL_INFORMATION)
 
 
 @dataclass
@@ -87,6 +88,7 @@ def write_shard(rows: ShardRows, scores: list[Scores | None], manifest: Manifest
     logprob_type = np.dtype(manifest.logprob_dtype)
     cache_id = manifest.cache_id
     ids, logprobs, tails, digests, draws = [], [], [], [], []
+    disagreement: list[Any] = []
     has_gold = np.ones(len(rows), bool) if rows.has_gold is None else rows.has_gold
     for input_ids, labels, score, answered in zip(rows.input_ids, rows.labels, scores, has_gold, strict=True):
         assert score is not None
@@ -95,12 +97,14 @@ def write_shard(rows: ShardRows, scores: list[Scores | None], manifest: Manifest
         tails.append(score.tail_logprob.astype(np.float32))
         counted = _count_draws(score.draws) if score.draws is not None else None
         draws.append(counted)
+        information = score.mutual_information if manifest.committee_size else None
+        disagreement.append(information)
         digests.append(
             row_digest(
-                input_ids, labels, ids[-1].ravel(), logprobs[-1].ravel(), tails[-1], cache_id, counted, bool(answered)
+                input_ids, labels, ids[-1].ravel(), logprobs[-1].ravel(), tails[-1], cache_id, counted, bool(answered),
+                information,
             )
-        )
-    features = cache_features(manifest.logprob_dtype, draws=manifest.num_draws > 0, has_gold=rows.has_gold is not None)
+        )  # fmt: skip
     per_row = [len(tail) for tail in tails]
     per_position = np.full(sum(per_row), manifest.k)
     columns: dict[str, Any] = {
@@ -115,7 +119,9 @@ def write_shard(rows: ShardRows, scores: list[Scores | None], manifest: Manifest
         lengths, drawn, counts = (np.concatenate(parts) for parts in zip(*draws, strict=True))
         columns[DRAW_IDS] = _lists(per_row, _lists(lengths, drawn))
         columns[DRAW_COUNTS] = _lists(per_row, _lists(lengths, counts))
-    schema = Features({**rows.carried_features, **features}).arrow_schema
+    if manifest.committee_size:
+        columns[MUTUAL_INFORMATION] = _lists(per_row, np.concatenate(disagreement).astype(np.float32))
+    schema = _schema(rows, manifest)
     table = pa.table({name: columns[name] for name in schema.names}).cast(schema)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     # A crash of the machine must not leave a renamed but empty file, hence the sync
@@ -124,6 +130,16 @@ def write_shard(rows: ShardRows, scores: list[Scores | None], manifest: Manifest
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def _schema(rows: ShardRows, manifest: Manifest) -> pa.Schema:
+    features = cache_features(
+        manifest.logprob_dtype,
+        draws=manifest.num_draws > 0,
+        has_gold=rows.has_gold is not None,
+        mutual_information=manifest.committee_size > 0,
+    )
+    return Features({**rows.carried_features, **features}).arrow_schema
 
 
 def _source_columns(rows: ShardRows) -> dict[str, Any]:
@@ -185,8 +201,7 @@ def whole_shard(path: Path, rows: ShardRows, manifest: Manifest) -> bool:
     Whether a shard left by an earlier run can be kept: readable, of this cache, every digest right, and holding these
     very rows. The digests alone would take any shard of the cache, and any carried column.
     """
-    features = cache_features(manifest.logprob_dtype, draws=manifest.num_draws > 0, has_gold=rows.has_gold is not None)
-    schema = Features({**rows.carried_features, **features}).arrow_schema
+    schema = _schema(rows, manifest)
     try:
         batch = shard_batch(path)
         with pq.ParquetFile(path) as file:

@@ -9,7 +9,16 @@ from datasets import Dataset
 
 from ..vocabulary import TEACHER_HAS_GOLD
 from .manifest import Manifest, read_manifest, split_cache_id, tokenizer_fingerprint
-from .schema import CACHE_ID, DRAW_IDS, REQUIRED_COLUMNS, CacheBatch, DrawBatch, iterate_batches, supervised_positions
+from .schema import (
+    CACHE_ID,
+    DRAW_IDS,
+    MUTUAL_INFORMATION,
+    REQUIRED_COLUMNS,
+    CacheBatch,
+    DrawBatch,
+    iterate_batches,
+    supervised_positions,
+)
 
 
 # Largest |1 - (kept mass + tail mass)| that rounding explains: float16 keeps 11 bits of a log-probability, so a
@@ -147,6 +156,7 @@ def check_batch(
         ("teacher_topk_ids", batch.entry_offsets),
         ("teacher_topk_logprobs", batch.logprob_offsets),
         ("teacher_tail_logprob", batch.tail_offsets),
+        *([] if batch.information_offsets is None else [(MUTUAL_INFORMATION, batch.information_offsets)]),
     ):
         wrong = np.flatnonzero(np.diff(offsets) != expected)
         if len(wrong):
@@ -185,6 +195,11 @@ def check_batch(
         _check_draws(batch.draws, expected, found, row_of_entry, head_size, fail)
     elif found.num_draws:
         fail(0, f"column `{DRAW_IDS}` is gone, the manifest says {found.num_draws} draws. Keep the draw columns.")
+    committee = 0 if manifest is None else manifest.committee_size
+    if batch.mutual_information is not None:
+        _check_information(batch.mutual_information, committee, row_of_entry, fail)
+    elif committee:
+        fail(0, f"column `{MUTUAL_INFORMATION}` is gone, the manifest names a committee of {committee}. Keep it.")
 
     wrong = np.flatnonzero(~_digests_match(batch))
     if len(wrong):
@@ -241,6 +256,23 @@ def _check_draws(
     ):
         if len(bad):
             fail(int(row_of_entry[bad[0]]), what)
+
+
+def _check_information(values: np.ndarray, committee: int, row_of_entry: np.ndarray, fail: Any) -> None:
+    bad = np.flatnonzero(~np.isfinite(values) | (values < 0))
+    if len(bad):
+        fail(
+            int(row_of_entry[bad[0]]),
+            f"`{MUTUAL_INFORMATION}` is {values[bad[0]]}, and can only be a number from 0 up. Capture it again.",
+        )
+    # In the type that is stored, to which the largest value was rounded
+    bad = np.flatnonzero(values > np.float32(np.log(committee))) if committee else bad
+    if len(bad):
+        fail(
+            int(row_of_entry[bad[0]]),
+            f"`{MUTUAL_INFORMATION}` is {values[bad[0]]:.4f}, more than the log {committee} = {np.log(committee):.4f} by which "
+            f"{committee} teachers can disagree. Capture it again.",
+        )
 
 
 def _check_numbers(

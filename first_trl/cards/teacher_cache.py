@@ -1,6 +1,7 @@
 """Dataset card of a teacher cache."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -76,6 +77,8 @@ def teacher_cache_card(
         metadata=yaml.safe_dump({k: v for k, v in metadata.items() if v is not None}, sort_keys=False).strip(),
         repo_id=repo_id,
         teacher=first.teacher,
+        members=first.teacher.get("members") or [],
+        log_members=math.log(max(1, first.committee_size)),
         teacher_name=teacher_name or public_name(first.teacher["name"]),
         backend=first.backend,
         tokenizer=first.tokenizer,

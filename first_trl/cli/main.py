@@ -34,12 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         _overview().parse_args(words)
         return 2
     path, text = _COMMANDS[words[0]]
-    module = importlib.import_module(path)
-    parser = argparse.ArgumentParser(prog=f"first-trl {words[0]}", description=text[0].upper() + text[1:] + ".")
-    module.add_arguments(parser)
-    # Intermixed, so that overrides may stand before and after options
-    args = parser.parse_intermixed_args(words[1:])
     try:
+        # Libraries take seconds to import, in which Ctrl-C is pressed too
+        module = importlib.import_module(path)
+        parser = argparse.ArgumentParser(prog=f"first-trl {words[0]}", description=text[0].upper() + text[1:] + ".")
+        module.add_arguments(parser)
+        # Intermixed, so that overrides may stand before and after options
+        args = parser.parse_intermixed_args(words[1:])
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             return module.main(args)

@@ -20,8 +20,16 @@ QUANTIZATIONS = ("8bit", "4bit")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_argument_group("teacher and data")
-    source.add_argument("--teacher", help="Hub id or folder of the fine-tuned teacher")
-    source.add_argument("--teacher-revision", help="branch, tag or commit of the teacher")
+    source.add_argument(
+        "--teacher",
+        action="append",
+        help="Hub id or folder of the fine-tuned teacher; given several times, a committee whose mean distribution is stored",
+    )
+    source.add_argument(
+        "--teacher-revision",
+        action="append",
+        help="branch, tag or commit of the teacher; of a committee, one for each",
+    )
     source.add_argument("--tokenizer", help="Hub id or folder of the tokenizer; default: the teacher's")
     source.add_argument(
         "--dataset",
@@ -80,12 +88,14 @@ def main(args: argparse.Namespace) -> int:
     state = process_state()
     if (args.teacher is None) == (args.vllm_url is None):
         raise ValueError("Give either `--teacher` or `--vllm-url`.")
-    tokenizer_name = args.tokenizer or args.teacher
+    if args.teacher_revision is not None and len(args.teacher_revision) != len(args.teacher or ()):
+        raise ValueError("Give `--teacher-revision` as often as `--teacher`, or leave it out.")
+    tokenizer_name = args.tokenizer or (args.teacher or [None])[0]
     if tokenizer_name is None:
         raise ValueError("Give the teacher's tokenizer with `--tokenizer`: the vLLM protocol does not tell it.")
     tokenizer = AutoTokenizer.from_pretrained(
         tokenizer_name,
-        revision=args.teacher_revision if args.tokenizer is None else None,
+        revision=args.teacher_revision[0] if args.teacher_revision and args.tokenizer is None else None,
         trust_remote_code=args.trust_remote_code,
     )
     rows = load_rows(
@@ -131,9 +141,9 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _teacher(args: argparse.Namespace) -> str | TeacherBackend:
+def _teacher(args: argparse.Namespace) -> list[str] | TeacherBackend:
     if args.vllm_url is None:
-        return os.fspath(args.teacher)
+        return [os.fspath(teacher) for teacher in args.teacher]
     return VLLMBackend(args.vllm_url, args.vllm_model, head_size=args.head_size, concurrency=args.concurrency)
 
 

@@ -6,7 +6,7 @@ import platform
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -27,7 +27,7 @@ from ..tasks.conversation import check_template_arguments
 from ..tasks.encode import front_tokens
 from ..utils.in_order import in_order
 from ..utils.processes import process_state
-from .backends import Scores, TeacherBackend, TransformersBackend
+from .backends import Scores, TeacherBackend, transformers_backend
 from .conversations import is_from_template
 from .journal import ShardJournal
 from .prepare import prepare_rows
@@ -66,7 +66,7 @@ class CaptureOptions:
 
 def add_teacher_topk(
     dataset: Dataset,
-    teacher: str | PreTrainedModel | TeacherBackend,
+    teacher: str | PreTrainedModel | Sequence[str | PreTrainedModel] | TeacherBackend,
     processing_class: Any,
     *,
     k: int = 5,
@@ -101,7 +101,9 @@ def add_teacher_topk(
             the token behind the prompt is kept, the label there is a filler, and `teacher_has_gold` is false.
             Tokenised rows can carry that column too, or `has_gold` as [`~first_trl.tasks.tokenize_rows`] makes it.
         teacher (`str`, [`~transformers.PreTrainedModel`] or [`TeacherBackend`]):
-            The fine-tuned teacher: Hub id, folder, model or engine.
+            The fine-tuned teacher: Hub id, folder, model or engine. A list of the first three is a committee with one
+            tokenizer: the mean of their distributions is cached, and how far they disagree at each position, see
+            [`~first_trl.teacher.backends.CommitteeBackend`]. LoRA adapters of one base share it in memory.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             The teacher's tokenizer.
         k (`int`, *optional*, defaults to `5`):
@@ -134,7 +136,7 @@ def add_teacher_topk(
             before them. Give the same to whoever asks the student.
         model_init_kwargs (`dict`, *optional*):
             Passed to `from_pretrained` when the teacher is a name: `revision`, `quantization_config`, `device_map`,
-            `tp_plan`, ...
+            `tp_plan`, ... Of a committee, `revision` may be a list.
         disable_tqdm (`bool`, *optional*, defaults to `False`):
             No progress bar.
 
@@ -177,10 +179,11 @@ def add_teacher_topk(
         num_proc=num_proc,
     )
     backend: TeacherBackend
-    if isinstance(teacher, str) or hasattr(teacher, "state_dict"):
-        backend = TransformersBackend(teacher, dtype, **(model_init_kwargs or {}))
+    given: Any = teacher
+    if isinstance(given, str | list | tuple) or hasattr(given, "state_dict"):
+        backend = transformers_backend(given, dtype, **(model_init_kwargs or {}))
     else:
-        backend = teacher
+        backend = given
     head_size = len(processing_class) if backend.head_size is None else backend.head_size
     num_tokens = min(len(processing_class), head_size)
     if k > num_tokens:

@@ -76,8 +76,9 @@ def _encode(rows: list[int], scores: list[Scores]) -> bytes:
         "logprobs": np.concatenate([score.logprobs for score in scores]),
         "tail_logprob": np.concatenate([score.tail_logprob for score in scores]),
     }
-    if scores[0].draws is not None:
-        arrays["draws"] = np.concatenate([score.draws for score in scores if score.draws is not None])
+    for name in ("draws", "mutual_information"):
+        if getattr(scores[0], name) is not None:
+            arrays[name] = np.concatenate([getattr(score, name) for score in scores])
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
     return buffer.getvalue()
@@ -87,8 +88,10 @@ def _decode(payload: bytes) -> tuple[tuple[int, ...], list[Scores]]:
     try:
         arrays = np.load(io.BytesIO(payload), allow_pickle=False)
         ends = np.cumsum(arrays["lengths"])
-        columns = [arrays[name] for name in ("ids", "logprobs", "tail_logprob", "draws") if name in arrays.files]
+        columns = {name: arrays[name] for name in arrays.files if name not in ("rows", "lengths")}
     except (zipfile.BadZipFile, KeyError) as error:  # the digest was right, so another version wrote it
         raise ValueError(f"Unreadable journal record: {error}. Delete the capture's *.journal files.") from error
     spans = [slice(end - length, end) for end, length in zip(ends, arrays["lengths"], strict=True)]
-    return tuple(arrays["rows"].tolist()), [Scores(*(column[span] for column in columns)) for span in spans]
+    return tuple(arrays["rows"].tolist()), [
+        Scores(**{name: values[span] for name, values in columns.items()}) for span in spans
+    ]

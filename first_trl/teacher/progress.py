@@ -49,7 +49,7 @@ class OpenCapture:
 _CAPTURE_CODE = tuple(
     f"first_trl.{name}"
     for name in (
-        "tasks.conversation", "tasks.encode", "tasks.tokenize", "teacher.backends.topk",
+        "tasks.conversation", "tasks.encode", "tasks.tokenize", "teacher.backends.committee", "teacher.backends.topk",
         "teacher.backends.transformers", "teacher.backends.vllm",
         "teacher.capture", "teacher.conversations", "teacher.padding", "teacher.prepare", "teacher.rows",
     )

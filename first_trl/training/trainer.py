@@ -385,8 +385,9 @@ def resolve_recalibration(args: FirstDistillConfig, train_dataset: Any) -> Recal
     if not fits:
         raise ValueError(
             f"`recalibration={args.recalibration!r}` without `recalibration_value`, and the cache carries no fitted "
-            "one. Fit it on a validation cache with `fit_recalibration`, keep it with "
-            "`first_trl.cache.folder.store_recalibration`, or set `recalibration_value`."
+            "one. Fit it on a validation cache with `fit_recalibration` and set `recalibration_value`; or keep it with "
+            "`store_recalibration` and load the cache again with `load_teacher_cache`: rows that were loaded before do "
+            "not know of it."
         )
     manifest, fit = fitted[0], fits[0]
     trained = (args.top_k or manifest.k, estimator_target(args.estimator))

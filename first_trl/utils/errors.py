@@ -12,6 +12,7 @@ from .extras import MissingExtra
 _DISK = {
     errno.ENOSPC: "the disk is full. Free space and run the same command again to continue",
     errno.EDQUOT: "the disk quota is used up. Free space and run the same command again to continue",
+    errno.EFBIG: "larger than a file may be here. Lift the limit (`ulimit -f`), or choose another folder",
     errno.EROFS: "the file system is read-only. Choose another folder, such as with --output-dir",
     errno.EACCES: "permission denied. Choose another folder, or mend its permissions",
     errno.EPERM: "permission denied. Choose another folder, or mend its permissions",
@@ -26,8 +27,9 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         return _disk(error)
     if type(error).__name__ == "SafetensorError" or "incomplete metadata" in str(error).lower():
-        if "No space left" in str(error):
-            return f"{_file(error) or 'A file of weights'}: {_DISK[errno.ENOSPC]}."
+        code = _named_code(str(error))
+        if code is not None:
+            return f"{_file(error) or 'A file of weights'}: {_DISK[code]}."
         return (
             f"{_file(error) or 'A file of weights (*.safetensors)'} is damaged or cut short ({error}). Restore or "
             "download it again; if a run has made it, delete its unit's folder and run the same command again."
@@ -52,7 +54,12 @@ def _disk(error: OSError) -> str | None:
 
 def _named_code(text: str) -> int | None:
     # Arrow and safetensors give the system's words, not its number
-    words = {"No space left on device": errno.ENOSPC, "Read-only file system": errno.EROFS}
+    words = {
+        "No space left on device": errno.ENOSPC,
+        "Disk quota exceeded": errno.EDQUOT,
+        "File too large": errno.EFBIG,
+        "Read-only file system": errno.EROFS,
+    }
     return next((code for word, code in words.items() if word in text), None)
 
 

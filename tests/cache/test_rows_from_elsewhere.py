@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from first_trl import add_teacher_topk
 from first_trl.tasks.conversation import render
-from tests.support.families import CHAT, TOOLS, family_tokenizer
+from tests.support.families import CHAT, MARKED, TOOLS, family_tokenizer
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 
@@ -78,11 +78,36 @@ def test_tools_without_parameters(as_text, tmp_path):
         assert json.dumps(tool) in text
 
 
-def test_roles_of_sharegpt_are_those_of_the_template(tmp_path):
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_roles_of_sharegpt_are_those_of_the_template(column, tmp_path):
     turns = [("system", "Name the river."), ("human", "Which?"), ("gpt", "A"), ("human", "And?"), ("gpt", "B")]
     names = {"human": "user", "gpt": "assistant"}
     theirs = [{"from": role, "value": text} for role, text in turns]
     ours = [{"role": names.get(role, role), "content": text} for role, text in turns]
-    (text,) = captured_texts(CHAT, [{"messages": theirs}], tmp_path / "theirs")
+    (text,) = captured_texts(CHAT, [{column: theirs}], tmp_path / "theirs")
     assert [text] == captured_texts(CHAT, [{"messages": ours}], tmp_path / "ours")
     assert "<|im_start|>user\nWhich?<|im_end|>" in text and "human" not in text
+
+
+def talk(*texts):
+    return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]}
+
+
+def test_what_a_template_marks_is_supervised_and_a_cut_answer_is_counted(tmp_path):
+    """Every turn of the assistant with its end, nothing of the user; a row whose answer is cut off goes, and is counted."""
+    tokenizer = family_tokenizer(template=MARKED)
+    teacher = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=512)
+
+    def supervised(rows, **options):
+        cache = add_teacher_topk(
+            Dataset.from_list(rows), teacher, tokenizer, k=2, output_dir=tmp_path / str(options), disable_tqdm=True,
+            assistant_only_loss=True, **options,
+        )  # fmt: skip
+        return [tokenizer.decode([label for label in row["labels"] if label != -100]) for row in cache]
+
+    rows = [talk("Which river?", "A", "And the mill?", "B C"), talk("Which " * 30, "D")]
+    assert supervised(rows) == ["A<|im_end|>B C<|im_end|>", "D<|im_end|>"]
+    with pytest.warns(UserWarning, match="1 rows without a supervised position are left out"):
+        assert supervised(rows, max_length=20) == ["A<|im_end|>"]
+    with pytest.raises(ValueError, match=r"Row 1 of the dataset: .*marks nothing of this conversation"):
+        supervised([rows[0], talk("Anyone?")])

@@ -135,6 +135,21 @@ def test_training_rows_depend_on_the_roles_that_they_yield_to(parts, model):
     assert before["train"] == after["train"] and before["ood"] != after["ood"]
 
 
+def test_answers_corrected_in_place_are_read_again(parts, model, tmp_path, capsys):
+    """The same file, of the same size: no row of a run is the one from before, and nothing else is made anew."""
+    run = ["run", *words(parts, model, SPLITS), "--stage", "data", "--output-dir", str(tmp_path / "run")]
+
+    def gold(role):
+        assert main(run) == 0
+        rows = load_from_disk(str(tmp_path / "run" / "data" / "rows" / role))
+        return rows["gold"][:], ": running" in capsys.readouterr().out
+
+    assert gold("test") == ([0, 0, 0], True)
+    assert gold("test") == ([0, 0, 0], False)
+    write(parts, [question(i, "C") for i in (8, 12, 13)], "test.csv")
+    assert gold("test") == ([2, 2, 2], True)
+
+
 def test_nothing_left_to_train_on_is_said(model, tmp_path, capsys):
     folder = tmp_path / "questions"
     folder.mkdir()

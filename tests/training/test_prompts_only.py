@@ -399,6 +399,21 @@ def test_nothing_is_fitted_to_fillers(both):
         assert fit_recalibration(kept, n_bootstrap=0).n_rows == 1
 
 
+def test_a_fit_stored_behind_the_back_of_a_loaded_cache_is_asked_for(folder, tokenizer, tmp_path):
+    """The rows in hand keep the manifest that they were loaded with: the error says what to do, and that is enough."""
+    held = load_teacher_cache(folder, "train")
+    fit = {"recalibration": {"method": "logit_temperature", "value": 1.5}}
+    store_recalibration(folder, "train", "logit_temperature", fit)
+
+    def build(cache):
+        args = tiny_config(tmp_path, recalibration="logit_temperature")
+        return FirstDistillTrainer(tiny_llama(1), args, cache, processing_class=tokenizer)
+
+    with pytest.raises(ValueError, match=r"carries no fitted one.*load the cache again with `load_teacher_cache`"):
+        build(held)
+    assert build(load_teacher_cache(folder, "train")).data_collator.recalibration.value == 1.5
+
+
 def test_the_fit_of_the_labelled_rows_holds_for_the_prompts_of_the_same_teacher(folder, tokenizer, tmp_path):
     fit = {"recalibration": {"method": "logit_temperature", "value": 1.5}}
     store_recalibration(folder, "train", "logit_temperature", fit)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, PromptTuningConfig
+from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig
 from transformers import LlamaForCausalLM
 
 from first_trl import FirstDistillTrainer, add_teacher_topk, fit_recalibration, verify_teacher_cache
@@ -168,6 +168,42 @@ def test_modules_to_save_trains_a_copy_of_the_head(tokenizer, cache, tmp_path):
     wrapper = trainer.model.get_base_model().lm_head
     assert torch.equal(wrapper.original_module.weight, original)
     assert not torch.equal(wrapper.weight, original)
+
+
+LORA = {"task_type": "CAUSAL_LM", "r": 2, "target_modules": ["q_proj"]}
+HEADS_AND_ADAPTERS = {
+    "all weights": None,
+    "embeddings": LoraConfig(**LORA, modules_to_save=["embed_tokens"]),
+    "embeddings and head": LoraConfig(**LORA, modules_to_save=["embed_tokens", "lm_head"]),
+    "both, kept tied": LoraConfig(**LORA, modules_to_save=["embed_tokens", "lm_head"], ensure_weight_tying=True),
+    "some tokens": LoraConfig(**LORA, trainable_token_indices=[5, 6]),
+    "low rank embeddings": LoraConfig(**{**LORA, "target_modules": ["q_proj", "embed_tokens"]}),
+    "DoRA": LoraConfig(**LORA, use_dora=True),
+    "IA3": IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("adapter", HEADS_AND_ADAPTERS)
+def test_the_loss_is_of_the_logits_the_adapted_model_answers_with(adapter, tied, teacher, tokenizer, cache, tmp_path):
+    """A tied head moves with its embeddings, and a copy of it without them."""
+    peft_config = copy.deepcopy(HEADS_AND_ADAPTERS[adapter])
+    student = tiny_llama(seed=1, tie_word_embeddings=tied)
+    args = tiny_config(tmp_path, max_steps=3, learning_rate=3e-2)
+    trainer, recorded = run(student, args, cache, tokenizer, peft_config=peft_config)
+    loss = trainer.evaluate(cache)["eval_kl"]
+    assert abs(loss - recorded.logs[0]["kl"]) > 1e-3
+    model, total, count = trainer.model.eval(), 0.0, 0
+    for row in cache:
+        with torch.no_grad():
+            logprobs = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
+        positions = [t for t in range(1, len(row["labels"])) if row["labels"][t] != -100]
+        target = torch.tensor(row["teacher_topk_logprobs"]).log_softmax(-1)
+        ids = torch.tensor(row["teacher_topk_ids"])
+        own = logprobs[[t - 1 for t in positions]].gather(1, ids)
+        total += float((target.exp() * (target - own)).sum())
+        count += len(positions)
+    assert loss == pytest.approx(total / count, rel=1e-5)
 
 
 REFUSED_ADAPTERS = {

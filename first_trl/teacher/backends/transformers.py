@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -150,17 +151,11 @@ class TransformersBackend:
         uniforms: list[np.ndarray] | None,
     ) -> list[Scores]:
         row_of = np.repeat(np.arange(len(rows)), [len(p) for p in positions])
-        logits, row_index, columns = self._forward(rows, row_of, np.concatenate(positions) - 1)
+        logits, row_index, columns, information = self._forward(rows, row_of, np.concatenate(positions) - 1)
         num_draws = uniforms[0].shape[1] if uniforms else 0
         flat_uniforms = torch.from_numpy(np.concatenate(uniforms)) if uniforms else None
-        vocabulary = logits.shape[-1]
-        smallest, largest = _BLOCK_ELEMENTS
-        step = max(1, min(largest, max(smallest, logits.numel() // _BLOCK_SHARE)) // vocabulary)
         parts = []
-        for start in range(0, len(columns), step):
-            chosen = slice(start, start + step)
-            where = (torch.from_numpy(index[chosen]).to(logits.device) for index in (row_index, columns))
-            block = logits[tuple(where)].float()
+        for chosen, block in blocks(logits, row_index, columns):
             drawn = torch.empty(len(block), 0, dtype=torch.int32)
             if flat_uniforms is not None:
                 drawn = draw_ids(block, flat_uniforms[chosen].to(block.device), num_tokens)
@@ -175,12 +170,20 @@ class TransformersBackend:
             )
         ends = np.cumsum([len(p) for p in positions])
         slices = [slice(end - len(p), end) for p, end in zip(positions, ends, strict=True)]
-        return [Scores(ids[s], logprobs[s], tail[s], draws[s] if num_draws else None) for s in slices]
+        return [
+            Scores(
+                ids[s], logprobs[s], tail[s], draws[s] if num_draws else None, None if information is None else information[s]
+            )
+            for s in slices
+        ]  # fmt: skip
 
     def _forward(
         self, rows: list[np.ndarray], row_index: np.ndarray, columns: np.ndarray
-    ) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
-        """Logits of shape `(., ., V)`, and where in them those of each wanted `(row, column)` are."""
+    ) -> tuple[torch.Tensor, np.ndarray, np.ndarray, np.ndarray | None]:
+        """
+        Logits of shape `(., ., V)`, where in them those of each wanted `(row, column)` are, and what a committee adds: the
+        mutual information of each.
+        """
         device = self.model.get_input_embeddings().weight.device
         longest = max(len(row) for row in rows)
         input_ids = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -197,12 +200,12 @@ class TransformersBackend:
             if self._selects:
                 logits = self._select(inputs, row_index, columns)
                 if logits is not None:
-                    return logits, np.zeros_like(row_index), np.arange(len(columns))
+                    return logits, np.zeros_like(row_index), np.arange(len(columns)), None
                 self._selects = False
             if self._keeps_logits:
                 needed, columns = np.unique(columns, return_inverse=True)
                 inputs["logits_to_keep"] = torch.from_numpy(needed).to(device)
-            return self.model(**inputs).logits, row_index, columns
+            return self.model(**inputs).logits, row_index, columns, None
         finally:
             self.model.train(training)
 
@@ -227,6 +230,16 @@ class TransformersBackend:
         finally:
             hook.remove()
         return logits if logits.shape[:2] == (1, len(columns)) else None
+
+
+def blocks(logits: torch.Tensor, row_index: np.ndarray, columns: np.ndarray) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Logits of the wanted positions as float32 copies `(n, V)`, a few at a time, with the positions that these are."""
+    smallest, largest = _BLOCK_ELEMENTS
+    step = max(1, min(largest, max(smallest, logits.numel() // _BLOCK_SHARE)) // logits.shape[-1])
+    for start in range(0, len(columns), step):
+        chosen = slice(start, start + step)
+        where = (torch.from_numpy(index[chosen]).to(logits.device) for index in (row_index, columns))
+        yield chosen, logits[tuple(where)].float()
 
 
 # Bytes of a tensor that are copied from its device at once
