@@ -98,6 +98,17 @@ def test_runs_of_seeds_and_a_grid():
     assert text.count("\nTeacher cache") == 2
 
 
+def test_a_committee_trains_its_members_and_is_captured_once():
+    recipe = load_recipe("quickstart", [
+        "teachers={mean: {committee: [teacher, one, two]}, one: {sft: {seed: 1}}, two: {sft: {seed: 2}}, unused: {}}",
+        "arms={mean: {kind: distill, teacher: mean}}",
+    ])  # fmt: skip
+    [setting] = plan_recipe(recipe).settings
+    trainings = [training.unit for training in setting.trainings if training.unit.startswith("teacher")]
+    assert trainings == ["teacher", "teacher-one", "teacher-two"]
+    assert [cache.unit for cache in setting.caches] == ["cache", "cache-mean"]
+
+
 def test_further_teachers_and_folds():
     recipe = load_recipe("quickstart", [
         "teachers={cross: {folds: 4}, short: {sft: {num_train_epochs: 1}}}",

@@ -189,6 +189,9 @@ class Run:
             )
         if (variant if name else spec).get("select") == "nll":
             parts.append("epoch with the lowest negative log-likelihood on the validation rows")
+        if variant.get("committee"):
+            members = ", ".join(f"`{member}`" for member in variant["committee"])
+            parts.append(f"as a committee: the mean distribution of the teachers {members}")
         changed = ", ".join(f"`{key}` {value}" for key, value in shown_arguments(variant.get("sft") or {}).items())
         if name:
             parts.append(f"teacher `{name}` of the recipe" + (f" with {changed}" if changed else ""))
