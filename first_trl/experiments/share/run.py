@@ -237,7 +237,10 @@ class Run:
     def manifests(self, arm: str) -> list[Manifest]:
         """Manifests of what an arm was trained on, over its roles and folds."""
         name = self._teacher(arm)
-        folds = self.recipe["teachers"][name]["folds"] if name else None
+        variants = self.recipe["teachers"]
+        # Members of a committee are all made of the same folds
+        first = ((variants[name].get("committee") if name else None) or [name])[0]
+        folds = variants.get(first, {}).get("folds")
         roles = self.arms[arm].get("data") or ["train"]
         return [load_manifest(part, role) for role in roles for part in self.folder.caches(name, folds, role)]
 
