@@ -12,7 +12,8 @@ from first_trl.utils.processes import Share
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("processes", [2, 3])
+# Three share as two do; that shares are disjoint for three is below
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_several_processes_find_what_one_finds(processes, tmp_path):
     # Imported here: a test that launches needs no model of its own
     from tests.support.evaluation_process import results

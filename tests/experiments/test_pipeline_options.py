@@ -47,6 +47,7 @@ TEACHERS = {
 def run(tmp_path_factory) -> Path:
     data = yaml.safe_load(recipe_path("quickstart").read_text())
     data |= {"arms": ARMS, "teachers": TEACHERS}
+    data["evaluation"]["splits"] = ["test"]
     data["task"]["splits"]["unlabelled"] = {"split": "unlabelled", "limit": 120}
     folder = tmp_path_factory.mktemp("options")
     path = folder / "options.yaml"
