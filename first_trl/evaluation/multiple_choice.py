@@ -125,13 +125,13 @@ def evaluate_multiple_choice(
                     lp[i, group] = -torch.inf
                     lp[i, group[0]] = merged
         tokens = choice_tokens[index]
-        gathered = lp.gather(-1, torch.from_numpy(np.maximum(tokens, 0)).to(lp.device)).double().cpu().numpy()
+        gathered = lp.gather(-1, torch.from_numpy(np.maximum(tokens, 0)).to(lp.device)).cpu().double().numpy()
         choice_logprobs[index] = np.where(tokens >= 0, gathered, -np.inf)
         best = lp.topk(min(top_k, lp.shape[-1]), dim=-1)
         top_token[index] = best.indices[:, 0].cpu().numpy()
-        top_logprob[index] = best.values[:, 0].double().cpu().numpy()
-        topk_mass[index] = best.values.exp().sum(dim=-1).double().cpu().numpy()
-        sum_squares[index] = (2.0 * lp).exp().sum(dim=-1).double().cpu().numpy()
+        top_logprob[index] = best.values[:, 0].cpu().double().numpy()
+        topk_mass[index] = best.values.exp().sum(dim=-1).cpu().double().numpy()
+        sum_squares[index] = (2.0 * lp).exp().sum(dim=-1).cpu().double().numpy()
     share.merge(done, [choice_logprobs, top_token, top_logprob, topk_mass, sum_squares, divisors, novelty])
 
     labelled = rows.gold >= 0
