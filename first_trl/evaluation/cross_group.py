@@ -85,7 +85,7 @@ def cross_group_slopes(
 
     Returns:
         `dict`: Layer (0 where the feature needs none) -> `slopes`, `nll` (a held-out row, at each of `PARTS` of these slopes), `gain` (nats a
-        held-out row over the fold's own temperature), `n` and `folds`, a summary of each.
+        held-out row over the fold's own temperature), `n`, `folds` (a summary of each) and `groups` (their number).
 
     Raises:
         `ValueError`: No groups, fewer than there are folds, or too few rows.
@@ -109,7 +109,7 @@ def cross_group_slopes(
     found = {}
     for layer in layer_names if feature.startswith("distance") else [0]:
         x = [_features(rows, fold, feature, layer, metric=metric, k=k, components=components) for fold in made]
-        found[layer] = _pooled(made, x)
+        found[layer] = _pooled(made, x) | {"groups": len(distinct)}
     return found
 
 

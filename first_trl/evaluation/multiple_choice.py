@@ -124,7 +124,7 @@ def evaluate_multiple_choice(
         if scaling is not None:
             divisors[index], novelty[index] = scaling.of_states(dict(zip(layers, states, strict=True)), logits)
         if scaling is not None or by_options is not None:
-            divisor = torch.from_numpy(divisors[index]).to(logits)[:, None]
+            divisor = torch.from_numpy(divisors[index]).to(logits.dtype).to(logits.device)[:, None]
         lp = torch.log_softmax(logits / divisor, dim=-1)
         for i, row in enumerate(index):
             for group in groups[row]:

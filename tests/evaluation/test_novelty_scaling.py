@@ -153,7 +153,7 @@ def test_rows_without_groups_are_clustered():
     assert found == cluster_groups(rows, 12) and len(set(cluster_groups(rows, 30, seed=1))) == 30
     # The groups that were found serve as those that were given do
     given, clustered = (cross_group_slopes(rows, names, layers=[2])[2] for names in (truth.tolist(), found))
-    assert clustered["n"] == given["n"] and len(clustered["folds"]) == 4
+    assert clustered["n"] == given["n"] and len(clustered["folds"]) == 4 and clustered["groups"] == 12
     copies = rows.rows(np.repeat([0, 1, 2], 50))
     assert len(set(cluster_groups(copies, 10))) == 3
     for wrong in (1, 601):

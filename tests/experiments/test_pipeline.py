@@ -33,6 +33,11 @@ ARMS = {
     "sft_novelty": {"kind": "novelty_scaling", "of": "sft"},
     "sft_agreement": {"kind": "agreement_scaling", "of": "sft", "prompts": "ood"},
     "lora_novelty": {"kind": "novelty_scaling", "of": "lora", "novelty": {"fit": "cross_group", "layers": [1]}},
+    "lora_clusters": {
+        "kind": "novelty_scaling",
+        "of": "lora",
+        "novelty": {"fit": "cross_group", "layers": [1], "groups": "cluster", "clusters": 8},
+    },
 }
 
 
@@ -110,7 +115,12 @@ def test_temperature_by_novelty_leaves_accuracy_and_says_how_new_rows_are(run):
     assert (run / "report" / "novelty.png").stat().st_size > 5000 and set(report["novelty"]) == {
         "sft_novelty",
         "lora_novelty",
+        "lora_clusters",
     }
+    clusters = json.loads((run / "evaluate" / "lora_clusters" / "novelty.json").read_text())
+    assert clusters["settings"]["clusters"] == 8
+    own, made = (each["choice"]["cross_group"]["1"]["groups"] for each in (fitted, clusters))
+    assert 4 <= made <= 8 < own
     exported = (run / "students" / "sft" / "model" / "novelty.safetensors").read_bytes()
     assert exported == (run / "evaluate" / "sft_novelty" / "novelty.safetensors").read_bytes()
     assert not (run / "students" / "first" / "model" / "novelty.safetensors").exists()
