@@ -88,6 +88,8 @@ def _capture(recipe: Recipe) -> Iterator[str]:
                 "capture.target 'options' takes a teacher as it is, with its own tokenizer: fine-tune it in a recipe of its own "
                 "(an arm of kind sft), name that model, and leave teacher.sft and teacher.pretrain out."
             )
+        if recipe.teachers:
+            yield "capture.target 'options' is for one teacher, and `teachers` names more. Leave one of the two out."
         if recipe.evaluation.scoring != "token":
             yield "capture.target 'options' is for students that answer with one token: set evaluation.scoring to token."
     if recipe.capture.vllm_url is None:
