@@ -383,12 +383,12 @@ def _token_scores(
         best = lp.max(dim=-1)
         for i, number in enumerate(index):
             tokens = asked[number]["tokens"]
-            logprobs = None if tokens is None else lp[i, tokens].double().tolist()
+            logprobs = None if tokens is None else lp[i, tokens].tolist()
             found[number] = {
                 "logprobs": logprobs,
                 "scores": logprobs,
                 "top_token": int(best.indices[i]),
-                "top_logprob": float(best.values[i].double()),
+                "top_logprob": float(best.values[i]),
                 **more[i],
             }
     return found

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -92,17 +93,17 @@ class Manifest:
     @property
     def identity(self) -> dict[str, Any]:
         """The fields that define the cache. Two captures with equal identity hold the same rows."""
-        data = asdict(self)
+        # Not `asdict`, which copies the curves of the fits too: every look at a cache asks for its id
         identity = {
-            key: data[key]
+            key: deepcopy(getattr(self, key))
             for key in (
                 "format_version", "head_size", "k", "logprob_dtype", "num_draws", "draw_seed", "backend", "split",
             )
         }  # fmt: skip
         # Names and paths are provenance, not identity: the same weights in another folder are the same teacher.
-        identity["teacher"] = {key: data["teacher"].get(key) for key in ("revision", "weights_digest")}
-        identity["tokenizer"] = {key: data["tokenizer"].get(key) for key in ("fingerprint", "chat_template")}
-        identity["source"] = {key: data["source"].get(key) for key in ("fingerprint", "rows")}
+        identity["teacher"] = {key: self.teacher.get(key) for key in ("revision", "weights_digest")}
+        identity["tokenizer"] = {key: self.tokenizer.get(key) for key in ("fingerprint", "chat_template")}
+        identity["source"] = {key: self.source.get(key) for key in ("fingerprint", "rows")}
         return identity
 
     @property

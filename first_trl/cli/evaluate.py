@@ -14,6 +14,8 @@ from ..utils.text_tables import text_table
 
 
 SCORINGS = ("auto", "token", "choices", "decision")
+# As in the answer pipeline
+_NEW_ABOVE = 0.99
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="default: the one saved with the model (by number of options where it has one), else 1",
     )
+    parser.add_argument(
+        "--novelty",
+        action="store_true",
+        help="a temperature for each question by how new it is, with what was saved with the model for it; predictions hold "
+        "the share of the training rows that are no newer",
+    )
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument(
         "--max-length", type=int, help="longer prompts lose their beginning (default: the model's context)"
@@ -83,7 +91,8 @@ def main(args: argparse.Namespace) -> int:
     from transformers.decision import DecisionConfig
 
     from ..evaluation.loading import load_model
-    from ..tasks.decision_extras import read_temperature
+    from ..evaluation.novelty_scaling import NoveltyScaling
+    from ..tasks.decision_extras import read_decision_extras, read_temperature
     from ..utils.processes import process_state
 
     options = dict(map(_key_value, args.option))
@@ -97,6 +106,13 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError("--permutations must be 2 or more: the given order is one of them.")
     if args.temperature is not None and not args.temperature > 0:
         raise ValueError(f"--temperature must be above 0, got {args.temperature}.")
+    if args.novelty and (args.temperature is not None or args.permutations or args.scoring not in ("auto", "token")):
+        raise ValueError(
+            "--novelty is for answers of one token and brings its own temperatures: leave --temperature, "
+            "--permutations and other scorings out."
+        )
+    if args.novelty and args.task == "system_one":
+        raise ValueError("--novelty reads the answer position of a task with prompts; system_one has requests.")
     rows = _rows(args, options)
     model, home = load_model(args.model, revision=args.revision, dtype=args.dtype)
     if getattr(model, "hf_device_map", None) is None:
@@ -105,7 +121,13 @@ def main(args: argparse.Namespace) -> int:
     revision = args.revision if home == args.model else None
     tokenizer = AutoTokenizer.from_pretrained(home, revision=revision)
     config = DecisionConfig.from_pretrained(args.model, revision=args.revision)
-    saved = read_temperature(args.model, revision=args.revision) if args.temperature is None else args.temperature
+    saved: Any = args.temperature
+    if args.novelty:
+        extras = read_decision_extras(args.model, revision=args.revision)
+        digest = (extras.get("novelty") or {}).get("sha256")
+        saved = NoveltyScaling.load(args.model, revision=args.revision, digest=digest)
+    elif saved is None:
+        saved = read_temperature(args.model, revision=args.revision)
     predictions, report, lines = _score(args, model, tokenizer, config, saved, rows)
     folder = Path(args.output_dir)
     report = {"model": args.model, "revision": args.revision, "task": args.task, "split": args.split, **report}
@@ -164,6 +186,7 @@ def _score(
     from ..evaluation.distributions import baselines, distribution_scores
 
     orders: Any = None
+    more: dict[str, Any] = {}
     if args.task == "system_one":
         from ..calibration.conditional import OptionTemperature
         from ..evaluation.decisions import predict_decisions
@@ -183,7 +206,7 @@ def _score(
             dict(config.temperature) if given is None else given.to_dict() if given.kinds else given.common,
         )
     else:
-        found, scoring, temperature, orders = _score_choices(args, model, tokenizer, saved, rows)
+        found, scoring, temperature, orders, more = _score_choices(args, model, tokenizer, saved, rows)
     scores = {"model": distribution_scores(found, n_bins=args.bins)}
     if orders is not None:
         averaged = dataclasses.replace(found, probabilities=orders.averaged)
@@ -195,6 +218,8 @@ def _score(
             found.ids, found.kinds, found.options, found.probabilities, found.gold, strict=True
         )
     ]
+    for name, values in more.items():
+        predictions = [{**row, name: float(value)} for row, value in zip(predictions, values, strict=True)]
     lines = [
         f"Scoring: {scoring}; temperature {temperature}; {args.bins} bins of equal width. Probabilities are those of the "
         "options alone.",
@@ -202,6 +227,15 @@ def _score(
         "equal where the gold is one option. Prior: the mean gold of the scored questions themselves.",
     ]
     report = {"scoring": scoring, "temperature": temperature, "n_bins": args.bins, "scores": scores}
+    if more:
+        report["novelty"] = {
+            "mean": float(more["novelty"].mean()),
+            "new": float((more["novelty"] > _NEW_ABOVE).mean()),
+        }
+        lines.append(
+            f"Novelty: {100 * report['novelty']['new']:.1f} % of the questions are farther from the training rows than "
+            f"{100 * _NEW_ABOVE:.0f} % of these are from each other."
+        )
     if scoring == "choices":
         report["length"] = args.length
         lines.append(
@@ -224,13 +258,14 @@ def _score(
 
 def _score_choices(
     args: argparse.Namespace, model: Any, tokenizer: Any, temperature: Any, rows: Any
-) -> tuple[Any, str, Any, Any]:
+) -> tuple[Any, str, Any, Any, dict[str, Any]]:
     import numpy as np
 
     from ..calibration import CalibrationWarning
     from ..calibration.conditional import OptionTemperature
     from ..evaluation.distributions import OptionPredictions
     from ..evaluation.multiple_choice import evaluate_multiple_choice
+    from ..evaluation.novelty_scaling import NoveltyScaling
     from ..evaluation.whole_answers import evaluate_whole_answers
     from ..tasks.answers import NotOneToken
 
@@ -249,7 +284,7 @@ def _score_choices(
                 predicted = evaluate_multiple_choice(model, tokenizer, labelled, **options).predictions
                 scoring = "token"
             except NotOneToken:
-                if scoring == "token":
+                if scoring == "token" or args.novelty:
                     raise
                 scoring = "choices"
         if by_options is not None and (scoring == "choices" or args.permutations):
@@ -259,6 +294,10 @@ def _score_choices(
             )
         if scoring == "choices":
             predicted = evaluate_whole_answers(model, tokenizer, labelled, length=args.length, **options).predictions
+    more = {}
+    if isinstance(temperature, NoveltyScaling):
+        more = {name: predicted[name] for name in ("temperature", "novelty")}
+        temperature = {"by": "novelty", "mean": float(more["temperature"].mean()), **temperature.temperature.to_dict()}
     scores = predicted.get("choice_scores", predicted["choice_logprobs"])
     if by_options is not None:
         divisors = [by_options.temperature("choice", int(n)) for n in predicted["n_choices"]]
@@ -288,7 +327,7 @@ def _score_choices(
     gold = [np.eye(len(p))[g] for p, g in zip(probabilities, labelled["gold"], strict=True)]
     choices = [tuple(choice) for choice in labelled["choices"]]
     predictions = OptionPredictions(list(labelled["id"]), ["choice"] * len(gold), probabilities, gold, choices)
-    return predictions, scoring, temperature, orders
+    return predictions, scoring, temperature, orders, more
 
 
 _COLUMNS = {

@@ -35,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "fine-tuning and distillation, with and without temperature scaling)",
     )
     parser.add_argument(
+        "--intervals",
+        action="store_true",
+        help="with --from and --baseline: the 95 %% intervals of the differences over the runs",
+    )
+    parser.add_argument(
         "--format",
         action="append",
         default=[],
@@ -51,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
         from ..experiments.report.results import read_results, results_table
 
         options = {"roles": args.role, "metrics": args.metric, "arms": args.arm, "baselines": args.baseline}
-        print(results_table(read_results(args.results), **options), end="")
+        print(results_table(read_results(args.results), **options, intervals=args.intervals), end="")
         return 0
     from ..experiments.report.write import write_merged_report
 

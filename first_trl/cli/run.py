@@ -42,6 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="dry run: print the plan as JSON")
     parser.add_argument("--processes", type=int, help="dry run: GPUs to plan for (default: the processes launched)")
     parser.add_argument("--sharding", choices=("none", "fsdp2", "zero3"), help="dry run: how weights are divided")
+    parser.add_argument(
+        "--gpu-memory",
+        type=float,
+        metavar="GB",
+        help="dry run: warn of what does not fit onto GPUs of this size (default: that of the GPU here, if any)",
+    )
     parser.add_argument("--configs", help="dry run: folder of <org>--<name>/config.json to read before the Hub")
     parser.add_argument(
         "--probe", action="store_true", help="dry run: time a few steps here, and estimate the minutes"
@@ -56,8 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the recipe."""
-    if not args.dry_run and (args.json or args.processes or args.sharding or args.configs or args.probe):
-        raise ValueError("--json, --processes, --sharding, --configs and --probe belong to --dry-run.")
+    if not args.dry_run and (
+        args.json or args.processes or args.sharding or args.configs or args.probe or args.gpu_memory
+    ):
+        raise ValueError("--json, --processes, --sharding, --gpu-memory, --configs and --probe belong to --dry-run.")
+    if args.gpu_memory is not None and not args.gpu_memory > 0:
+        raise ValueError(f"--gpu-memory takes the size of a GPU in GB, for example 80, got {args.gpu_memory:g}.")
     if args.jobs < 1 or (args.jobs > 1 and (args.dry_run or args.smoke or args.seed is not None)):
         raise ValueError("--jobs takes a number from 1, and not together with --seed, --dry-run or --smoke.")
     # Read and checked before torch is imported: a typo is answered at once
@@ -68,13 +78,16 @@ def main(args: argparse.Namespace) -> int:
         recipe = smoke_recipe(recipe, Path(args.output_dir or Path("outputs", "smoke", recipe.name)))
     if args.dry_run:
         from ..experiments.plan import format_plan, plan_recipe
-        from ..utils.processes import process_state
+        from ..utils.processes import gpu_memory, process_state
 
         plan = plan_recipe(
             recipe, processes=args.processes, sharding=args.sharding, configs=args.configs, probe=args.probe
         )
         if process_state().is_main_process:
             print(json.dumps(dataclasses.asdict(plan), indent=2) if args.json else format_plan(plan))
+            memory = args.gpu_memory * 1e9 if args.gpu_memory is not None else gpu_memory()
+            for excess in plan.too_large_for(memory) if memory is not None else []:
+                print(f"first-trl: warning: {excess}", file=sys.stderr)
             for problem in plan.problems:
                 print(f"first-trl: {problem}", file=sys.stderr)
         return 2 if plan.problems else 0

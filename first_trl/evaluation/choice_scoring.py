@@ -295,7 +295,7 @@ def choice_logprobs(
                 # What holds for one batch holds for all
                 prefix_cache = False
                 totals = _score_whole(model, [prefix[p] for p in parents], *options)
-            values = totals.double().cpu().numpy()
+            values = totals.cpu().double().numpy()
             for row, i in enumerate(batch):
                 scores[i, : n_choices[i]] = values[parents == row]
                 done[i] = True

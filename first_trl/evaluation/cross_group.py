@@ -15,6 +15,8 @@ One slope `b >= 0` is fitted by NLL on the rows of all folds together, with the 
 [`~first_trl.calibration.novelty.fit_novelty_temperature`]. Nothing else is taken from the heads: they are weaker than the
 model, and differently calibrated.
 
+Rows without groups can be clustered into some, see [`cluster_groups`].
+
 This is a cheap stand-in for training the model anew without each fold: one forward of the base. Heads on the fine-tuned
 model's own states (`heads=None`) do not serve, since these states have seen the answers of all groups.
 """
@@ -25,6 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..calibration.conditional import fit_by_partition, partition_of
 from ..calibration.novelty import LOG_RANGE, least_gain, logits_partition, mean_nll, scalar_temperature
@@ -35,6 +38,7 @@ from .novelty_scaling import PARTS, known_layers, log_unsure, standardiser
 
 _KEPT_BACK = 0.2
 _HEAD_COMPONENTS = 128
+_ROUNDS = 100
 _HEAD_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 
 
@@ -81,7 +85,7 @@ def cross_group_slopes(
 
     Returns:
         `dict`: Layer (0 where the feature needs none) -> `slopes`, `nll` (a held-out row, at each of `PARTS` of these slopes), `gain` (nats a
-        held-out row over the fold's own temperature), `n` and `folds`, a summary of each.
+        held-out row over the fold's own temperature), `n`, `folds` (a summary of each) and `groups` (their number).
 
     Raises:
         `ValueError`: No groups, fewer than there are folds, or too few rows.
@@ -98,15 +102,67 @@ def cross_group_slopes(
     if len(distinct) < folds:
         raise ValueError(
             f"The training rows have {len(distinct)} groups, and {folds} folds are asked for: `cross_group` needs a `group` that "
-            "the task fills in, and at least as many as folds. Fit on `validation`."
+            "the task fills in, and at least as many as folds. Cluster the rows, or fit on `validation`."
         )
     layer_names = known_layers(rows, layers)
     made = [_fold(learner, held, seed) for held in _held_out(names, folds, seed)]
     found = {}
     for layer in layer_names if feature.startswith("distance") else [0]:
         x = [_features(rows, fold, feature, layer, metric=metric, k=k, components=components) for fold in made]
-        found[layer] = _pooled(made, x)
+        found[layer] = _pooled(made, x) | {"groups": len(distinct)}
     return found
+
+
+def cluster_groups(states: AnswerStates, clusters: int, *, seed: int = 0) -> list[str]:
+    """
+    Groups of rows that have none: clusters of what a model makes of their prompts, by k-means (k-means++ starts, Lloyd's
+    rounds until no row moves) on the hidden states of one length in the middle one of the layers that were read (the lower
+    of two). The same states and seed give the same clusters.
+
+    Args:
+        states (`AnswerStates`):
+            The rows, read by the model before it was fine-tuned, whose states know nothing of their answers.
+        clusters (`int`):
+            Their number; fewer where there are fewer distinct rows.
+        seed (`int`, *optional*, defaults to 0):
+            Of the starts.
+
+    Returns:
+        `list[str]`: Name of each row's cluster.
+
+    Raises:
+        `ValueError`: Fewer than two clusters, more than there are rows, or states that are zero or not finite.
+    """
+    if not 2 <= clusters <= len(states):
+        raise ValueError(f"`clusters` must be from 2 to the {len(states)} rows there are, got {clusters}.")
+    layers = sorted(states.states)
+    points = torch.as_tensor(states.states[layers[(len(layers) - 1) // 2]]).double()
+    length = points.norm(dim=-1, keepdim=True)
+    if not (length.isfinite() & (length > 0)).all():
+        raise ValueError(
+            "A hidden state is zero or not finite, so the rows cannot be clustered. Check the model's weights."
+        )
+    points = points / length
+    rng = np.random.default_rng(seed)
+    centers = points[int(rng.integers(len(points)))][None]
+    nearest = (points - centers[0]).square().sum(1)
+    # Copies of a center are within rounding of it
+    while len(centers) < clusters and float(nearest.max()) > 1e-12:
+        share = nearest.numpy() / float(nearest.sum())
+        centers = torch.cat([centers, points[int(rng.choice(len(points), p=share))][None]])
+        nearest = torch.minimum(nearest, (points - centers[-1]).square().sum(1))
+    label = torch.full((len(points),), -1)
+    for _ in range(_ROUNDS):
+        distance = centers.square().sum(1) - 2 * points @ centers.T
+        found = distance.argmin(1)
+        if torch.equal(found, label):
+            break
+        label = found
+        sums = torch.zeros_like(centers).index_add_(0, label, points)
+        count = torch.bincount(label, minlength=len(centers))
+        # A center that lost all its rows stays where it is
+        centers = torch.where(count[:, None] > 0, sums / count.clamp(min=1)[:, None], centers)
+    return [f"cluster {number}" for number in label.tolist()]
 
 
 def _held_out(names: np.ndarray, folds: int, seed: int) -> list[np.ndarray]:

@@ -75,14 +75,14 @@ def predict_decisions(
                 }
                 plain = DecisionConfig(**{**vars(config), "temperature": {}})
                 (found,) = model.decide(**placed, decision_questions=[parsed], decision_config=plain)
-                scores[i] = found.double().cpu().numpy()
+                scores[i] = found.cpu().double().numpy()
     else:
         rows = [inputs["input_ids"][0, : int(inputs["marks"][-1])].tolist() for inputs, _ in prompts]
         labels = [label_token_ids(processing_class, tuple(parsed.labels)) for _, parsed in prompts]
         batches = next_token_logits(model, rows, batch_size=batch_size, disable_tqdm=disable_tqdm, desc="Deciding")
         for index, logits in batches:
             for i, row in enumerate(index):
-                scores[row] = logits[i, labels[row]].double().cpu().numpy()
+                scores[row] = logits[i, labels[row]].cpu().double().numpy()
     probabilities = []
     for question, (_, parsed), values in zip(questions, prompts, scores, strict=True):
         t = float(config.temperature.get(question.kind, 1.0))

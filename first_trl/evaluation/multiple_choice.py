@@ -13,7 +13,7 @@ from ..calibration.arrays import first_boolean
 from ..tasks.answers import answer_token_ids_of_rows
 from ..tasks.encode import encode_prompts
 from ..utils.processes import Share
-from .next_token import context_length, cut_to_length, next_token_logits
+from .next_token import context_length, cut_to_length, next_token_states
 from .predictions import MultipleChoiceResult, fill_rows, multiple_choice_report
 
 
@@ -29,7 +29,7 @@ def evaluate_multiple_choice(
     dataset: Dataset,
     *,
     batch_size: int = 32,
-    temperature: float = 1.0,
+    temperature: Any = 1.0,
     max_length: int | None = None,
     n_bins: int = 10,
     top_k: int = 5,
@@ -56,8 +56,9 @@ def evaluate_multiple_choice(
             where there is one, `id`.
         batch_size (`int`, *optional*, defaults to `32`):
             Prompts per forward; prompts of like length go together.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Logits are divided by it (see [`fit_posthoc_temperature`]).
+        temperature (`float` or [`~first_trl.evaluation.novelty_scaling.NoveltyScaling`], *optional*, defaults to `1.0`):
+            Logits are divided by it (see [`fit_posthoc_temperature`]). With one by novelty, the predictions also hold each row's
+            `temperature` and its `novelty`, the share of the training rows that are no newer, as the answer pipeline says it.
         max_length (`int`, *optional*):
             Longer prompts lose tokens at the front. Defaults to the context length of the model. Cut rows are counted and
             reported in a warning.
@@ -91,7 +92,9 @@ def evaluate_multiple_choice(
     >>> result.report["full_vocab"]["ece"], result.report["options"]["ece"], result.report["option_mass"]
     ```
     """
-    _check_temperature(temperature)
+    scaling = None if isinstance(temperature, int | float) else temperature
+    if scaling is None:
+        _check_temperature(temperature)
     if top_k < 1:
         raise ValueError(f"`top_k` must be at least 1, got {top_k}.")
     rows = read_multiple_choice_rows(
@@ -102,13 +105,19 @@ def evaluate_multiple_choice(
     choice_tokens = fill_rows(rows.choice_tokens, -1, np.int64)
     choice_logprobs = np.full(choice_tokens.shape, -np.inf)
     top_token, top_logprob, topk_mass, sum_squares = np.empty(n, np.int64), np.empty(n), np.empty(n), np.empty(n)
+    divisors, novelty = np.ones(n), np.zeros(n)
+    layers = [] if scaling is None else scaling.layers
     share, done = Share.of(distributed), np.zeros(n, dtype=bool)
-    batches = next_token_logits(
-        model, rows.prompt_ids, batch_size=batch_size, disable_tqdm=disable_tqdm, desc="Evaluating", share=share
-    )
-    for index, logits in batches:
+    batches = next_token_states(
+        model, rows.prompt_ids, layers, batch_size=batch_size, disable_tqdm=disable_tqdm, desc="Evaluating", share=share
+    )  # fmt: skip
+    for index, logits, states in batches:
         done[index] = True
-        lp = torch.log_softmax(logits / temperature, dim=-1)
+        divisor: Any = temperature
+        if scaling is not None:
+            divisors[index], novelty[index] = scaling.of_states(dict(zip(layers, states, strict=True)), logits)
+            divisor = torch.from_numpy(divisors[index]).to(logits.dtype).to(logits.device)[:, None]
+        lp = torch.log_softmax(logits / divisor, dim=-1)
         for i, row in enumerate(index):
             for group in groups[row]:
                 if len(group) > 1:
@@ -116,14 +125,14 @@ def evaluate_multiple_choice(
                     lp[i, group] = -torch.inf
                     lp[i, group[0]] = merged
         tokens = choice_tokens[index]
-        gathered = lp.gather(-1, torch.from_numpy(np.maximum(tokens, 0)).to(lp.device)).double().cpu().numpy()
+        gathered = lp.gather(-1, torch.from_numpy(np.maximum(tokens, 0)).to(lp.device)).cpu().double().numpy()
         choice_logprobs[index] = np.where(tokens >= 0, gathered, -np.inf)
         best = lp.topk(min(top_k, lp.shape[-1]), dim=-1)
         top_token[index] = best.indices[:, 0].cpu().numpy()
-        top_logprob[index] = best.values[:, 0].double().cpu().numpy()
-        topk_mass[index] = best.values.exp().sum(dim=-1).double().cpu().numpy()
-        sum_squares[index] = (2.0 * lp).exp().sum(dim=-1).double().cpu().numpy()
-    share.merge(done, [choice_logprobs, top_token, top_logprob, topk_mass, sum_squares])
+        top_logprob[index] = best.values[:, 0].cpu().double().numpy()
+        topk_mass[index] = best.values.exp().sum(dim=-1).cpu().double().numpy()
+        sum_squares[index] = (2.0 * lp).exp().sum(dim=-1).cpu().double().numpy()
+    share.merge(done, [choice_logprobs, top_token, top_logprob, topk_mass, sum_squares, divisors, novelty])
 
     labelled = rows.gold >= 0
     gold_column = np.where(labelled, rows.gold, 0)
@@ -143,6 +152,7 @@ def evaluate_multiple_choice(
         "gold_logprob": np.where(labelled, choice_logprobs[every, gold_column], np.nan),
         "sum_squares": sum_squares,
         "truncated": rows.truncated,
+        **({} if scaling is None else {"temperature": divisors, "novelty": novelty}),
     }
     return MultipleChoiceResult(predictions, multiple_choice_report(predictions, n_bins=n_bins))
 
@@ -243,6 +253,6 @@ def _token_groups(
     return groups
 
 
-def _check_temperature(temperature: float) -> None:
+def _check_temperature(temperature: Any) -> None:
     if not (temperature > 0.0 and np.isfinite(temperature)):
         raise ValueError(f"`temperature` must be a finite number above 0, got {temperature}.")

@@ -110,7 +110,7 @@ class NoveltyScaling:
             states (`Mapping[int, torch.Tensor]`): Layer -> hidden states `[B, H]` at the answer position.
             logits (`torch.Tensor` of shape `[B, V]`, float32): What they lead to.
         """
-        sure = None if self.unsure is None else torch.softmax(logits, -1).amax(-1).double().cpu().numpy()
+        sure = None if self.unsure is None else torch.softmax(logits, -1).amax(-1).cpu().double().numpy()
         x = self.features(states, sure)
         novelty = np.full(len(x), np.nan) if self.reference is None else self.reference.percentile(x[:, 0])
         return self.temperature.temperature(x), novelty

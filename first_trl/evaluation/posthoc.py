@@ -61,7 +61,7 @@ def fit_posthoc_temperature(
         best = logits.max(dim=-1, keepdim=True)
         z = logits - best.values
         gold = torch.from_numpy(gold_token[index]).to(z.device)
-        gold_logit[index] = z.gather(-1, gold[:, None])[:, 0].double().cpu().numpy()
+        gold_logit[index] = z.gather(-1, gold[:, None])[:, 0].cpu().double().numpy()
         correct[index] = (best.indices[:, 0] == gold).cpu().numpy()
         partition[index], slope[index] = partition_table(z)
     share.merge(done, [partition, slope, gold_logit, correct])
@@ -111,7 +111,7 @@ def partition_table(logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         beta = float(np.exp(log_beta))
         weights = (logits * beta).exp()
         total = weights.sum(dim=-1)
-        values[:, i] = total.double().log().cpu().numpy()
+        values[:, i] = total.cpu().double().log().numpy()
         # d/d(log beta) = beta d/d(beta)
-        slopes[:, i] = beta * ((weights * finite).sum(dim=-1) / total).double().cpu().numpy()
+        slopes[:, i] = beta * ((weights * finite).sum(dim=-1) / total).cpu().double().numpy()
     return values, slopes

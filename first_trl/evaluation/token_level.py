@@ -132,9 +132,9 @@ def evaluate_token_level(
         gold = torch.from_numpy(rows.token[index]).to(lp.device)
         best = lp.max(dim=-1)
         top_token[index] = best.indices.cpu().numpy()
-        top_logprob[index] = best.values.double().cpu().numpy()
-        gold_logprob[index] = lp.gather(-1, gold[:, None])[:, 0].double().cpu().numpy()
-        sum_squares[index] = (2.0 * lp).exp().sum(dim=-1).double().cpu().numpy()
+        top_logprob[index] = best.values.cpu().double().numpy()
+        gold_logprob[index] = lp.gather(-1, gold[:, None])[:, 0].cpu().double().numpy()
+        sum_squares[index] = (2.0 * lp).exp().sum(dim=-1).cpu().double().numpy()
     share.merge(done, [top_token, top_logprob, gold_logprob, sum_squares])
     predictions = {
         "id": rows.ids[rows.row],

@@ -42,6 +42,24 @@ def default_chunk_size(vocab_size: int, device: str = "cpu") -> int:
     return min(max(tokens // 32 * 32, 32), _MAX_CHUNK_SIZE)
 
 
+def tile_bytes(num_tokens: int, vocab_size: int, device: str, compute_dtype: torch.dtype) -> int:
+    """
+    Bytes of the tiles that [`project_chunks`] holds: one of logits that become their gradient with the Triton kernels of a
+    GPU, float32 logits and room for the exponentials of a block on a CPU.
+
+    Args:
+        num_tokens (`int`): Supervised tokens of a forward.
+        vocab_size (`int`): Rows of the head.
+        device (`str`): Device type.
+        compute_dtype (`torch.dtype`): Type of the projection: that of autocast, or of the weights.
+    """
+    chunk = max(min(default_chunk_size(vocab_size, device), num_tokens), 1)
+    if device != "cpu":
+        return chunk * vocab_size * compute_dtype.itemsize
+    block = max(min(_BLOCK_BYTES["cpu"] // (vocab_size * 4), chunk), 1)
+    return (chunk + block) * vocab_size * 4
+
+
 @dataclass(frozen=True)
 class FusedOptions:
     estimator: Estimator

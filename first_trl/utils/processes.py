@@ -46,6 +46,12 @@ def on_accelerator() -> bool:
     return process_state().device.type != "cpu"
 
 
+def gpu_memory() -> float | None:
+    """Bytes of this process's CUDA device; `None` without one."""
+    device = process_state().device
+    return None if device.type != "cuda" else float(torch.cuda.get_device_properties(device).total_memory)
+
+
 def _warn_of_no_accelerator(state: PartialState) -> None:
     global _warned
     told = os.environ.get("ACCELERATE_USE_CPU", "").lower()

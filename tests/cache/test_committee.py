@@ -4,6 +4,8 @@ import copy
 import json
 import math
 import os
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,6 +19,9 @@ from first_trl.cache.folder import load_manifest
 from first_trl.cache.verify_folder import verify_cache_folder
 from first_trl.cards import teacher_cache_card
 from first_trl.cli import main
+from first_trl.experiments.recipe import ArmSpec, ModelSpec, TeacherSpec
+from first_trl.experiments.run_folder import RunFolder
+from first_trl.experiments.stages.teachers import teacher_model, teachers
 from first_trl.teacher.backends import CommitteeBackend
 from tests.support.tiny import VOCAB, tiny_config, tiny_gpt2, tiny_llama, tiny_rows, tiny_tokenizer, with_digests
 
@@ -221,6 +226,22 @@ def test_adapters_share_their_base(adapters, rows, tmp_path):
         capture([names[0], changed, names[2]], rows, tmp_path / "shared")
     with pytest.raises(ValueError, match="named twice"):
         CommitteeBackend([names[0], names[0]])
+
+
+def test_a_recipes_committee_of_adapters_shares_the_base(adapters, rows, tmp_path):
+    base, names = adapters
+    for unit, name in (("teacher", names[0]), ("teacher-one", names[1]), ("teacher-v1.5", names[2])):
+        shutil.copytree(name, tmp_path / unit / "model")
+    spec = ModelSpec(name_or_path=str(base), sft={}, lora={"r": 2})
+    variants = {"m": TeacherSpec(committee=["teacher", "one", "v1.5"]), "one": TeacherSpec(), "v1.5": TeacherSpec()}
+    recipe = SimpleNamespace(teacher=spec, teachers=variants, arms={"m": ArmSpec(kind="distill", teacher="m")}, seed=0)
+    run = SimpleNamespace(folder=RunFolder(tmp_path), recipe=recipe)
+    assert [teacher.name for teacher in teachers(recipe)] == ["", "one", "v1.5", "m"]
+    members = teacher_model(run, teachers(recipe)[-1])
+    assert len({id(model) for model, _ in members}) == 1
+    found, expected = capture(members, rows), capture(names, rows)
+    for name in ("teacher_topk_logprobs", INFORMATION):
+        np.testing.assert_allclose(np.concatenate(found[name]), np.concatenate(expected[name]), atol=1e-6)
 
 
 def test_a_member_of_nan_is_named(rows):

@@ -7,11 +7,17 @@ import numpy as np
 import pytest
 import yaml
 
+from first_trl import answer_pipeline
 from first_trl.calibration.conditional import KindTemperature, OptionTemperature
+from first_trl.calibration.novelty import NoveltyTemperature
 from first_trl.cli import main
+from first_trl.evaluation.answer_states import collect_answer_states
 from first_trl.evaluation.multiple_choice import evaluate_multiple_choice
+from first_trl.evaluation.novelty import fit_reference
+from first_trl.evaluation.novelty_scaling import NoveltyScaling
 from first_trl.tasks import get_task
 from first_trl.tasks.decision import decision_request, save_decision_config
+from first_trl.tasks.decision_extras import write_decision_extras
 from tests.support.tiny import tiny_llama
 
 
@@ -53,6 +59,38 @@ def test_one_token_answers(student, tmp_path, capsys):
     assert {"model", "uniform", "prior"} <= set(capsys.readouterr().out.split())
     entries = yaml.safe_load((tmp_path / ".eval_results" / "digits.yaml").read_text())
     assert entries[0]["dataset"] == {"id": "someone/digits", "task_id": "digits_accuracy"}
+
+
+def test_a_temperature_by_novelty_is_that_of_the_answer_pipeline(student, tmp_path, capsys):
+    task, folder = get_task("digits"), tmp_path / "student"
+    shutil.copytree(student, folder)
+    model, tokenizer = tiny_llama(vocab_size=143), task.tokenizer()
+    train = collect_answer_states(model, tokenizer, task.load("train", limit=60).dataset, [2], disable_tqdm=True)
+    fit = NoveltyTemperature(0.3, (0.6,), 1.3, False, 60, 0.0)
+    reference = fit_reference(train.states[2], layer=2, k=5)
+    digest = NoveltyScaling("distance", fit, reference, None, None, {}).save(folder)
+    write_decision_extras(folder, novelty={"file": "novelty.safetensors", "sha256": digest})
+    rows = task.load("test", limit=40).dataset
+    command = ["evaluate", str(folder), "--task", "digits", "--limit", "40", "--device", "cpu"]
+    assert main([*command, "--novelty", "--batch-size", "7", "--output-dir", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    found = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()]
+    given = answer_pipeline(folder, novelty=True, batch_size=3, device="cpu")(rows)
+    for ours, pipe in zip(found, given, strict=True):
+        shares = np.array(pipe["choices"]) / pipe["option_mass"]
+        assert ours["probabilities"] == pytest.approx(shares, abs=1e-6)
+        assert ours["novelty"] == pytest.approx(pipe["novelty"], abs=1e-6)
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    new = np.mean([pipe["new"] for pipe in given])
+    assert report["novelty"]["new"] == pytest.approx(new) and f"Novelty: {100 * new:.1f} %" in printed
+    assert report["temperature"]["by"] == "novelty"
+    temperatures = [row["temperature"] for row in found]
+    assert report["temperature"]["mean"] == pytest.approx(np.mean(temperatures)) and np.ptp(temperatures) > 0.1
+    for more in (["--temperature", "2"], ["--permutations", "2"], ["--scoring", "choices"]):
+        assert main([*command, "--novelty", *more]) != 0
+        assert "brings its own temperatures" in capsys.readouterr().err
+    assert main(["evaluate", student, *command[2:], "--novelty"]) != 0
+    assert "brings no novelty.safetensors" in capsys.readouterr().err
 
 
 def test_answers_of_several_tokens_are_scored_by_their_text(data_folder, tmp_path):

@@ -78,6 +78,8 @@ def test_bad_results_are_told(tmp_path):
         results_table(results, arms=["SFTT"])
     with pytest.raises(ValueError, match=r"no role 'tset'\. Did you mean 'test'"):
         results_table(results, roles=["tset"])
+    with pytest.raises(ValueError, match="name a baseline too"):
+        results_table(results, intervals=True)
     (tmp_path / "results.csv.gz").write_text("cell,run\n")
     with pytest.raises(ValueError, match="no gzipped CSV"):
         read_results(tmp_path / "results.csv.gz")
@@ -90,3 +92,12 @@ def test_statistics_are_those_of_the_rows():
     sd = (sum((value - mean) ** 2 for value in seeds) / 4) ** 0.5
     table = results_table(scores, roles=["test"], metrics=["nll"], arms=["SFT"])
     assert table.splitlines()[2] == f"| SFT | {mean:.3f} ± {sd:.3f} |"
+    # The difference's 95 % interval: 2.776 is the quantile of Student's t with four degrees of freedom
+    others = [score.values["nll"] for score in scores if (score.role, score.arm) == ("test", "Direct distillation")]
+    differences = [a - b for a, b in zip(seeds, others, strict=True)]
+    mean = sum(differences) / 5
+    half = 2.776445 * (sum((value - mean) ** 2 for value in differences) / 4) ** 0.5 / 5**0.5
+    table = results_table(
+        scores, roles=["test"], metrics=["nll"], arms=["SFT"], baselines=["Direct distillation"], intervals=True
+    )
+    assert f"| {mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}] 0/5 |" in table

@@ -5,7 +5,7 @@ import pytest
 
 from first_trl.calibration.partition import LOG_BETAS
 from first_trl.evaluation.answer_states import AnswerStates
-from first_trl.evaluation.cross_group import cross_group_slopes
+from first_trl.evaluation.cross_group import cluster_groups, cross_group_slopes
 from first_trl.evaluation.novelty_scaling import FEATURES, fit_novelty_scaling
 
 
@@ -134,6 +134,34 @@ def test_the_slope_of_groups_is_found_where_new_groups_are_answered_worse():
         cross_group_slopes(new, names, new.rows(np.arange(60)))
     control = cross_group_slopes(new, names, feature="max_probability")
     assert set(control) == {0} and len(control[0]["slopes"]) == 1
+
+
+def same_partition(a, b) -> bool:
+    return len(set(zip(a, b, strict=True))) == len(set(a)) == len(set(b))
+
+
+def test_rows_without_groups_are_clustered():
+    rng = np.random.default_rng(5)
+    truth = rng.integers(12, size=600)
+    places = np.linalg.qr(rng.normal(size=(WIDTH, WIDTH)))[0]
+    state = places[truth] * rng.uniform(1, 9, size=(600, 1)) + 0.02 * rng.normal(size=(600, WIDTH))
+    noise = rng.normal(size=(600, WIDTH))
+    # Of layers 1, 2 and 5 the middle one counts, and the length of a state does not
+    rows = answers(rng.normal(size=(600, 3)), rng.integers(3, size=600), {1: noise, 2: state, 5: noise})
+    found = cluster_groups(rows, 12)
+    assert same_partition(found, truth.tolist())
+    assert found == cluster_groups(rows, 12) and len(set(cluster_groups(rows, 30, seed=1))) == 30
+    # The groups that were found serve as those that were given do
+    given, clustered = (cross_group_slopes(rows, names, layers=[2])[2] for names in (truth.tolist(), found))
+    assert clustered["n"] == given["n"] and len(clustered["folds"]) == 4 and clustered["groups"] == 12
+    copies = rows.rows(np.repeat([0, 1, 2], 50))
+    assert len(set(cluster_groups(copies, 10))) == 3
+    for wrong in (1, 601):
+        with pytest.raises(ValueError, match="`clusters` must be from 2 to the 600 rows"):
+            cluster_groups(rows, wrong)
+    rows.states[2][7] = 0
+    with pytest.raises(ValueError, match="zero or not finite"):
+        cluster_groups(rows, 12)
 
 
 def test_groups_that_do_not_serve_are_refused():

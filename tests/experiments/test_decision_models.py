@@ -42,6 +42,7 @@ SIZES = [
     "task.splits.validation={split: 'validation[:50%]', limit: 64}",
     "task.splits.threshold={split: 'validation[50%:]', limit: 100}",
     f"task.splits.test={{split: test, limit: {ROWS}}}",
+    "evaluation.splits=[test]",
 ]
 
 

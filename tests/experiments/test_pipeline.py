@@ -2,19 +2,23 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from datasets import Dataset, load_dataset
+from safetensors.torch import load_file
 
 from first_trl import answer_pipeline
 from first_trl.calibration import expected_calibration_error
 from first_trl.cli import main
 from first_trl.experiments.smoke.rows import DATA as SMOKE_DATA
+from tests.support.forked import start
 from tests.support.quickstart import TINY
 
 
@@ -29,6 +33,11 @@ ARMS = {
     "sft_novelty": {"kind": "novelty_scaling", "of": "sft"},
     "sft_agreement": {"kind": "agreement_scaling", "of": "sft", "prompts": "ood"},
     "lora_novelty": {"kind": "novelty_scaling", "of": "lora", "novelty": {"fit": "cross_group", "layers": [1]}},
+    "lora_clusters": {
+        "kind": "novelty_scaling",
+        "of": "lora",
+        "novelty": {"fit": "cross_group", "layers": [1], "groups": "cluster", "clusters": 8},
+    },
 }
 
 
@@ -106,7 +115,12 @@ def test_temperature_by_novelty_leaves_accuracy_and_says_how_new_rows_are(run):
     assert (run / "report" / "novelty.png").stat().st_size > 5000 and set(report["novelty"]) == {
         "sft_novelty",
         "lora_novelty",
+        "lora_clusters",
     }
+    clusters = json.loads((run / "evaluate" / "lora_clusters" / "novelty.json").read_text())
+    assert clusters["settings"]["clusters"] == 8
+    own, made = (each["choice"]["cross_group"]["1"]["groups"] for each in (fitted, clusters))
+    assert 4 <= made <= 8 < own
     exported = (run / "students" / "sft" / "model" / "novelty.safetensors").read_bytes()
     assert exported == (run / "evaluate" / "sft_novelty" / "novelty.safetensors").read_bytes()
     assert not (run / "students" / "first" / "model" / "novelty.safetensors").exists()
@@ -134,8 +148,6 @@ def test_temperature_by_novelty_leaves_accuracy_and_says_how_new_rows_are(run):
 
 
 def test_a_finished_run_is_extended_without_training(run, recipe, capsys, tmp_path):
-    import shutil
-
     folder = tmp_path / "copy"
     shutil.copytree(run, folder)
     extra = "arms.first_novelty={kind: novelty_scaling, of: first, novelty: {feature: distance_and_max_probability}}"
@@ -162,8 +174,6 @@ def test_a_second_run_trains_nothing(run, recipe, capsys):
 
 
 def test_a_change_redoes_what_depends_on_it_and_nothing_else(run, recipe, capsys, tmp_path):
-    import shutil
-
     folder = tmp_path / "copy"
     shutil.copytree(run, folder)
     assert main(["run", recipe, *TINY, "arms.first.training.learning_rate=1e-4", "--output-dir", str(folder)]) == 0
@@ -204,7 +214,8 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize("processes", LAUNCHERS)
+# Quick is the launch of two processes, which could write twice; the other starts one
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_launch_writes_each_output_once(processes, recipe, run, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", *LAUNCHERS[processes], "-m", "first_trl", "run", recipe, *TINY]
@@ -238,30 +249,20 @@ def test_a_launch_writes_each_output_once(processes, recipe, run, tmp_path):
 
 def test_a_killed_run_continues_from_its_checkpoint(recipe, run, tmp_path):
     """Killed in the middle of a student; the same command ends with the weights of an undisturbed run."""
-    import signal
-    import time
-
-    from safetensors.torch import load_file
-
-    options = [
-        *TINY,
-        "arms.sft.training={save_strategy: steps, save_steps: 2, num_train_epochs: 4}",
-        "--stage",
-        "students",
-    ]
-    for stage in ("data", "pretrain", "teacher", "capture", "recalibrate"):
-        for name in ("whole", "killed"):
-            assert main(["run", recipe, *options[:-1], stage, "--output-dir", str(tmp_path / name)]) == 0
+    changes = ["arms.sft.training={save_strategy: steps, save_steps: 2, num_train_epochs: 4}"]
+    changes += ["arms.first.training.learning_rate=1e-4"]  # so that it too is trained after the kill
+    options = [*TINY, *changes, "--stage", "students"]
+    for name in ("whole", "killed"):
+        shutil.copytree(run, tmp_path / name)
     assert main(["run", recipe, *options, "--output-dir", str(tmp_path / "whole")]) == 0
-    command = [sys.executable, "-m", "first_trl", "run", recipe, *options, "--output-dir", str(tmp_path / "killed")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start(["run", recipe, *options, "--output-dir", str(tmp_path / "killed")], tmp_path / "log.txt")
     deadline = time.monotonic() + 240
     while not list((tmp_path / "killed").glob("students/sft/checkpoints/*/trainer_state.json")):
-        assert process.poll() is None, "finished before it could be killed"
+        assert process.is_alive(), "finished before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not (tmp_path / "killed" / "students" / "sft" / "model").exists()
     assert main(["run", recipe, *options, "--output-dir", str(tmp_path / "killed")]) == 0
     for arm in ("sft", "first"):
@@ -273,8 +274,6 @@ def test_a_killed_run_continues_from_its_checkpoint(recipe, run, tmp_path):
 
 
 def test_a_further_evaluation_role_and_a_smaller_batch_train_nothing_again(run, recipe, capsys, tmp_path):
-    import shutil
-
     folder = tmp_path / "copy"
     shutil.copytree(run, folder)
     changes = ["task.splits.more={split: test, limit: 20}", "evaluation.splits=[test, ood, more]"]
@@ -285,15 +284,15 @@ def test_a_further_evaluation_role_and_a_smaller_batch_train_nothing_again(run, 
     }
     read = {f"states/{arm['of']}" for arm in ARMS.values() if arm["kind"] in ("novelty_scaling", "agreement_scaling")}
     assert redone == {"data", "report", *read, *(f"evaluate/{arm}" for arm in (*ARMS, "bayes"))}
-    # Other training rows are another matter
-    assert main(["run", recipe, *TINY, "task.splits.train.limit=80", "--output-dir", str(folder)]) == 0
+    # Other training rows are another matter; one arm shows it
+    changes = ["task.splits.train.limit=80", "arms={sft: {kind: sft}}"]
+    assert main(["run", recipe, *TINY, *changes, "--output-dir", str(folder)]) == 0
     assert "students/sft: running" in capsys.readouterr().out
 
 
-def test_an_adapter_loads_from_any_working_folder(recipe, tmp_path, monkeypatch):
-    from first_trl import answer_pipeline
-
-    (tmp_path / "here").mkdir()
+def test_an_adapter_loads_from_any_working_folder(recipe, run, tmp_path, monkeypatch):
+    # What comes before the students is there; the adapter is trained anew, in a run that is named by a relative path
+    shutil.copytree(run, tmp_path / "here" / "run", ignore=shutil.ignore_patterns("students", "evaluate"))
     monkeypatch.chdir(tmp_path / "here")
     only = "arms={lora: {kind: distill, lora: {r: 4, target_modules: all-linear}}}"
     assert main(["run", recipe, *TINY, only, "--output-dir", "run"]) == 0

@@ -34,9 +34,11 @@ ARMS = {
         "select": "nll",
     },
     "cross": {"kind": "distill", "teacher": "cross", "data": ["train", "unlabelled"]},
+    "mean": {"kind": "distill", "teacher": "mean", "recalibration": "logit_temperature"},
 }
 TEACHERS = {
     "selected": {"select": "nll", "sft": {"num_train_epochs": 3, "learning_rate": 3e-2}},
+    "mean": {"committee": ["teacher", "selected"]},
     "cross": {"folds": 3, "fold_by": "group"},
 }
 
@@ -45,6 +47,7 @@ TEACHERS = {
 def run(tmp_path_factory) -> Path:
     data = yaml.safe_load(recipe_path("quickstart").read_text())
     data |= {"arms": ARMS, "teachers": TEACHERS}
+    data["evaluation"]["splits"] = ["test"]
     data["task"]["splits"]["unlabelled"] = {"split": "unlabelled", "limit": 120}
     folder = tmp_path_factory.mktemp("options")
     path = folder / "options.yaml"
@@ -90,6 +93,28 @@ def test_rows_of_a_fold_come_from_the_teacher_that_did_not_see_their_group(run):
                 assert min(error for i, error in enumerate(errors) if i != fold) > 2e-2
     counts = json.loads((run / "data" / "counts.json").read_text())
     assert seen_rows == sum(counts[role]["rows"] for role in ("train", "validation", "unlabelled"))
+
+
+def test_a_committee_is_the_mean_of_its_members(run):
+    models = [
+        AutoModelForCausalLM.from_pretrained(run / name / "model").eval() for name in ("teacher", "teacher-selected")
+    ]
+    for row in entries(run / "cache-mean", "train").select(range(6)):
+        with torch.no_grad():
+            given = torch.tensor([row["input_ids"][:-1]])
+            own = np.array([model(given).logits[0, -1].double().softmax(-1).numpy() for model in models])
+        ids = row["teacher_topk_ids"][0]
+        np.testing.assert_allclose(row["teacher_topk_logprobs"][0], np.log(own.mean(0))[ids], atol=5e-3)
+        entropies = -(own * np.log(own)).sum(-1)
+        mixed = -(own.mean(0) * np.log(own.mean(0))).sum()
+        assert row["teacher_mutual_information"] == pytest.approx([mixed - entropies.mean()], abs=1e-5)
+    manifest = json.loads((run / "cache-mean" / "manifest" / "train.json").read_text())
+    assert manifest["teacher"]["name"] == "Committee of 2: teacher, selected"
+    assert manifest["recalibration"]["logit_temperature"]["recalibration"]["value"] > 0
+    costs = json.loads((run / "report" / "report.json").read_text())["costs"]
+    assert (
+        costs["mean"]["teacher_steps"] == costs["first"]["teacher_steps"] + costs["teacher_selected"]["teacher_steps"]
+    )
 
 
 def test_the_selected_epoch_is_the_best_and_is_what_is_saved(run):

@@ -98,6 +98,28 @@ def test_runs_of_seeds_and_a_grid():
     assert text.count("\nTeacher cache") == 2
 
 
+def test_a_committee_trains_its_members_and_is_captured_once():
+    recipe = load_recipe("quickstart", [
+        "teachers={mean: {committee: [teacher, one, two]}, one: {sft: {seed: 1}}, two: {sft: {seed: 2}}, unused: {}}",
+        "arms={mean: {kind: distill, teacher: mean}}",
+    ])  # fmt: skip
+    [setting] = plan_recipe(recipe).settings
+    trainings = [training.unit for training in setting.trainings if training.unit.startswith("teacher")]
+    assert trainings == ["teacher", "teacher-one", "teacher-two"]
+    assert [cache.unit for cache in setting.caches] == ["cache", "cache-mean"]
+    # With folds: of each, the mean of those that did not see it
+    recipe = load_recipe("quickstart", [
+        "teachers={a: {folds: 2}, b: {folds: 2, sft: {seed: 1}}, mean: {committee: [a, b]}}",
+        "arms={mean: {kind: distill, teacher: mean}}",
+    ])  # fmt: skip
+    plan = plan_recipe(recipe)
+    units = [unit.unit for unit in plan.runs[0].units if unit.unit.startswith(("teacher-", "cache-"))]
+    assert units == [
+        *(f"teacher-{name}/fold-{fold}" for name in ("a", "b", "mean") for fold in (0, 1)),
+        "cache-mean/fold-0", "cache-mean/fold-1",
+    ]  # fmt: skip
+
+
 def test_further_teachers_and_folds():
     recipe = load_recipe("quickstart", [
         "teachers={cross: {folds: 4}, short: {sft: {num_train_epochs: 1}}}",
@@ -142,11 +164,12 @@ def test_finished_units_are_known_by_their_settings(tmp_path):
 
 
 def test_the_launch_tells_processes_and_sharding(monkeypatch):
+    recipe = load_recipe("commonsense_qa")  # of published sizes: no rows are made to be counted
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert plan_recipe(load_recipe("quickstart")).sharding == "fsdp2"
+    assert plan_recipe(recipe, configs=CONFIGS).sharding == "fsdp2"
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
-    assert plan_recipe(load_recipe("quickstart")).sharding == "zero3"
+    assert plan_recipe(recipe, configs=CONFIGS).sharding == "zero3"
     with pytest.raises(ValueError, match="must be one of none, fsdp2, zero3"):
-        plan_recipe(load_recipe("quickstart"), sharding="magic")
+        plan_recipe(recipe, sharding="magic")

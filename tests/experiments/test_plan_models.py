@@ -3,22 +3,25 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import BatchSampler, SequentialSampler
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 import first_trl
+from first_trl import FirstDistillTrainer
 from first_trl.experiments.plan.memory import capture_memory, training_memory
 from first_trl.experiments.plan.models import Shape, UnknownModel, config_of, lora_parameters, shape_of
+from first_trl.experiments.plan.schema import MemoryPlan, Plan, SettingPlan
 from first_trl.experiments.plan.steps import device_batch, optimizer_steps
 from first_trl.experiments.recipe import ModelSpec
 from first_trl.training.precision import cast_to_master_weights
-from tests.support.tiny import tiny_llama, tiny_rows, tiny_tokenizer
+from tests.support.tiny import VOCAB, tiny_cache, tiny_config, tiny_llama, tiny_rows, tiny_tokenizer
 
 
 CONFIGS = Path(first_trl.__file__).parent / "experiments" / "plan" / "model_configs"
@@ -142,6 +145,87 @@ def test_weights_gradients_and_adamw_are_those_of_a_real_step(tmp_path, dtype, l
     assert parts["optimizer"] == sum(value.nbytes for value in moments)
 
 
+LORA = {"r": 8, "target_modules": "all-linear"}
+STEPS = {
+    "plain": {},
+    "checkpoints": {"gradient_checkpointing": True},
+    "autocast": {"bf16": True},
+    "tied, autocast, checkpoints": {"tied": True, "bf16": True, "gradient_checkpointing": True},
+    "large vocabulary": {"vocabulary": 8000, "bf16": True},
+    "LoRA": {"lora": LORA},
+    "LoRA on 16 bits, autocast": {"lora": LORA, "dtype": "bfloat16", "bf16": True},
+}
+
+
+@pytest.mark.parametrize(
+    "case", ["autocast", *(pytest.param(case, marks=pytest.mark.slow) for case in STEPS if case != "autocast")]
+)
+def test_a_plan_is_what_a_step_takes_from_the_allocator(case, tmp_path):
+    """Every byte that the CPU allocator gives in a step of two micro-batches, at its peak."""
+    options = {"tied": False, "vocabulary": 1000, "lora": None, "dtype": "float32"} | STEPS[case]
+    training = {name: options.get(name, False) for name in ("gradient_checkpointing", "bf16")}
+    config = LlamaConfig(
+        vocab_size=options["vocabulary"], hidden_size=64, intermediate_size=176, num_hidden_layers=6,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64, pad_token_id=0, bos_token_id=1,
+        eos_token_id=1, tie_word_embeddings=options["tied"],
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(getattr(torch, options["dtype"]))
+    ids = np.random.default_rng(0).integers(3, VOCAB, (32, 64)).tolist()
+    cache = tiny_cache(tiny_llama(), tiny_tokenizer(), [{"input_ids": row, "labels": [-100, *row[1:]]} for row in ids])
+    peak = Peak()
+    trainer = FirstDistillTrainer(
+        model,
+        tiny_config(
+            tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=2, max_steps=2, **training
+        ),
+        cache,
+        processing_class=tiny_tokenizer(),
+        callbacks=[peak],
+        peft_config=None if options["lora"] is None else LoraConfig(task_type="CAUSAL_LM", **options["lora"]),
+    )  # fmt: skip
+    trainer.train()
+    spec = ModelSpec(architecture="llama", init_kwargs={"dtype": options["dtype"]})
+    parts = training_memory(
+        shape_of(spec, config), training, tokens=8 * 64, device="cpu",
+        trainable=None if options["lora"] is None else lora_parameters(config, options["lora"]),
+    )  # fmt: skip
+    assert 0.93 < sum(parts.values()) / peak.bytes < 1.07
+
+
+class Peak(TrainerCallback):
+    """Bytes of weights and moments, and the most that the second step adds to them."""
+
+    def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if state.global_step == 1:
+            moments = [value for each in optimizer.state.values() for value in each.values()]
+            self.bytes = sum(tensor.nbytes for tensor in [*model.parameters(), *moments])
+            self.profile = torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+            )
+            self.profile.start()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            self.profile.stop()
+            events = [e for e in self.profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+            given = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+            assert given[-1] < 1000  # whatever the step took, it gave back
+            self.bytes += int(given.max())
+
+
+def test_what_does_not_fit_is_said_with_what_helps():
+    parts = training_memory(shape("Qwen/Qwen3-8B"), {}, tokens=4096)
+    training = MemoryPlan("student, distillation", parts, "4 rows of up to 1024 tokens")
+    capture = MemoryPlan("teacher, capture", capture_memory(shape("Qwen/Qwen3-8B"), 8192))
+    setting = SettingPlan({}, [], [], [training, capture, MemoryPlan("unknown")], [], [])
+    plan = Plan("p", "", 1, "none", [setting, setting], [])
+    assert plan.too_large_for(200e9) == []
+    (said,) = plan.too_large_for(80e9)
+    assert said.startswith("student, distillation (4 rows of up to 1024 tokens) needs about 15")
+    assert "there are 80.0 GB. Most of it is optimizer: LoRA, `optim: adamw_bnb_8bit`" in said
+    assert len(plan.too_large_for(16e9)) == 2 and "serve it" in plan.too_large_for(16e9)[1]
+
+
 def test_sharding_divides_and_checkpointing_saves():
     model = shape("Qwen/Qwen3-8B")
 
@@ -161,7 +245,7 @@ def test_sharding_divides_and_checkpointing_saves():
     assert training_memory(model, {}, tokens=None, trainable=1000)["head"] == 0
     assert total(processes=8) > total()  # buckets of gradients
     for sharding in ("fsdp2", "zero3"):
-        assert total(processes=16, sharding=sharding) < 0.6 * total(processes=8, sharding=sharding)
+        assert total(processes=16, sharding=sharding) < 0.65 * total(processes=8, sharding=sharding)
     assert total({"gradient_checkpointing": False}.items()) > total() + 5e9
     assert total({"optim": "adamw_bnb_8bit"}.items()) < total() - 2e10
     assert total(trainable=40_000_000) < 0.35 * total()

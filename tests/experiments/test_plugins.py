@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from huggingface_hub import ModelCard
 
 from first_trl.cli import main
 from first_trl.experiments.share.cards import write_student_cards
+from first_trl.utils.resources import recipe_path
 from tests.support.registrations import registered_only_here
 
 
@@ -120,7 +122,9 @@ def test_a_plugin_beside_its_recipe_is_found_from_elsewhere(recipe, tmp_path):
     done = python("-c", code, recipe, both, cwd=elsewhere)
     assert done.stdout.strip() == "['sure_and_wrong', 'zeros']", done.stderr
     (tmp_path / "zeros_plugin.py").unlink()
-    done = python("-c", code, recipe, both, cwd=elsewhere)
+    # A recipe that needs no other plugin, which would import torch first
+    plain = shutil.copy(recipe_path("quickstart"), tmp_path)
+    done = python("-c", code, plain, "plugins=[zeros_plugin]", cwd=elsewhere)
     assert f"There is no plugin module 'zeros_plugin' in {tmp_path}" in done.stderr
 
 

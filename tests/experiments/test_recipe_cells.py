@@ -110,6 +110,11 @@ def test_mistakes_are_named(override, message):
         ("arms.first.select=ece", "select must be nll"),
         ("teachers={early: {folds: 1}}", "folds must be at least 2"),
         ("teachers={early: {fold_by: job}}", "fold_by must be group or id"),
+        ("teachers={m: {committee: [teacher]}}", "teachers.m.committee must name two or more teachers"),
+        ("teachers={m: {committee: [teacher, other]}}", "teachers.m.committee: no teacher 'other'"),
+        ("teachers={a: {folds: 2}, m: {committee: [teacher, a]}}", "all be made of the same folds, or of none"),
+        ("teachers={a: {}, m: {committee: [teacher, a], sft: {seed: 1}}}", "leave out sft, select and folds here"),
+        ("teachers={a: {}, m: {committee: [teacher, a]}, n: {committee: [a, m]}}", "'m' is a committee itself"),
         ("task.splits.ood={split: ood, unseen: pair}", "unseen must be group or question"),
         ("task.splits.validation={split: validation, unseen: group}", "only belongs to roles of evaluation.splits"),
         ("hub={namespace: me, arms: [teacher]}", "which trains no student"),
@@ -125,6 +130,11 @@ def test_combinations_without_a_meaning_are_refused(override, message):
 def test_a_teacher_of_folds_cannot_be_evaluated():
     with pytest.raises(ValueError, match="made of folds"):
         load_recipe("quickstart", ["teachers={cross: {folds: 4}}", "arms.teacher.teacher=cross"])
+
+
+def test_a_committee_cannot_be_evaluated():
+    with pytest.raises(ValueError, match="is a committee"):
+        load_recipe("quickstart", ["teachers={a: {}, mean: {committee: [teacher, a]}}", "arms.teacher.teacher=mean"])
 
 
 def test_an_override_reaches_into_a_case_and_leaves_the_rest_of_it():

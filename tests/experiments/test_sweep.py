@@ -3,7 +3,7 @@
 import json
 import os
 import random
-import signal
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +14,7 @@ import yaml
 
 from first_trl.cli import main
 from first_trl.utils.resources import recipe_path
+from tests.support.forked import start
 from tests.support.quickstart import TINY
 
 
@@ -28,6 +29,7 @@ ARMS = {
 def recipe(tmp_path_factory) -> str:
     data = yaml.safe_load(recipe_path("quickstart").read_text())
     data |= {"arms": ARMS, "seeds": [0, 1], "grid": {"arms.c.recalibration_value": [0.2, 0.5]}}
+    data["evaluation"]["splits"] = ["test"]
     path = tmp_path_factory.mktemp("recipe") / "sweep.yaml"
     path.write_text(yaml.safe_dump(data))
     return str(path)
@@ -45,8 +47,10 @@ def whole(recipe, tmp_path_factory) -> Path:
 
 
 def test_a_seed_that_is_there_is_kept_and_the_missing_one_made(recipe, whole, tmp_path, capsys):
+    shutil.copytree(whole / "seed-1", tmp_path / "seed-1")
     assert main(["run", recipe, *TINY, "--output-dir", str(tmp_path), "--seed", "1"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["seed-1"]
+    assert ": running" not in capsys.readouterr().out
     weights = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     assert main(["run", recipe, *TINY, "--output-dir", str(tmp_path)]) == 0
     assert weights.items() <= {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}.items()
@@ -104,31 +108,30 @@ def test_jobs_of_a_recipe_with_one_seed(capsys):
 
 def test_killed_at_five_random_moments(recipe, whole, tmp_path):
     """Each attempt is killed somewhere; the one that is left alone ends with the report of an undisturbed sweep."""
-    command = [sys.executable, "-m", "first_trl", "run", recipe, *TINY, "--output-dir", str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command, log = ["run", recipe, *TINY, "--output-dir", str(tmp_path / "run")], tmp_path / "log.txt"
     chance = random.Random(7)
     units = len(list(whole.glob("seed-*/**/unit.json")))
     kills = 0
     while kills < 5:
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, cwd=tmp_path
-        )
+        process = start(command, log)
         # A moment counted in finished units, so that a slow machine is killed in the middle of its work too
-        before = len(done(tmp_path))
+        before = len(done(tmp_path / "run"))
         target = before + chance.randint(0, max(1, (units - before) // (6 - kills)))
         deadline = time.monotonic() + 300
-        while len(done(tmp_path)) <= target and process.poll() is None:
+        while len(done(tmp_path / "run")) <= target and process.is_alive():
             assert time.monotonic() < deadline
             time.sleep(0.02)
         time.sleep(chance.random() * 0.5)
-        assert process.poll() is None, "finished before it could be killed five times"
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert process.is_alive(), "finished before it could be killed five times"
+        process.kill()
+        process.join()
         kills += 1
-    finished = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=540)
-    assert finished.returncode == 0, finished.stderr[-2000:]
-    assert "done before, kept" in finished.stdout
-    assert merged(tmp_path) == merged(whole)
+    finished = start(command, log)
+    finished.join(540)
+    printed = log.read_text()
+    assert finished.exitcode == 0, printed[-2000:]
+    assert "done before, kept" in printed
+    assert merged(tmp_path / "run") == merged(whole)
 
 
 def done(folder: Path) -> list[Path]:

@@ -8,6 +8,9 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+
 from first_trl.evaluation.multiple_choice import evaluate_multiple_choice
 from first_trl.evaluation.posthoc import fit_posthoc_temperature
 from first_trl.evaluation.token_level import evaluate_token_level
@@ -34,5 +37,7 @@ def results(distributed: bool) -> dict:
 
 if __name__ == "__main__":
     found = results(distributed=True)
+    # How long processes wait for one another, in minutes: enough for one that reads data, and no day
+    found["minutes"] = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout.total_seconds() / 60
     if process_state().is_main_process:
         Path(sys.argv[1]).write_text(json.dumps(found))

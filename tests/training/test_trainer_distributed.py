@@ -24,8 +24,11 @@ torch.set_num_threads(1)
 
 
 def launch(*command, check=True, folder=ROOT, **variables):
+    # From another folder, with whatever else is on the path
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {
-        **os.environ, "HF_HUB_DISABLE_TELEMETRY": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **variables,
+        **os.environ, "PYTHONPATH": paths, "HF_HUB_DISABLE_TELEMETRY": "1", "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1", **variables,
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=500
@@ -151,9 +154,7 @@ def test_fsdp2_of_accelerate_equals_one_process(name, fsdp2, tmp_path):
 @pytest.mark.slow
 def test_a_run_completes_under_fsdp2(tmp_path):
     """Every stage and arm of the quickstart, with an adapter among the students."""
-    accelerate_with_fsdp2(
-        "tests.support.fsdp2_on_cpu", "run", "quickstart", "--smoke", folder=tmp_path, PYTHONPATH=str(ROOT)
-    )
+    accelerate_with_fsdp2("tests.support.fsdp2_on_cpu", "run", "quickstart", "--smoke", folder=tmp_path)
     assert_whole(tmp_path / "outputs" / "smoke" / "quickstart")
 
 
@@ -170,7 +171,7 @@ def test_a_run_completes_under_zero3(tmp_path):
     launch(
         "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "zero3.yaml"), "--mixed_precision", "no",
         "--main_process_port", str(free_port()), "-m", "first_trl", "run", "quickstart", "--smoke",
-        folder=tmp_path, DS_ACCELERATOR="cpu", PYTHONPATH=str(ROOT),
+        folder=tmp_path, DS_ACCELERATOR="cpu",
     )  # fmt: skip
     assert_whole(tmp_path / "outputs" / "smoke" / "quickstart")
 

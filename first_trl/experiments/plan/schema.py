@@ -4,6 +4,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+# What CUDA, its libraries and fragmentation take beside a plan, in bytes
+_CONTEXT = 2e9
+_OF_TRAINING = {
+    "activations": "a smaller `per_device_train_batch_size` with more `gradient_accumulation_steps` helps, and so does "
+    "`gradient_checkpointing: true`",
+    "optimizer": "LoRA, `optim: adamw_bnb_8bit` or weights divided over GPUs (`--sharding fsdp2`) help",
+}
+_OF_CAPTURE = {
+    "activations": "a smaller `capture.max_tokens_per_batch` helps",
+    "weights": "load it quantised or over several GPUs (`teacher.init_kwargs`), or serve it (`capture.vllm_url`)",
+}
+
+
 @dataclass
 class UnitPlan:
     """
@@ -102,7 +115,7 @@ class MemoryPlan:
 
     Args:
         activity (`str`): E.g. `teacher, fine-tuning`.
-        parts (`dict[str, float]`): `weights`, `gradients`, `optimizer`, `activations`; empty for an unknown model.
+        parts (`dict[str, float]`): `weights`, `gradients`, `optimizer`, `copies`, `head`, `activations`; empty for an unknown model.
         note (`str`): Batch, tokens and LoRA it was computed for.
     """
 
@@ -113,6 +126,18 @@ class MemoryPlan:
     @property
     def total(self) -> float | None:
         return sum(self.parts.values()) if self.parts else None
+
+    @property
+    def largest(self) -> str:
+        """The part that takes most."""
+        return max(self.parts, key=self.parts.__getitem__)
+
+    @property
+    def remedy(self) -> str:
+        """What makes the largest part smaller."""
+        if "optimizer" not in self.parts:
+            return _OF_CAPTURE[self.largest]
+        return _OF_TRAINING.get(self.largest, "LoRA or weights divided over GPUs (`--sharding fsdp2`) help")
 
 
 @dataclass
@@ -208,3 +233,18 @@ class Plan:
     def problems(self) -> list[str]:
         """Why a run of this recipe would stop at its rows, each once."""
         return list(dict.fromkeys(s.problem for setting in self.settings for s in setting.splits if s.problem))
+
+    def too_large_for(self, memory: float) -> list[str]:
+        """
+        What does not fit onto GPUs of this size, each with what would help.
+
+        Args:
+            memory (`float`): Bytes of one GPU.
+        """
+        plans = {plan.activity + plan.note: plan for setting in self.settings for plan in setting.memory}
+        return [
+            f"{plan.activity} ({plan.note}) needs about {plan.total / 1e9:.1f} GB on each GPU beside {_CONTEXT / 1e9:g} GB of "
+            f"CUDA's own, and there are {memory / 1e9:.1f} GB. Most of it is {plan.largest}: {plan.remedy}."
+            for plan in plans.values()
+            if plan.total is not None and plan.total + _CONTEXT > memory
+        ]

@@ -8,7 +8,7 @@ from .schema import MemoryPlan, ModelPlan, Plan, RunPlan, SettingPlan, TrainingP
 
 
 _UNKNOWN = "unknown"
-_GROUPS = ("weights", "gradients", "optimizer", "activations")
+_GROUPS = ("weights", "gradients", "optimizer", "copies", "head", "activations")
 
 
 _BEGUN = ("done", "running", "changed", "unchecked")
@@ -38,7 +38,7 @@ def format_plan(plan: Plan) -> str:
             lines += ["", title + (f", {cell}" if cell else ""), *body]
     lines += _pushes(plan.runs)
     lines += _times(plan)
-    last = "Memory is a rough estimate" + ("." if plan.times else "; time is not estimated (--probe does).")
+    last = "Memory is an estimate" + ("." if plan.times else "; time is not estimated (--probe does).")
     lines += ["", f"Nothing was loaded or downloaded. {last}"]
     return "\n".join(lines)
 
@@ -137,7 +137,7 @@ def _memory(plans: list[MemoryPlan]) -> list[str]:
         absent = {"activations": _UNKNOWN} if plan.parts else {}
         numbers = [_gb(plan.parts[part]) if part in plan.parts else absent.get(part, "") for part in _GROUPS]
         rows.append([plan.activity, *numbers, _UNKNOWN if plan.total is None else _gb(plan.total), plan.note])
-    return _table(["activity", *_GROUPS, "total", "for"], rows, right=(1, 2, 3, 4, 5))
+    return _table(["activity", *_GROUPS, "total", "for"], rows, right=range(1, len(_GROUPS) + 2))
 
 
 def _caches(setting: SettingPlan) -> list[str]:

@@ -141,12 +141,16 @@ class TeacherSpec:
         folds (`int`, *optional*): Fine-tune this many teachers, each without one share of the training rows, and
             cache every row with the one that did not see it.
         fold_by (`str`): Column whose values stay together in a fold: `group`, or `id` for single rows.
+        committee (`list[str]`, *optional*): Teachers whose mean distribution is cached, with their disagreement in
+            `teacher_mutual_information`, instead of another fine-tuning: names in `teachers`, such as ones of other seeds
+            (`sft: {seed: 1}`), and `teacher` for the recipe's own.
     """
 
     sft: Mapping = field(default_factory=dict)
     select: Literal["nll"] | None = None
     folds: Annotated[int, Strict(), Ge(2)] | None = None
     fold_by: Literal["group", "id"] = "group"
+    committee: list[Text] | None = None
 
 
 @dataclass(config=_CONFIG)
@@ -217,6 +221,9 @@ class NoveltySpec:
         components (`int`): Principal components of `pca`, `mahalanobis` and `hidden_state`.
         layers (`list[int]`, *optional*): Layers to choose from, 1 is the first; default: a quarter, half, three quarters and
             all of the depth.
+        groups (`str`): Of `cross_group`: the rows' `group`, or `cluster`, for rows that have none: k-means clusters of their
+            prompts' hidden states in the model before it was fine-tuned.
+        clusters (`int`): Their number, for `groups: cluster`.
         folds (`int`): Parts of the groups, for `cross_group`.
         max_nll_increase (`float`): Nats a row that a slope of `steepest` or `cross_group` may cost on `validation` over one
             temperature; a smaller part of it is taken where it would cost more.
@@ -230,6 +237,8 @@ class NoveltySpec:
     k: Count = 10
     components: Count = 16
     layers: list[Count] | None = None
+    groups: Literal["group", "cluster"] = "group"
+    clusters: Annotated[int, Strict(), Ge(2)] = 32
     folds: Annotated[int, Strict(), Ge(2)] = 4
     max_nll_increase: Annotated[float, Strict(), Ge(0.0)] = 0.0
     at_least_scalar: Flag = False

@@ -9,7 +9,7 @@ from ...training.options import DistillOptions, For, marks
 from ...utils.names import nearest
 from ...vocabulary import BAYES, POST_HOC, THRESHOLD_ROLE
 from .arguments import config_problems, init_problems, lora_problems, training_problems
-from .models import ArmSpec, Recipe
+from .models import ArmSpec, Recipe, TeacherSpec
 from .parse import refuse
 
 
@@ -104,6 +104,30 @@ def _models(recipe: Recipe) -> Iterator[str]:
         yield from _name(name, f"teachers.{name}")
         if recipe.teacher.sft is None:
             yield f"teachers.{name}: the teacher is not fine-tuned here; give teacher.sft."
+        yield from _committee(recipe, name)
+
+
+def _committee(recipe: Recipe, name: str) -> Iterator[str]:
+    variant, place = recipe.teachers[name], f"teachers.{name}.committee"
+    if variant.committee is None:
+        return
+    if len(set(variant.committee)) < max(2, len(variant.committee)):
+        yield f"{place} must name two or more teachers, each once, got {variant.committee}."
+    if variant.sft or variant.select is not None or variant.folds is not None:
+        yield f"{place}: its members are fine-tuned as they say; leave out sft, select and folds here."
+    if recipe.capture.backend not in (None, "transformers"):
+        yield f"{place} needs the members' whole distributions; leave out capture.backend."
+    own = {"teacher": TeacherSpec(), **recipe.teachers}
+    for member in variant.committee:
+        if member not in own:
+            yield f"{place}: no teacher {member!r}.{nearest(member, own)}"
+        elif own[member].committee is not None:
+            yield f"{place}: {member!r} is a committee itself; name its members."
+    folds = {
+        (own[member].folds, own[member].folds and own[member].fold_by) for member in variant.committee if member in own
+    }
+    if len(folds) > 1:
+        yield f"{place}: the members must all be made of the same folds, or of none."
 
 
 def _name(name: str, place: str) -> Iterator[str]:
@@ -140,6 +164,8 @@ def _arm(recipe: Recipe, name: str, arm: ArmSpec) -> Iterator[str]:
             yield f"{place}.teacher: no teacher {arm.teacher!r}.{nearest(arm.teacher, recipe.teachers)}"
         elif arm.kind == "teacher" and recipe.teachers[arm.teacher].folds is not None:
             yield f"{place}: teacher {arm.teacher!r} is made of folds; there is no single one to evaluate."
+        elif arm.kind == "teacher" and recipe.teachers[arm.teacher].committee is not None:
+            yield f"{place}: teacher {arm.teacher!r} is a committee; evaluate its members, or its students."
     if not arm.data:
         yield f"{place}.data is empty; name at least one role to train on."
     for role in arm.data:

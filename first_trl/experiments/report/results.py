@@ -79,6 +79,7 @@ def results_table(
     metrics: Sequence[str] = (),
     arms: Sequence[str] = (),
     baselines: Sequence[str] = (),
+    intervals: bool = False,
 ) -> str:
     """
     A Markdown table of results: mean ± sample standard deviation over the runs, or with `baselines` mean paired
@@ -89,10 +90,14 @@ def results_table(
         roles (`Sequence[str]`), metrics (`Sequence[str]`): Columns; all where none is named.
         arms (`Sequence[str]`): Rows, by label; all where none is named.
         baselines (`Sequence[str]`): What the arms are compared with, by label.
+        intervals (`bool`): Print the intervals of the differences in place of °.
 
     Raises:
-        `ValueError`: A name is unknown; the message names the nearest known one.
+        `ValueError`: A name is unknown (the message names the nearest known one), or there are `intervals` without
+            `baselines`.
     """
+    if intervals and not baselines:
+        raise ValueError("Intervals are those of paired differences: name a baseline too.")
     known = {
         "role": list(dict.fromkeys(score.role for score in scores)),
         "metric": [metric.key for metric in METRICS],
@@ -120,13 +125,13 @@ def results_table(
                 for role, metric in columns:
                     ours = values.get((cell, arm, role, metric.key), {})
                     theirs = None if baseline is None else values.get((cell, baseline, role, metric.key), {})
-                    row.append(_text(ours, theirs, metric))
+                    row.append(_text(ours, theirs, metric, intervals))
                 if any(row):
                     lines.append([*([cell] if len(cells) > 1 else []), arm, *([baseline] if baseline else []), *row])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _text(ours: dict[str, float], theirs: dict[str, float] | None, metric: Metric) -> str:
+def _text(ours: dict[str, float], theirs: dict[str, float] | None, metric: Metric, intervals: bool) -> str:
     if not ours:
         return ""
     if theirs is None:
@@ -138,8 +143,11 @@ def _text(ours: dict[str, float], theirs: dict[str, float] | None, metric: Metri
     )
     if difference is None:
         return ""
-    unsure = "°" if holds_zero(difference) else ""
-    return f"{_number(difference['mean'], metric, sign='+')} {difference['better']}/{difference['n']}{unsure}"
+    mean, better = _number(difference["mean"], metric, sign="+"), f"{difference['better']}/{difference['n']}"
+    if intervals and difference["low"] is not None:
+        low, high = (_number(difference[end], metric, sign="+") for end in ("low", "high"))
+        return f"{mean} [{low}, {high}] {better}"
+    return f"{mean} {better}{'°' if holds_zero(difference) else ''}"
 
 
 def _number(value: float, metric: Metric, sign: str = "") -> str:

@@ -189,6 +189,9 @@ class Run:
             )
         if (variant if name else spec).get("select") == "nll":
             parts.append("epoch with the lowest negative log-likelihood on the validation rows")
+        if variant.get("committee"):
+            members = ", ".join(f"`{member}`" for member in variant["committee"])
+            parts.append(f"as a committee: the mean distribution of the teachers {members}")
         changed = ", ".join(f"`{key}` {value}" for key, value in shown_arguments(variant.get("sft") or {}).items())
         if name:
             parts.append(f"teacher `{name}` of the recipe" + (f" with {changed}" if changed else ""))
@@ -234,7 +237,10 @@ class Run:
     def manifests(self, arm: str) -> list[Manifest]:
         """Manifests of what an arm was trained on, over its roles and folds."""
         name = self._teacher(arm)
-        folds = self.recipe["teachers"][name]["folds"] if name else None
+        variants = self.recipe["teachers"]
+        # Members of a committee are all made of the same folds
+        first = ((variants[name].get("committee") if name else None) or [name])[0]
+        folds = variants.get(first, {}).get("folds")
         roles = self.arms[arm].get("data") or ["train"]
         return [load_manifest(part, role) for role in roles for part in self.folder.caches(name, folds, role)]
 

@@ -12,7 +12,7 @@ import numpy as np
 from ...calibration.agreement import fit_agreement_temperature
 from ...calibration.scores import auroc_between
 from ...evaluation.answer_states import AnswerStates, candidate_layers, collect_answer_states, layer_count
-from ...evaluation.cross_group import cross_group_slopes
+from ...evaluation.cross_group import cluster_groups, cross_group_slopes
 from ...evaluation.multiple_choice import MultipleChoiceResult
 from ...evaluation.novelty import file_digest
 from ...evaluation.novelty_scaling import NOVELTY_NAME, NoveltyScaling, fit_novelty_scaling
@@ -155,8 +155,10 @@ def fit_arm(run: RunContext, name: str) -> NoveltyScaling:
     if spec.fit == "cross_group":
         rows = _train_rows(run)
         groups = rows["group"] if "group" in rows.column_names else [""] * len(rows)
+        heads = AnswerStates.load(run.folder.base_states(base_role(run, of)))
         try:
-            heads = AnswerStates.load(run.folder.base_states(base_role(run, of)))
+            if spec.groups == "cluster":
+                groups = cluster_groups(heads, spec.clusters, seed=run.recipe.seed)
             slopes = cross_group_slopes(train, groups, heads, folds=spec.folds, **common)
         except ValueError as error:
             raise ValueError(f"arms.{name}.novelty.fit: {error}") from None

@@ -4,10 +4,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+from accelerate.utils import gather_object
 
 from ...cache.folder import forget_recalibrations, load_manifest, store_recalibration
-from ...recalibration import fit_recalibration
+from ...recalibration import RecalibrationFit, fit_recalibration
 from ...utils.files import write_json
+from ...utils.processes import Share
 from ..recipe import ArmSpec, Recipe
 from ..run_folder import cache_unit, read_json, recalibration_unit
 from .capture import load_cache
@@ -80,25 +84,17 @@ def recalibration_units(run: RunContext) -> Iterator[Unit]:
 
 
 def _fit(run: RunContext, teacher: Teacher, folder: Path) -> None:
-    if not run.is_main:
-        return
-    spec = run.recipe.recalibration
     wanted = fits(run.recipe, teacher)
-    # A fit of a method that the recipe no longer names must not travel with the cache
-    for cache in [] if teacher.folds is not None else run.folder.caches(teacher.name, None, "train"):
-        forget_recalibrations(cache, "train", _stored_methods(run.recipe, wanted))
-    for fit in wanted:
-        found = fit_recalibration(
-            load_cache(run, teacher, "validation", choices=fit.choices),
-            method=fit.method,
-            objective=fit.objective,
-            estimator=fit.estimator,
-            top_k=fit.top_k,
-            min_value=fit.min_value,
-            positions=spec.positions,
-            n_bins=spec.n_bins,
-            seed=run.recipe.seed,
-        )
+    if run.is_main:
+        # A fit of a method that the recipe no longer names must not travel with the cache
+        for cache in [] if teacher.folds is not None else run.folder.caches(teacher.name, None, "train"):
+            forget_recalibrations(cache, "train", _stored_methods(run.recipe, wanted))
+    # Each fit is one process's, over all rows: the bits do not depend on how many processes there are
+    mine = Share.of(True).part(range(len(wanted)))
+    given: list[Any] = [(index, _found(run, teacher, wanted[index])) for index in mine]
+    every = dict(gather_object(given))
+    for index, fit in enumerate(wanted if run.is_main else []):
+        found = every[index]
         plain = fit.method in _stored_methods(run.recipe, [fit])
         # Where `recalibration_value=None` finds it, for whoever trains from the cache alone
         if plain and teacher.folds is None:
@@ -110,6 +106,21 @@ def _fit(run: RunContext, teacher: Teacher, folder: Path) -> None:
             f"    {path.stem}: {found.recalibration.value:g}, teacher's validation ECE "
             f"{100 * found.raw.ece:.1f} -> {100 * found.chosen.ece:.1f}"
         )
+
+
+def _found(run: RunContext, teacher: Teacher, fit: Fit) -> RecalibrationFit:
+    spec = run.recipe.recalibration
+    return fit_recalibration(
+        load_cache(run, teacher, "validation", choices=fit.choices),
+        method=fit.method,
+        objective=fit.objective,
+        estimator=fit.estimator,
+        top_k=fit.top_k,
+        min_value=fit.min_value,
+        positions=spec.positions,
+        n_bins=spec.n_bins,
+        seed=run.recipe.seed,
+    )
 
 
 def _holds_fits(run: RunContext, teacher: Teacher) -> bool:

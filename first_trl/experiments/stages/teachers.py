@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from peft import PeftModel
 
+from ...utils.files import write_json
 from ..recipe import ArmSpec, ModelSpec, Recipe, TeacherSpec
 from ..run_folder import TrainingFolder, base_unit, teacher_unit
 from .context import RunContext
@@ -19,13 +21,17 @@ from .units import Unit, path_fingerprint
 
 @dataclass(frozen=True)
 class Teacher:
-    """One teacher of a recipe: the plain one (`name` is empty), or one of `teachers`."""
+    """
+    One teacher of a recipe: the plain one (`name` is empty), or one of `teachers`. A committee has `members`, and no
+    fine-tuning of its own.
+    """
 
     name: str
     sft: dict[str, Any] | None
     select: str | None
     folds: int | None
     fold_by: str
+    members: tuple["Teacher", ...] = ()
 
     @property
     def suffix(self) -> str:
@@ -38,12 +44,21 @@ class Teacher:
 
 
 def teachers(recipe: Recipe) -> list[Teacher]:
-    """The recipe's teacher and the further ones that an arm names."""
+    """The recipe's teacher and the further ones that an arm names, or a committee that an arm names; committees last."""
     spec = recipe.teacher
     plain = Teacher("", spec.sft, spec.select, None, "group")
     named = {arm.teacher for arm in recipe.arms.values()}
-    variants = recipe.teachers.items()
-    return [plain, *(_variant(name, spec, variant) for name, variant in variants if name in named)]
+    committees = {
+        name: variant.committee for name, variant in recipe.teachers.items() if variant.committee and name in named
+    }
+    named |= {member for members in committees.values() for member in members}
+    single = {
+        name: _variant(name, spec, variant)
+        for name, variant in recipe.teachers.items()
+        if name in named and name not in committees
+    }
+    known = {"teacher": plain, **single}
+    return [plain, *single.values(), *(_committee(name, [known[m] for m in ms]) for name, ms in committees.items())]
 
 
 def teacher_of(recipe: Recipe, arm: ArmSpec) -> Teacher:
@@ -52,6 +67,10 @@ def teacher_of(recipe: Recipe, arm: ArmSpec) -> Teacher:
 
 def _variant(name: str, spec: ModelSpec, variant: TeacherSpec) -> Teacher:
     return Teacher(name, {**(spec.sft or {}), **variant.sft}, variant.select, variant.folds, variant.fold_by)
+
+
+def _committee(name: str, members: list[Teacher]) -> Teacher:
+    return Teacher(name, None, None, members[0].folds, members[0].fold_by, tuple(members))
 
 
 # models before fine-tuning
@@ -110,6 +129,10 @@ def teacher_units(run: RunContext) -> Iterator[Unit]:
     for teacher in teachers(run.recipe):
         for fold in teacher.parts:
             unit = teacher_unit(teacher.name, fold)
+            if teacher.members:
+                made = {"committee": [run.keys[teacher_unit(member.name, fold)] for member in teacher.members]}
+                yield Unit(unit, made, partial(_convene, run, teacher, fold))
+                continue
             if teacher.sft is None:
                 run.keys[unit] = run.keys[base_unit("teacher")]
                 continue
@@ -123,6 +146,13 @@ def teacher_units(run: RunContext) -> Iterator[Unit]:
                 "data": [run.role_keys[role] for role in ("train", *(["validation"] if teacher.select else []))],
             }
             yield Unit(unit, inputs, partial(_fine_tune, run, teacher, fold))
+
+
+def _convene(run: RunContext, teacher: Teacher, fold: int | None, path: Path) -> None:
+    """There is nothing to make: the log says what a committee cost."""
+    if run.is_main:
+        steps = {member.name or "teacher": run.folder.teacher(member.name, fold).steps() for member in teacher.members}
+        write_json(run.folder.teacher(teacher.name, fold).log, [{"members": steps, "step": sum(steps.values())}])
 
 
 def _fine_tune(run: RunContext, teacher: Teacher, fold: int | None, path: Path) -> None:
@@ -169,8 +199,29 @@ def fold_numbers(run: RunContext, teacher: Teacher, role: str) -> np.ndarray:
 
 
 def teacher_model(run: RunContext, teacher: Teacher, fold: int | None = None) -> Any:
-    """A fine-tuned teacher on this process's device."""
+    """A fine-tuned teacher on this process's device; of a committee, its members as `CommitteeBackend` takes them."""
+    if teacher.members:
+        return _members(run, teacher, fold)
     if teacher.sft is None:
         return place(base_model(run, "teacher"))
     folder = run.folder.teacher(teacher.name, fold)
     return load_trained(folder, run.recipe.teacher, lambda: base_model(run, "teacher"))
+
+
+def _members(run: RunContext, teacher: Teacher, fold: int | None) -> list[tuple[Any, str]]:
+    """Models and their names; adapters share one base."""
+    folders = {member.name or "teacher": run.folder.teacher(member.name, fold) for member in teacher.members}
+    if not all(folder.is_adapter for folder in folders.values()):
+        return [
+            (teacher_model(run, member, fold), name) for member, name in zip(teacher.members, folders, strict=True)
+        ]
+    model, members = base_model(run, "teacher"), list[str]()
+    for name, folder in folders.items():
+        adapter = name.replace(".", "-")  # which names of modules cannot hold
+        if members:
+            model.load_adapter(folder.model, adapter_name=adapter)
+        else:
+            model = PeftModel.from_pretrained(model, folder.model, adapter_name=adapter)
+        members.append(adapter)
+    model = place(model)
+    return [(model, adapter) for adapter in members]

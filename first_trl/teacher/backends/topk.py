@@ -66,7 +66,7 @@ def draw_ids(logits: torch.Tensor, uniforms: torch.Tensor, num_tokens: int) -> t
 
     Args:
         logits (`torch.Tensor` of shape `(N, V)`): Left as they are.
-        uniforms (`torch.Tensor` of shape `(N, draws)`): Uniform in [0, 1).
+        uniforms (`torch.Tensor` of shape `(N, draws)`): Uniform in [0, 1), on any device.
         num_tokens (`int`): Ids that can be drawn.
 
     Returns:
@@ -76,5 +76,6 @@ def draw_ids(logits: torch.Tensor, uniforms: torch.Tensor, num_tokens: int) -> t
     # float64 where the device has it: in float32 the running sum over a large vocabulary would lose rare tokens
     dtype = torch.float32 if logits.device.type == "mps" else torch.float64
     cumulative = (allowed - allowed.amax(-1, keepdim=True)).to(dtype).exp_().cumsum(-1)
-    drawn = torch.searchsorted(cumulative, uniforms.to(dtype) * cumulative[:, -1:], right=True)
+    uniforms = uniforms.to(dtype).to(logits.device)
+    drawn = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True)
     return drawn.clamp(max=num_tokens - 1).int()

@@ -158,7 +158,7 @@ class TransformersBackend:
         for chosen, block in blocks(logits, row_index, columns):
             drawn = torch.empty(len(block), 0, dtype=torch.int32)
             if flat_uniforms is not None:
-                drawn = draw_ids(block, flat_uniforms[chosen].to(block.device), num_tokens)
+                drawn = draw_ids(block, flat_uniforms[chosen], num_tokens)
             parts.append((*top_k_and_tail(block, k, num_tokens), drawn))
         ids, logprobs, tail, draws = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
         broken = np.isnan(tail) | ~np.isfinite(logprobs[:, 0])
