@@ -135,6 +135,28 @@ def bootstrap_interval(
     return float(min(max(limits[0], 0.0), 1.0)), float(min(max(limits[1], 0.0), 1.0))
 
 
+def clustered_inversion(
+    cells: Cells, estimate: float, config: CalibrationConfig, design_effect: npt.NDArray[np.float64]
+) -> tuple[float, float]:
+    """
+    The `"inversion"` interval where rows hang together: the right answers of a bin vary more than those of as many rows
+    that stand alone.
+
+    Args:
+        cells (`Cells`): The located examples.
+        estimate (`float`): The calibration error of the sample itself.
+        config (`CalibrationConfig`): Level, number of resamples and seed.
+        design_effect (`numpy.ndarray` of shape `(n_cells,)`): How many times more, in variance (Kish 1965).
+
+    Returns:
+        `tuple[float, float]`: lower and upper limit.
+    """
+    level = config.confidence_interval
+    assert level is not None
+    rng = np.random.default_rng(config.seed)
+    return _invert(cells, estimate, config, rng, (1 - level) / 2, calibrated=None, design_effect=design_effect)
+
+
 def null_p_value(null: npt.NDArray[np.float64], estimate: float) -> float:
     """Share of calibrated models that score at least as badly; draws that equal the estimate up to rounding count."""
     return float((1 + np.count_nonzero(null >= estimate - 1e-12)) / (1 + len(null)))
@@ -202,7 +224,8 @@ def _invert(
     rng: np.random.Generator,
     tail: float,
     *,
-    calibrated: bool,
+    calibrated: bool | None,
+    design_effect: npt.NDArray[np.float64] | None = None,
 ) -> tuple[float, float]:
     bins = _Bins.of(cells)
     weight = bins.rows * bins.scale
@@ -225,7 +248,7 @@ def _invert(
         return float(cells.error(gap * weight, weight, config))
 
     def drawn(gap: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], float]:
-        gaps, weights, moved = _draw(cells, bins, gap, config.n_resamples, seed)
+        gaps, weights, moved = _draw(cells, bins, gap, config.n_resamples, seed, design_effect)
         # A draw of the very outcomes that were observed is a tie
         return np.asarray(cells.error(gaps, weights, config)), slack + float((weight * moved).sum() / weight.sum())
 
@@ -240,7 +263,7 @@ def _invert(
     noisy = bins.variance > 0
     # Beyond this threshold every gap is gone
     everything = float((size[noisy] / bins.variance[noisy]).max(initial=0.0))
-    if calibrated:
+    if calibrated if calibrated is not None else plausible_below(everything):
         low = 0.0
     else:
         # A calibrated model is not plausible: the path ends short of it
@@ -252,7 +275,12 @@ def _invert(
 
 
 def _draw(
-    cells: Cells, bins: _Bins, gap: npt.NDArray[np.float64], times: int, seed: int
+    cells: Cells,
+    bins: _Bins,
+    gap: npt.NDArray[np.float64],
+    times: int,
+    seed: int,
+    design_effect: npt.NDArray[np.float64] | None = None,
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """
     Sums of gaps and weights, each of shape `(times, n_cells)`, were the true mean gaps of the bins `gap`; and how far the
@@ -265,12 +293,32 @@ def _draw(
         axis=1,
     )  # fmt: skip
     accuracy = np.clip(bins.confidence - gap, 0.0, 1.0)
-    right = rng.binomial(rows.astype(np.int64), accuracy)
+    chance = accuracy if design_effect is None else _dispersed(rng, accuracy, bins.rows, design_effect, times)
+    right = rng.binomial(rows.astype(np.int64), chance)
     spread = accuracy * (1 - accuracy)
     narrowed = np.sqrt(np.clip(1 - bins.narrowing / np.where(spread > 0, spread, np.inf), 0.0, 1.0))
     gaps = rows * gap + narrowed * (rows * accuracy - right)
     moved = (1 - narrowed) * np.abs(gap - bins.gap)
     return gaps * bins.scale, rows * bins.scale, moved
+
+
+def _dispersed(
+    rng: np.random.Generator,
+    accuracy: npt.NDArray[np.float64],
+    rows: npt.NDArray[np.float64],
+    design_effect: npt.NDArray[np.float64],
+    times: int,
+) -> npt.NDArray[np.float64]:
+    """Accuracies of shape `(times, n_cells)` that vary as much as rows that hang together make them (a beta law)."""
+    more = (design_effect > 1) & (rows > 1) & (accuracy > 0) & (accuracy < 1)
+    # Of `rows` outcomes the variance is that of `rows` which stand alone, times the design effect
+    strength = np.maximum((rows - 1) / np.where(more, design_effect - 1, 1.0) - 1, 0.01)
+    drawn = rng.beta(
+        np.where(more, np.maximum(accuracy * strength, 1e-6), 1.0),
+        np.where(more, np.maximum((1 - accuracy) * strength, 1e-6), 1.0),
+        size=(times, len(rows)),
+    )
+    return np.where(more, drawn, accuracy)
 
 
 def _spread(rng: np.random.Generator, rows: npt.NDArray[np.float64], times: int) -> npt.NDArray[np.float64]:

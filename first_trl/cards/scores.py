@@ -61,7 +61,8 @@ def score_result(result: MultipleChoiceResult, *, seed: int = 0) -> Scored:
     """
     Scores of an evaluation with 95 % intervals, over all tokens of the vocabulary, as the report of a run has them.
 
-    ECE: by inverting the bootstrap (see [`calibration_report`]). Trust: basic bootstrap of accuracy and ECE together.
+    ECE: by inverting the bootstrap (see [`calibration_report`]). Trust: from the ends of the intervals of accuracy and
+    ECE (see [`~first_trl.calibration.intervals.clustered_intervals`]).
     Accuracy: Wilson. NLL and Brier: mean of the rows plus or minus 1.96 standard errors.
     """
     report = result.report
@@ -76,13 +77,12 @@ def score_result(result: MultipleChoiceResult, *, seed: int = 0) -> Scored:
         )
     rows = {"nll": -p["gold_logprob"], "brier": brier_scores(p)}
     ece, accuracy = float(calibration["ece"]), float(correct.mean())
-    # Accuracy and ECE hang together: their difference is resampled, not put together from two intervals
     alone = np.arange(len(correct))
-    trust = clustered_intervals(alone, confidence, correct.astype(np.float64), {}, n_bins=n_bins, seed=seed)["trust"]
+    limits = clustered_intervals(alone, confidence, correct.astype(np.float64), {}, n_bins=n_bins, seed=seed)
     scores = {
         "accuracy": Score(accuracy, *wilson_interval(accuracy, len(correct))),
         "ece": Score(ece, calibration["ci_low"], calibration["ci_high"]),
-        "trust": Score(accuracy - ece, *trust),
+        "trust": Score(accuracy - ece, *limits.get("trust", (None, None))),
         **{name: _mean(values) for name, values in rows.items()},
         # Of a plugin's column nothing is known but its value
         **_stated(report["full_vocab"], report_metrics()[len(METRICS) :]),
@@ -92,7 +92,7 @@ def score_result(result: MultipleChoiceResult, *, seed: int = 0) -> Scored:
 
 
 def score_tokens(predictions: Mapping[str, np.ndarray], report: Mapping[str, Any], *, seed: int = 0) -> Scored:
-    """Scores of free text, token by token; the intervals resample rows, since tokens of one row hang together."""
+    """Scores of free text, token by token; the intervals are over rows, since tokens of one row hang together."""
     # Needs torch, which a card of multiple choice does not
     from ..evaluation.token_level import row_intervals
 

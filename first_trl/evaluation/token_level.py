@@ -199,10 +199,8 @@ def row_intervals(
     seed: int = 0,
 ) -> dict[str, tuple[float, float]]:
     """
-    Bootstrap intervals of token-level scores that resample whole rows, since tokens of one row are not independent.
-
-    Percentile intervals for the means. The ECE of a resample is too large on average, so its quantiles are reflected
-    around the estimate (the basic bootstrap), and so are those of the trust, in which accuracy and ECE hang together.
+    Intervals of token-level scores over whole rows, since tokens of one row are not independent: those of
+    [`~first_trl.calibration.intervals.clustered_intervals`]. Of a single row there are none.
 
     Args:
         predictions (`Mapping[str, np.ndarray]`):
@@ -210,11 +208,11 @@ def row_intervals(
         level (`float`, *optional*, defaults to `0.95`):
             Level of the intervals.
         n_resamples (`int`, *optional*, defaults to `1000`):
-            Resamples.
+            Draws for the interval of the ECE.
         n_bins (`int`, *optional*, defaults to `10`):
             Equal-width bins of the ECE.
         seed (`int`, *optional*, defaults to `0`):
-            Of the resampling.
+            Of the draws.
 
     Returns:
         `dict`: lower and upper limit of `accuracy`, `mean_confidence`, `ece`, `trust`, `nll` and `brier`.

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from first_trl.calibration import calibration_report
-from first_trl.calibration.intervals import clustered_intervals
+from first_trl.calibration.intervals import clustered_intervals, normal_interval, wilson_interval
+from tests.benchmarks.cluster_coverage import LAWS as CLUSTER_LAWS
+from tests.benchmarks.cluster_coverage import coverage as cluster_coverage
 from tests.benchmarks.interval_coverage import LAWS, coverage
 
 
@@ -178,8 +180,43 @@ def test_clusters_whose_answers_are_all_right_are_not_certain() -> None:
         assert widths[1] > 3 * widths[0], (name, widths)
     wrong = clustered_intervals(np.arange(200), np.full(200, 0.05), np.zeros(200), {})
     assert wrong["accuracy"][0] == 0 and 0.005 < wrong["accuracy"][1] < 0.05
-    # A bin with both outcomes is resampled as before
-    mixed = np.r_[np.zeros(20), np.ones(180)]
-    low, high = clustered_intervals(np.arange(200), confidence, mixed, {})["accuracy"]
-    draws = np.random.default_rng(0).integers(0, 200, (1000, 200))
-    assert (low, high) == pytest.approx(tuple(np.quantile(mixed[draws].mean(axis=1), [0.025, 0.975])))
+
+
+def test_rows_that_stand_alone_have_the_intervals_of_single_rows() -> None:
+    confidence, correct = draw(np.random.default_rng(0), 400, SCENARIOS["temperature 2"])
+    found = clustered_intervals(np.arange(400), confidence, correct.astype(float), {"x": confidence})
+    assert found["accuracy"] == pytest.approx(wilson_interval(correct.mean(), 400))
+    assert found["x"] == pytest.approx(normal_interval(confidence), abs=2e-4)
+    report = calibration_report(confidence, correct, confidence_interval=0.95)
+    assert found["ece"] == pytest.approx((report["ci_low"], report["ci_high"]), abs=0.01)
+
+
+def test_rows_copied_within_their_cluster_tell_nothing_more() -> None:
+    confidence, correct = draw(np.random.default_rng(1), 60, SCENARIOS["temperature 2"])
+    alone = clustered_intervals(np.arange(60), confidence, correct.astype(float), {})
+    copies = clustered_intervals(
+        np.repeat(np.arange(60), 20), confidence.repeat(20), correct.astype(float).repeat(20), {}
+    )
+    for name, (low, high) in alone.items():
+        # Student's t for 60 clusters is 2 % wider than the normal distribution's
+        assert (copies[name][1] - copies[name][0]) / (high - low) == pytest.approx(1.02, abs=0.08), name
+
+
+def test_a_single_cluster_has_no_interval_and_few_have_wide_ones() -> None:
+    confidence, correct = draw(np.random.default_rng(2), 200, SCENARIOS["temperature 2"])
+    assert clustered_intervals(np.zeros(200), confidence, correct.astype(float), {}) == {}
+    widths = [
+        np.diff(clustered_intervals(np.arange(200) % n, confidence, correct.astype(float), {})["ece"])[0]
+        for n in (2, 5, 200)
+    ]
+    assert widths[0] > widths[1] > widths[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 10])
+@pytest.mark.parametrize("clusters", [5, 20])
+@pytest.mark.parametrize("law", CLUSTER_LAWS)
+def test_coverage_over_clusters(law: str, clusters: int, size: int) -> None:
+    found = cluster_coverage(law, clusters, size, 150)["coverage"]
+    for name, share in found.items():
+        assert share + 2 * np.sqrt(max(share * (1 - share), 1 / 150) / 150) >= 0.92, (name, found)
