@@ -189,7 +189,7 @@ def clustered_intervals(
     z, t = NormalDist().inv_cdf(0.5 + level / 2), float(stdtrit(n_clusters - 1, 0.5 + level / 2))
 
     def influence(deviation: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        return np.bincount(row, weights=deviation, minlength=n_clusters)
+        return np.bincount(row, weights=deviation, minlength=n_clusters).astype(np.float64)
 
     intervals = {}
     for name, value in {"mean_confidence": confidence, **values}.items():
