@@ -70,7 +70,9 @@ def bare_forward(model: Any, rows: Dataset, tokenizer: Any, args: argparse.Names
         positions = [np.flatnonzero(np.asarray(labels)[1:] != -100) + 1 for labels in shard["labels"]]
         for batch in batches_by_length(input_ids, args.batch_tokens, 64):
             with torch.inference_mode():
-                logits, _ = backend._forward([input_ids[i] for i in batch], [positions[i] for i in batch])
+                row_index = np.repeat(np.arange(len(batch)), [len(positions[i]) for i in batch])
+                columns = np.concatenate([positions[i] for i in batch]) - 1
+                logits, *_ = backend._forward([input_ids[i] for i in batch], row_index, columns)
             if logits.device.type == "cuda":
                 torch.cuda.synchronize()
             del logits  # else two batches' logits would be alive at once, and the baseline too high

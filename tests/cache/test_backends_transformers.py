@@ -1,5 +1,6 @@
 """The transformers backend where memory is short, and what goes through the head."""
 
+import json
 import logging
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from transformers import Cohere2Config, Cohere2ForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from first_trl.teacher.backends import TransformersBackend
+from tests.benchmarks import capture as capture_benchmark
 from tests.support.tiny import VOCAB, tiny_gpt2, tiny_llama, tiny_rows
 
 
@@ -162,3 +164,11 @@ def test_a_model_that_does_not_call_its_head_is_read_whole():
     backend._keeps_logits, backend._selects = False, True
     assert_equal(score(backend, rows, positions, uniforms), expected)
     assert not backend._selects
+
+
+def test_the_benchmark_of_capture_still_runs(tmp_path, monkeypatch):
+    """Its bare forward takes the backend's own way to the logits, which is no public one."""
+    options = "--rows 3 --length 8 --width 64 --layers 1 --vocab 600 --repeats 1 --loop-rows 1 --skip-memory"
+    monkeypatch.setattr("sys.argv", ["capture", *options.split(), "--json", str(tmp_path / "result.json")])
+    capture_benchmark.main()
+    assert json.loads((tmp_path / "result.json").read_text())["capture_over_bare_forward"] > 0
