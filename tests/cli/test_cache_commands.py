@@ -116,6 +116,7 @@ def test_quantisation_and_placement_reach_from_pretrained():
     assert _init_kwargs(parser.parse_args(base)) == {}
     options = _init_kwargs(parser.parse_args([*base, "--quantization", "4bit", "--teacher-revision", "abc"]))
     assert options["quantization_config"].load_in_4bit and not options["quantization_config"].load_in_8bit
-    assert options["revision"] == "abc" and set(options["device_map"]) == {""}
+    # One for each teacher
+    assert options["revision"] == ["abc"] and set(options["device_map"]) == {""}
     assert _init_kwargs(parser.parse_args([*base, "--device-map", "auto"])) == {"device_map": "auto"}
     assert _init_kwargs(parser.parse_args([*base, "--tp-plan", "auto"])) == {"tp_plan": "auto"}
