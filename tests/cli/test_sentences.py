@@ -62,7 +62,7 @@ def test_ctrl_c_while_libraries_are_imported(monkeypatch, capsys):
 def test_ctrl_c_in_a_training(tmp_path):
     """A real signal while weights are trained; the same command goes on behind what was finished."""
     command = [sys.executable, "-m", "first_trl", "run", "quickstart", *TINY, "--output-dir", str(tmp_path / "run")]
-    command += ["--stage", "pretrain", "teacher.pretrain.num_train_epochs=200"]
+    command += ["teacher.pretrain.num_train_epochs=200"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True,
         # A shell starts its background jobs deaf to the signal
@@ -72,7 +72,7 @@ def test_ctrl_c_in_a_training(tmp_path):
         if "base/teacher: running" in line:
             break
     # The first lines of the log, or of the progress bar: the trainer is at work
-    while "%" not in process.stderr.read(1):
+    while (letter := process.stderr.read(1)) and letter != "%":
         pass
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=300)
