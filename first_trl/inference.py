@@ -23,6 +23,7 @@ from .tasks.decision_extras import read_decision_extras, read_temperature, store
 from .tasks.encode import encode_texts, prompt_texts
 from .tasks.multiple_choice import MultipleChoice
 from .tasks.option_orders import option_orders
+from .vocabulary import NEW_ABOVE
 
 
 TASK = "calibrated-multiple-choice"
@@ -309,7 +310,7 @@ class AnswerPipeline(Pipeline):
         outputs: dict[str, Any],
         abstain_below: float | str | None = None,
         confidence: str = "full_vocab",
-        new_above: float = 0.99,
+        new_above: float = NEW_ABOVE,
     ) -> dict[str, Any]:
         """Answer and confidence of one prompt."""
         assert self.tokenizer is not None
@@ -472,7 +473,7 @@ def answer_pipeline(
     layout: Any = None,
     permutations: int = 0,
     novelty: bool = False,
-    new_above: float = 0.99,
+    new_above: float = NEW_ABOVE,
     batch_size: int = 1,
     device: Any = None,
     dtype: Any = "auto",

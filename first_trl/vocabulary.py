@@ -40,6 +40,8 @@ HIGHER_IS_BETTER = frozenset({"accuracy", "trust"})
 THRESHOLD_ROLE = "threshold"
 # Share of wrong answers that reports and cards state a threshold for
 REPORTED_MAX_ERROR = 0.05
+# A question is new where this share of the training rows is nearer to the others than it
+NEW_ABOVE = 0.99
 # Bins of a diagram with fewer rows tell nothing
 FEW_ROWS = 10
 READINGS = ("full_vocab", "options")

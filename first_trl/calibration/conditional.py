@@ -177,10 +177,9 @@ class OptionTemperature:
         log_t = found.log_temperature + found.slope * math.log(n_options / found.n_options)
         return math.exp(min(max(log_t, -_LOG_BOUND), _LOG_BOUND))
 
-    def of_rows(self, n_options: Sequence[int], kinds: Sequence[str] | None = None) -> Array:
-        """The temperatures of questions with these numbers of options, and of these types (`choice` by default)."""
-        named = ["choice"] * len(n_options) if kinds is None else kinds
-        return np.array([self.temperature(kind, int(n)) for kind, n in zip(named, n_options, strict=True)])
+    def of_rows(self, n_options: Sequence[int], kinds: Sequence[str]) -> Array:
+        """The temperatures of questions with these numbers of options, and of these types."""
+        return np.array([self.temperature(kind, int(n)) for kind, n in zip(kinds, n_options, strict=True)])
 
     def scalars(self) -> dict[str, float]:
         """One temperature a type, at its usual number of options: what `decision.json` can express."""

@@ -11,11 +11,10 @@ import yaml
 
 from ..utils.files import write_json
 from ..utils.text_tables import text_table
+from ..vocabulary import NEW_ABOVE, TARGET_PROBS
 
 
 SCORINGS = ("auto", "token", "choices", "decision")
-# As in the answer pipeline
-_NEW_ABOVE = 0.99
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -232,11 +231,11 @@ def _score(
     if more:
         report["novelty"] = {
             "mean": float(more["novelty"].mean()),
-            "new": float((more["novelty"] > _NEW_ABOVE).mean()),
+            "new": float((more["novelty"] > NEW_ABOVE).mean()),
         }
         lines.append(
             f"Novelty: {100 * report['novelty']['new']:.1f} % of the questions are farther from the training rows than "
-            f"{100 * _NEW_ABOVE:.0f} % of these are from each other."
+            f"{100 * NEW_ABOVE:.0f} % of these are from each other."
         )
     if scoring == "choices":
         report["length"] = args.length
@@ -269,8 +268,7 @@ def _score_choices(
     from ..evaluation.multiple_choice import evaluate_multiple_choice
     from ..evaluation.novelty_scaling import NoveltyScaling
     from ..evaluation.whole_answers import evaluate_whole_answers
-    from ..tasks.answers import NotOneToken
-    from ..vocabulary import TARGET_PROBS
+    from ..tasks.answers import NotOneToken, question_kinds
 
     scoring = "choices" if args.scoring == "auto" and args.length != "none" else args.scoring
     labelled = rows.select([i for i, gold in enumerate(rows["gold"]) if gold >= 0])
@@ -328,8 +326,7 @@ def _score_choices(
         for p, g, soft_gold in zip(probabilities, labelled["gold"], given, strict=True)
     ]
     choices = [tuple(choice) for choice in labelled["choices"]]
-    kinds = labelled["kind"][:] if "kind" in labelled.column_names else ["choice"] * len(gold)
-    predictions = OptionPredictions(list(labelled["id"]), kinds, probabilities, gold, choices)
+    predictions = OptionPredictions(list(labelled["id"]), question_kinds(labelled), probabilities, gold, choices)
     shown = temperature.to_dict() if isinstance(temperature, OptionTemperature) else temperature
     return predictions, scoring, shown, orders, more
 

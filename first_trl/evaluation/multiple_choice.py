@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from ..calibration.arrays import first_boolean
 from ..calibration.conditional import OptionTemperature
-from ..tasks.answers import answer_token_ids_of_rows
+from ..tasks.answers import answer_token_ids_of_rows, question_kinds
 from ..tasks.encode import encode_prompts
 from ..utils.processes import Share
 from .next_token import context_length, cut_to_length, next_token_states
@@ -111,8 +111,7 @@ def evaluate_multiple_choice(
     top_token, top_logprob, topk_mass, sum_squares = np.empty(n, np.int64), np.empty(n), np.empty(n), np.empty(n)
     divisors, novelty = np.ones(n), np.zeros(n)
     if by_options is not None:
-        kinds = dataset["kind"] if "kind" in dataset.column_names else None
-        divisors = by_options.of_rows([len(tokens) for tokens in rows.choice_tokens], kinds)
+        divisors = by_options.of_rows([len(tokens) for tokens in rows.choice_tokens], question_kinds(dataset))
     layers = [] if scaling is None else scaling.layers
     share, done = Share.of(distributed), np.zeros(n, dtype=bool)
     batches = next_token_states(

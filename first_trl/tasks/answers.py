@@ -100,6 +100,12 @@ def answer_token_ids_of_rows(
     return token_ids
 
 
+def question_kinds(dataset: Dataset) -> list[str]:
+    """Type of each question (`choice`, `score` or `noul`): its `kind`, and `choice` where it has none."""
+    kinds = dataset["kind"][:] if "kind" in dataset.column_names else [None] * len(dataset)
+    return [kind or "choice" for kind in kinds]
+
+
 def check_answers(processing_class: PreTrainedTokenizerBase, dataset: Dataset, scoring: str) -> None:
     """
     Checks that the choices of every row can be scored: as one `token` each, or as `choices` of any number of tokens.

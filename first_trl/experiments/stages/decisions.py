@@ -14,7 +14,7 @@ from ...calibration.threshold import ConfidenceThreshold, fit_threshold
 from ...evaluation.multiple_choice import evaluate_multiple_choice
 from ...evaluation.posthoc import fit_posthoc_temperature
 from ...evaluation.whole_answers import evaluate_whole_answers
-from ...tasks.answers import check_answers
+from ...tasks.answers import check_answers, question_kinds
 from ...utils.files import write_json
 from ...vocabulary import REPORTED_MAX_ERROR, THRESHOLD_ROLE
 from ..run_folder import read_json
@@ -104,7 +104,7 @@ def fit_decisions(run: RunContext, name: str, model: Any, **options: Any) -> Non
 def _by_options(rows: Dataset, evaluate: Any) -> OptionTemperature | None:
     """A temperature by type and number of options, where the rows differ in these."""
     labelled = rows.select([i for i, gold in enumerate(rows["gold"]) if gold >= 0])
-    kinds = labelled["kind"][:] if "kind" in labelled.column_names else ["choice"] * len(labelled)
+    kinds = question_kinds(labelled)
     if len(set(zip(kinds, map(len, labelled["choices"]), strict=True))) < 2:
         return None
     found = evaluate(labelled).predictions
@@ -154,10 +154,7 @@ def _renormalized(
     table = pq.read_table(run.folder.predictions(name, role), columns=["gold", "choice_logprobs"]).to_pydict()
     logprobs = table["choice_logprobs"]
     if isinstance(temperature, OptionTemperature):
-        rows = run.folder.load_rows(role)
-        divisors = temperature.of_rows(
-            [len(row) for row in logprobs], rows["kind"] if "kind" in rows.column_names else None
-        )
+        divisors = temperature.of_rows([len(row) for row in logprobs], question_kinds(run.folder.load_rows(role)))
     else:
         divisors = np.full(len(logprobs), temperature)
     confidence, correct = [], []
