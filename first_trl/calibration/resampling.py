@@ -230,8 +230,10 @@ def _invert(
     bins = _Bins.of(cells)
     weight = bins.rows * bins.scale
     size, sign = np.abs(bins.gap), np.where(bins.gap < 0, -1.0, 1.0)
-    # The same stream for every candidate, so that two of them differ by their accuracies more than by luck
-    seed = int(rng.integers(2**32))
+    # The same rows and the same stream for every candidate, so that two of them differ by their accuracies more than by luck
+    stream = np.random.default_rng(int(rng.integers(2**32)))
+    rows = _rows(stream, cells, bins, config.n_resamples)
+    start = stream.bit_generator.state
     # Sums that agree up to rounding count as equal
     slack = 1e-12
 
@@ -248,7 +250,8 @@ def _invert(
         return float(cells.error(gap * weight, weight, config))
 
     def drawn(gap: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], float]:
-        gaps, weights, moved = _draw(cells, bins, gap, config.n_resamples, seed, design_effect)
+        stream.bit_generator.state = start
+        gaps, weights, moved = _draw(stream, rows, bins, gap, design_effect)
         # A draw of the very outcomes that were observed is a tie
         return np.asarray(cells.error(gaps, weights, config)), slack + float((weight * moved).sum() / weight.sum())
 
@@ -274,26 +277,28 @@ def _invert(
     return min(low, estimate), max(high, estimate)
 
 
-def _draw(
-    cells: Cells,
-    bins: _Bins,
-    gap: npt.NDArray[np.float64],
-    times: int,
-    seed: int,
-    design_effect: npt.NDArray[np.float64] | None = None,
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """
-    Sums of gaps and weights, each of shape `(times, n_cells)`, were the true mean gaps of the bins `gap`; and how far the
-    narrowing of the noise moves the mean gap of the observed outcomes, shape `(n_cells,)`.
-    """
-    rng = np.random.default_rng(seed)
-    rows = np.concatenate(
+def _rows(rng: np.random.Generator, cells: Cells, bins: _Bins, times: int) -> npt.NDArray[np.float64]:
+    """Numbers of rows in the cells of `times` samples."""
+    return np.concatenate(
         [_spread(rng, bins.rows[group], times) if bins.rows[group].sum() else np.zeros((times, group.stop - group.start))
          for group in cells.groups],
         axis=1,
     )  # fmt: skip
+
+
+def _draw(
+    rng: np.random.Generator,
+    rows: npt.NDArray[np.float64],
+    bins: _Bins,
+    gap: npt.NDArray[np.float64],
+    design_effect: npt.NDArray[np.float64] | None = None,
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """
+    Sums of gaps and weights of samples with these rows, each of shape `(times, n_cells)`, were the true mean gaps of the bins
+    `gap`; and how far the narrowing of the noise moves the mean gap of the observed outcomes, shape `(n_cells,)`.
+    """
     accuracy = np.clip(bins.confidence - gap, 0.0, 1.0)
-    chance = accuracy if design_effect is None else _dispersed(rng, accuracy, bins.rows, design_effect, times)
+    chance = accuracy if design_effect is None else _dispersed(rng, accuracy, bins.rows, design_effect, len(rows))
     right = rng.binomial(rows.astype(np.int64), chance)
     spread = accuracy * (1 - accuracy)
     narrowed = np.sqrt(np.clip(1 - bins.narrowing / np.where(spread > 0, spread, np.inf), 0.0, 1.0))
