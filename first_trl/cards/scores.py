@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..calibration import CalibrationWarning, calibration_report
-from ..calibration.intervals import clustered_intervals, normal_interval, wilson_interval
+from ..calibration.intervals import normal_interval, wilson_interval
 from ..evaluation.predictions import MultipleChoiceResult, brier_scores
 from ..plugins import report_metrics
 from ..vocabulary import METRICS, Metric, number
@@ -61,9 +61,8 @@ def score_result(result: MultipleChoiceResult, *, seed: int = 0) -> Scored:
     """
     Scores of an evaluation with 95 % intervals, over all tokens of the vocabulary, as the report of a run has them.
 
-    ECE: by inverting the bootstrap (see [`calibration_report`]). Trust: from the ends of the intervals of accuracy and
-    ECE (see [`~first_trl.calibration.intervals.clustered_intervals`]).
-    Accuracy: Wilson. NLL and Brier: mean of the rows plus or minus 1.96 standard errors.
+    ECE: by inverting the bootstrap (see [`calibration_report`]). Accuracy: Wilson. Trust: from the worst ends of these two
+    together to the best ones. NLL and Brier: mean of the rows plus or minus 1.96 standard errors.
     """
     report = result.report
     n_bins = int(report["full_vocab"]["calibration"]["config"]["n_bins"])
@@ -77,12 +76,11 @@ def score_result(result: MultipleChoiceResult, *, seed: int = 0) -> Scored:
         )
     rows = {"nll": -p["gold_logprob"], "brier": brier_scores(p)}
     ece, accuracy = float(calibration["ece"]), float(correct.mean())
-    alone = np.arange(len(correct))
-    limits = clustered_intervals(alone, confidence, correct.astype(np.float64), {}, n_bins=n_bins, seed=seed)
+    right, low, high = wilson_interval(accuracy, len(correct)), calibration["ci_low"], calibration["ci_high"]
     scores = {
-        "accuracy": Score(accuracy, *wilson_interval(accuracy, len(correct))),
-        "ece": Score(ece, calibration["ci_low"], calibration["ci_high"]),
-        "trust": Score(accuracy - ece, *limits.get("trust", (None, None))),
+        "accuracy": Score(accuracy, *right),
+        "ece": Score(ece, low, high),
+        "trust": Score(accuracy - ece, right[0] - high, right[1] - low),
         **{name: _mean(values) for name, values in rows.items()},
         # Of a plugin's column nothing is known but its value
         **_stated(report["full_vocab"], report_metrics()[len(METRICS) :]),

@@ -349,7 +349,7 @@ def _remarks(evaluation: Evaluation) -> list[str]:
         remarks.append(f"Only {scored.n} {scored.unit}s: a binned calibration error is mostly sampling noise here.")
     if scored.unit == "token":
         remarks.append(
-            "Free text, every token of the reference given the ones before it. The intervals resample whole texts"
+            "Free text, every token of the reference given the ones before it. The intervals are over whole texts"
             + ("; the noise floor takes tokens for independent and is too low for that." if scored.null else ".")
         )
     if scored.options:

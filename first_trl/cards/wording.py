@@ -72,26 +72,28 @@ def shared_cache_text(repo_id: str, commit: str | None, text: str | None) -> str
 def legend(units: set[str], n_bins: int, *, in_metadata: bool = True) -> str:
     """What the columns and brackets of the tables mean, for what was scored: rows, tokens of free text, or both."""
     both = len(units) > 1
+    by_ends = "accuracy: Wilson; ECE: inverted bootstrap; trust: from the worst ends of these two to the best"
+    over_rows = f"95 % intervals over the rows ({by_ends}; NLL and Brier: normal)"
     parts = []
     if "row" in units:
         parts += [
-            ("Rows. " if both else "") + "In brackets: 95 % intervals over the rows (ECE: inverted bootstrap; trust: "
-            "basic bootstrap; accuracy: Wilson; NLL and Brier: normal). Accuracy: the most likely of all tokens is the "
-            "right answer's."
+            ("Rows. " if both else "")
+            + f"In brackets: {over_rows}. Accuracy: the most likely of all tokens is the right "
+            "answer's."
         ]
     if "answer" in units:
         parts += [
             ("Answers. " if both else "")
-            + "In brackets: 95 % intervals over the rows (ECE: inverted bootstrap; trust: "
-            "basic bootstrap; accuracy: Wilson; NLL and Brier: normal). Accuracy: the choice whose whole text the model "
+            + f"In brackets: {over_rows}. Accuracy: the choice whose whole text the model "
             "prefers is the right one. Confidence: the probability of that text; the Brier score is summed over the choices "
             "and everything else."
         ]
     if "token" in units:
         parts += [
-            ("Free text. " if both else "") + "In brackets: 95 % intervals from a bootstrap of whole texts (ECE and "
-            "trust: basic; the others: percentiles). Accuracy: the most likely of all tokens is the reference's, over "
-            "every token of the reference given the ones before it."
+            ("Free text. " if both else "")
+            + "In brackets: 95 % intervals over whole texts, whose tokens hang together "
+            f"({by_ends}; NLL and Brier: Student's t). Accuracy: the most likely of all tokens is the reference's, over every "
+            "token of the reference given the ones before it."
         ]
     tokens = units != {"answer"}
     parts += [

@@ -291,10 +291,10 @@ def test_free_text_is_scored_by_tokens_with_intervals_over_texts():
         assert score.value == report["full_vocab"][key] and score.low < score.value < score.high
     card = a_card(evaluations=[Evaluation("alpaca", {"FIRST": scored}, "FIRST", "alpaca", split="train[95%:]")])
     text = card.render()
-    assert "1,000 tokens" in text and "The intervals resample whole texts" in text and "answer options" not in text
+    assert "1,000 tokens" in text and "The intervals are over whole texts" in text and "answer options" not in text
     assert "below 3.0 % in 95 of 100" in text
     # Neither the intervals nor the limits are those of multiple choice
-    assert "bootstrap of whole texts" in text and "Wilson" not in text and "choices=" not in text
+    assert "over whole texts" in text and "over the rows" not in text and "choices=" not in text
     assert "answer's first token" not in text and "measured on the tokens of reference texts" in text.replace(
         "\n", " "
     )
