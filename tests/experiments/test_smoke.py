@@ -142,10 +142,7 @@ def test_every_kind_is_in_a_quick_recipe():
     ],
 )
 def test_every_recipe_runs_to_its_report(name, words, tmp_path):
-    # Seconds of this process, whatever else the machine does meanwhile; there is one thread
-    started = time.process_time()
     assert main(["run", name, *words, "--smoke", "--output-dir", str(tmp_path)]) == 0
-    assert time.process_time() - started < 60
     recipe = load_recipe(name, words)
     smoke = smoke_recipe(recipe, tmp_path)
     runs = cells(smoke)
