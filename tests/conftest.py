@@ -1,4 +1,4 @@
-"""Environment of every test: no telemetry, no download counts, a cache folder of its own, two CPU threads at most."""
+"""Environment of every test: no telemetry, no download counts, a cache folder of its own, one CPU thread a process."""
 
 import os
 import tempfile
@@ -14,7 +14,8 @@ os.environ["HF_HUB_DISABLE_UPDATE_CHECK"] = "1"
 os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# With more, the threads of two workers wait for each other on two cores: runs of seconds take minutes
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not Path("/dev/nvidia0").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # the kernels run in Triton's interpreter, on any CPU
 

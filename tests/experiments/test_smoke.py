@@ -75,8 +75,6 @@ ONE_SEED = ["seeds=[1]"]
 QUICK: dict[str, list[str]] = {
     "digits": [],
     "my_questions": [],
-    "quickstart_losses": [],
-    "quickstart_study": [],
     "shift_study": [],
     "modern/gemma3_openbook_qa": ONE_SEED,
     "paper/ablation_estimators": [],
@@ -89,6 +87,8 @@ QUICK: dict[str, list[str]] = {
 ELSEWHERE = {
     # Of beyond_study alone: test_pipeline_options.py runs such arms and teachers, and shift_study has cases
     "arms.*.select=nll", "teachers.*.folds", "cases.*.teachers", "cases.*.arms.*.data",
+    # Of the quickstart's studies: test_soft_labels_run.py, test_trainer_heads.py, and the grid of test_sweep.py
+    "arms.*.restrict_to_choices", "arms.*.lora.modules_to_save", "grid.arms.*.recalibration_value", "grid.arms.*.top_k",
     # Families like llama: test_a_tiny_model_of_every_family
     *(f"{role}.architecture={family}" for role in ("teacher", "student") for family in ("qwen3", "smollm3")),
     # Left out by the transformation (test_models_trainings_and_folder); test_served_teacher.py has a server

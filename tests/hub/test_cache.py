@@ -61,7 +61,10 @@ assert main(["cache", "verify", "pulled"]) == 0
 """
 
 
-@pytest.mark.parametrize("env", [{}, {"HF_HUB_DISABLE_XET": "1"}], ids=["xet", "lfs"])
+@pytest.mark.parametrize(
+    "env",
+    [pytest.param({}, id="xet"), pytest.param({"HF_HUB_DISABLE_XET": "1"}, id="lfs", marks=pytest.mark.slow)],
+)
 def test_push_then_load_elsewhere_then_train_equals_local(env, tmp_path: Path) -> None:
     with HubServer(tmp_path / "hub") as hub:
         where = f"FOLDER = {str(tmp_path / 'cache')!r}\n"
