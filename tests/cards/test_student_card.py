@@ -171,19 +171,19 @@ def test_code_on_the_card_is_short_and_valid(monkeypatch):
 
 
 def test_intervals_hold_the_truth_and_shrink():
-    """Over 60 samples of a model whose ECE is known: a 95 % interval misses it rarely, and it is not simply wide."""
+    """Over 40 samples of a model whose ECE is known: a 95 % interval misses it rarely, and it is not simply wide."""
     missed = dict.fromkeys(("ece", "accuracy", "nll", "trust"), 0)
     truth = {"ece": 0.1, "accuracy": 0.5, "trust": 0.4}
     truth["nll"] = score_result(predictions(200_000, 0.1, seed=99)).scores["nll"].value
     widths = []
-    for seed in range(60):
+    for seed in range(40):
         scored = score_result(predictions(800, 0.1, seed=seed))
         widths.append(scored.scores["ece"].high - scored.scores["ece"].low)
         for key in missed:
             score = scored.scores[key]
             assert score.low <= score.value <= score.high
             missed[key] += not score.low <= truth[key] <= score.high
-    assert max(missed.values()) <= 9, missed
+    assert max(missed.values()) <= 7, missed
     assert np.mean(widths) < 4 * 2 * math.sqrt(0.25 / 800)
     result = predictions(500, 0.1)
     ece = expected_calibration_error(result.predictions["top_prob"], result.predictions["top_is_gold"].astype(int))

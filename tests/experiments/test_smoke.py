@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -70,12 +69,11 @@ def small(tmp_path, **changes) -> Recipe:
 # every recipe
 
 # Every kind of thing that a recipe may ask for is in one of these, but for ELSEWHERE; the other recipes, which combine the
-# same, are slow. So are the second seeds of all but one recipe: a run of one more seed, and a merged report
+# same, are slow. So are second seeds, which are one run more and a merged report, and the known rows of shift_study
 ONE_SEED = ["seeds=[1]"]
 QUICK: dict[str, list[str]] = {
-    "digits": [],
     "my_questions": [],
-    "shift_study": [],
+    "shift_study": ["evaluation.splits=[ood]"],
     "modern/gemma3_openbook_qa": ONE_SEED,
     "paper/ablation_estimators": [],
     "paper/boolq_llama2": [],
@@ -87,6 +85,8 @@ QUICK: dict[str, list[str]] = {
 ELSEWHERE = {
     # Of beyond_study alone: test_pipeline_options.py runs such arms and teachers, and shift_study has cases
     "arms.*.select=nll", "teachers.*.folds", "cases.*.teachers", "cases.*.arms.*.data",
+    # A case of shift_study
+    "task.name=digits",
     # Of the quickstart's studies: test_soft_labels_run.py, test_trainer_heads.py, and the grid of test_sweep.py
     "arms.*.restrict_to_choices", "arms.*.lora.modules_to_save", "grid.arms.*.recalibration_value", "grid.arms.*.top_k",
     # Families like llama: test_a_tiny_model_of_every_family
