@@ -8,6 +8,7 @@ the fit.
 | `max_probability` | log of one minus the largest probability: the control, for what the softmax knows already |
 | `distance_and_max_probability` | both; the second may count either way |
 | `hidden_state` | principal components of the hidden state: a learnt head, after adaptive temperature scaling (arXiv 2409.19817) |
+| `disagreement` | what those components tell of the log disagreement of a committee of teachers: a linear regression on the training rows |
 
 All are standardised on the training rows. Everything is chosen on validation rows, or with `cross_group` on training rows:
 
@@ -42,7 +43,7 @@ from .answer_states import AnswerStates
 from .novelty import NoveltyReference, fit_reference, principal_components, project
 
 
-FEATURES = ("distance", "max_probability", "distance_and_max_probability", "hidden_state")
+FEATURES = ("distance", "max_probability", "distance_and_max_probability", "hidden_state", "disagreement")
 # Beside the weights of a model
 NOVELTY_NAME = "novelty.safetensors"
 _VERSION = 1
@@ -55,6 +56,8 @@ _RIDGES = (0.03, 0.1, 0.3)
 _CV_FOLDS = 5
 # What is added to 1 - p, so that certainty has a logarithm
 _UNSURE_FLOOR = 1e-6
+# Added to a disagreement in nats, which is 0 where all teachers say the same
+_AGREED = 1e-6
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,8 @@ class NoveltyScaling:
         temperature (`NoveltyTemperature`): The fit.
         reference (`NoveltyReference`, *optional*): Of the distance.
         unsure (`tuple[float, float]`, *optional*): Mean and standard deviation of `log(1 - p)` on the training rows.
-        head (`tuple`, *optional*): Layer, basis and center of the components of `hidden_state`.
+        head (`tuple`, *optional*): Layer, basis and center of the components of `hidden_state`, or of the one direction of
+            `disagreement`.
         choice (`dict`): How the layer was chosen: for each the NLL and the slopes.
     """
 
@@ -200,6 +204,7 @@ def fit_novelty_scaling(
     slopes: Mapping[int, Mapping[str, Any]] | None = None,
     steepest: bool = False,
     max_nll_increase: float = 0.0,
+    disagreement: np.ndarray | None = None,
 ) -> NoveltyScaling:
     """
     Fit a temperature by novelty.
@@ -229,14 +234,20 @@ def fit_novelty_scaling(
         max_nll_increase (`float`, *optional*, defaults to 0):
             Nats a row that `slopes` or the steepest slope may cost on `validation` over one temperature; `inf` takes `slopes`
             whole.
+        disagreement (`np.ndarray` of shape `(N,)`, *optional*):
+            Of a committee of teachers at the answer of each training row, in nats (`teacher_mutual_information`); NaN where
+            the committee was not asked. For the feature `disagreement`, which no other needs.
 
     Raises:
-        `ValueError`: An unknown feature, a layer that was not read, no validation row with an answer.
+        `ValueError`: An unknown feature, a layer that was not read, no validation row with an answer, a feature `disagreement`
+            without one for each training row.
     """
     if feature not in FEATURES:
         raise ValueError(f"`feature` must be one of {', '.join(FEATURES)}; got {feature!r}.")
-    if feature == "hidden_state" and slopes is not None:
-        raise ValueError("The slopes of `hidden_state` are fitted on validation rows; leave `slopes` out.")
+    if feature in ("hidden_state", "disagreement") and slopes is not None:
+        raise ValueError(f"The slopes of `{feature}` are fitted on validation rows; leave `slopes` out.")
+    if feature == "disagreement":
+        _check_disagreement(disagreement, len(train))
     if steepest and (slopes is not None or at_least_scalar or feature not in ("distance", "max_probability")):
         # With a lowest temperature the steepest slope is one that no row reaches
         raise ValueError("The steepest slope is one of a single feature, without `slopes` or `at_least_scalar`.")
@@ -249,9 +260,8 @@ def fit_novelty_scaling(
     tried: dict[str, Any] = {}
     fitted = []
     for layer in candidates:
-        blank = _blank(
-            train, feature, layer, metric=metric, k=k, components=components, max_rows=reference_rows, seed=seed
-        )
+        options: dict[str, Any] = {"metric": metric, "k": k, "components": components, "max_rows": reference_rows}
+        blank = _blank(train, feature, layer, disagreement, seed=seed, **options)
         x = blank.features(rows.states, rows.max_probability())
         if feature == "hidden_state":
             temperature, nll = _cross_validated(table, right, x, at_least_scalar, seed)
@@ -288,7 +298,35 @@ def first_of_the_best(losses: Sequence[float]) -> int:
     return next(i for i, loss in enumerate(losses) if loss <= min(losses) + TIE)
 
 
-def _blank(train: AnswerStates, feature: str, layer: int | None, **options: Any) -> NoveltyScaling:
+def _check_disagreement(given: np.ndarray | None, n: int) -> None:
+    if given is None or np.shape(given) != (n,):
+        raise ValueError(
+            f"The feature `disagreement` needs the disagreement of a committee at each of the {n} training rows, got "
+            f"{'none' if given is None else f'the shape {np.shape(given)}'}. Distil the student from a committee of teachers."
+        )
+    known = given[~np.isnan(given)]
+    if len(known) < 2 or not ((known >= 0.0) & np.isfinite(known)).all():
+        raise ValueError("A disagreement is at least 0 and finite, and known of two or more training rows.")
+
+
+def _disagreement_direction(
+    states: np.ndarray, disagreement: np.ndarray, components: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Basis `[H, 1]` and center `[H]` of what the states tell of the disagreement, of variance 1 on these rows."""
+    known = ~np.isnan(disagreement)
+    basis, center = principal_components(states[known], components)
+    target = np.log(disagreement[known] + _AGREED)
+    # Coordinates are uncorrelated and of variance 1: each has its covariance as coefficient
+    coordinates = project(states[known], basis, center).double().numpy()
+    weight = coordinates.T @ (target - target.mean()) / len(target)
+    length = float(np.linalg.norm(weight))
+    weight = weight / length if length > 1e-9 else np.zeros_like(weight)
+    return basis @ torch.from_numpy(weight).float()[:, None], center
+
+
+def _blank(
+    train: AnswerStates, feature: str, layer: int | None, disagreement: np.ndarray | None = None, **options: Any
+) -> NoveltyScaling:
     """The features, before a temperature is fitted on them."""
     reference = unsure = head = None
     if layer is not None and feature.startswith("distance"):
@@ -297,6 +335,8 @@ def _blank(train: AnswerStates, feature: str, layer: int | None, **options: Any)
         unsure = standardiser(log_unsure(train.max_probability()))
     if layer is not None and feature == "hidden_state":
         head = (layer, *principal_components(train.states[layer], options["components"]))
+    if layer is not None and feature == "disagreement" and disagreement is not None:
+        head = (layer, *_disagreement_direction(train.states[layer], disagreement, options["components"]))
     return NoveltyScaling(feature, NoveltyTemperature(0.0, (), 1.0, False, 0, 0.0), reference, unsure, head, {})
 
 

@@ -184,7 +184,7 @@ def _visit(
     # Per row: exp(logits - tail_max) * to_p is p on the tail
     to_p = (rows.tail_max - log_z).exp()
     logits = Logits(rows.kept_logits, log_tail, rows.tail_sum, to_p)
-    on_kept, on_tail = options.estimator.gradient(logits, student, targets)
+    on_kept, on_tail = map(targets.weighted, options.estimator.gradient(logits, student, targets))
     if w > 0:
         on_kept, on_tail = (1 - w) * on_kept + w * student.log_p.exp(), (1 - w) * on_tail + w * to_p
     if options.scores:
@@ -238,6 +238,7 @@ def gather_chunks(
             continue
 
         gradient, _ = options.estimator.gradient(Logits(logits, unknown, unknown, unknown), student, visited)
+        gradient = visited.weighted(gradient)
         if options.scores:
             gradient = gradient + options.scores.gradient(student.log_q, visited)
         if options.softcap is not None:

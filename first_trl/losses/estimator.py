@@ -28,6 +28,8 @@ class Target:
             Entropy of the target in nats, tail included.
         labels (`torch.Tensor` of shape `(n,)`, int64, *optional*):
             Hard labels.
+        weight (`torch.Tensor` of shape `(n,)`, *optional*):
+            Factor of each row's divergence in the loss; 1 without it.
     """
 
     ids: torch.Tensor
@@ -38,6 +40,7 @@ class Target:
     total: torch.Tensor
     entropy: torch.Tensor
     labels: torch.Tensor | None
+    weight: torch.Tensor | None = None
 
     @classmethod
     def build(
@@ -47,6 +50,7 @@ class Target:
         tail_log_target: torch.Tensor | None,
         labels: torch.Tensor | None,
         dtype: torch.dtype,
+        weight: torch.Tensor | None = None,
     ) -> Self:
         """From log-probabilities, where `-inf` marks padding."""
         kept = log_target > -torch.inf
@@ -63,7 +67,14 @@ class Target:
             tail = log_tail.exp()
             entropy = entropy - torch.where(tail > 0, tail * log_tail, 0.0)
             total = total + tail
-        return cls(ids.gather(1, slots), slots, kept, mass, tail, total, entropy, labels)
+        weight = None if weight is None else weight.to(dtype)
+        return cls(ids.gather(1, slots), slots, kept, mass, tail, total, entropy, labels, weight)
+
+    def weighted(self, divergence: torch.Tensor) -> torch.Tensor:
+        """The divergences of the rows, or their gradients, as the loss counts them: their first dimension is the rows."""
+        if self.weight is None:
+            return divergence
+        return divergence * self.weight.view(-1, *[1] * (divergence.dim() - 1))
 
     def rows(self, rows: slice) -> Self:
         """Some of the rows."""

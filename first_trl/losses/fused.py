@@ -30,6 +30,7 @@ def fused_sparse_kl(
     student_temperature: float | None = None,
     brier_weight: float = 0.0,
     rps_weight: float = 0.0,
+    position_weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     logit_scale: float = 1.0,
     final_logit_softcapping: float | None = None,
@@ -73,6 +74,8 @@ def fused_sparse_kl(
         brier_weight (`float`, *optional*, defaults to `0.0`), rps_weight (`float`, *optional*, defaults to `0.0`):
             Factors of the Brier and the ranked probability score among the kept ids, which are added to the loss; see
             [`ChoiceScores`].
+        position_weight (`torch.Tensor` of shape `(N,)`, *optional*):
+            Factor of each token's divergence in the loss, at least 0. `kl` and the other sums are those of all tokens alike.
         bias (`torch.Tensor` of shape `(V,)`, *optional*):
             Bias of the head.
         logit_scale (`float`, *optional*, defaults to `1.0`):
@@ -94,9 +97,13 @@ def fused_sparse_kl(
     """
     divergence = get_estimator(estimator, student_temperature)
     check_options(estimator, ce_weight, tail_log_target, labels)
-    _check_head(hidden, weight, bias, ids, log_target, tail_log_target, labels, final_logit_softcapping, chunk_size)
+    _check_head(
+        hidden, weight, bias, ids, log_target, tail_log_target, labels, position_weight, final_logit_softcapping, chunk_size
+    )  # fmt: skip
     if check:
-        check_targets(ids, log_target, weight.shape[0], tail_log_target=tail_log_target, labels=labels)
+        check_targets(
+            ids, log_target, weight.shape[0], tail_log_target=tail_log_target, labels=labels, position_weight=position_weight
+        )  # fmt: skip
     need_grad = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
     )
@@ -114,7 +121,9 @@ def fused_sparse_kl(
         need_grad=need_grad,
         compute_dtype=torch.get_autocast_dtype(device_type) if autocast else hidden.dtype,
     )
-    loss, statistics = _FusedSparseKL.apply(hidden, weight, bias, ids, log_target, tail_log_target, labels, options)
+    loss, statistics = _FusedSparseKL.apply(
+        hidden, weight, bias, ids, log_target, tail_log_target, labels, position_weight, options
+    )
     return SparseKLOutput(loss, *statistics.unbind())
 
 
@@ -129,13 +138,14 @@ class _FusedSparseKL(torch.autograd.Function):
         log_target: torch.Tensor,
         tail_log_target: torch.Tensor | None,
         labels: torch.Tensor | None,
+        position_weight: torch.Tensor | None,
         options: FusedOptions,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.set_materialize_grads(False)
         dtype = torch.float64 if options.compute_dtype == torch.float64 else torch.float32
         wanted = [options.need_grad and needed for needed in ctx.needs_input_grad[:3]]
         with torch.autocast(hidden.device.type, enabled=False):
-            targets = Target.build(ids, log_target, tail_log_target, labels, dtype)
+            targets = Target.build(ids, log_target, tail_log_target, labels, dtype, position_weight)
             visit = project_chunks if options.project else gather_chunks
             columns, gradients, scale = visit(hidden, weight, bias, targets, options, wanted, dtype)
         # A statistic that was not computed is NaN; the sum over no token is 0.
@@ -145,9 +155,10 @@ class _FusedSparseKL(torch.autograd.Function):
         if not options.scores:
             sums["choice_score"] = absent.new_zeros(())
         sums["num_tokens"] = absent.new_full((), float(ids.shape[0]))
-        loss = sums["kl"].clone()
+        kl = targets.weighted(columns["kl"]).sum() if "kl" in columns else absent
+        loss = kl.clone()
         if options.ce_weight > 0:
-            loss = (1 - options.ce_weight) * sums["kl"] + options.ce_weight * sums["cross_entropy"]
+            loss = (1 - options.ce_weight) * kl + options.ce_weight * sums["cross_entropy"]
         loss = loss + sums["choice_score"]
         statistics = torch.stack(list(sums.values()))
         ctx.gradients = gradients
@@ -164,7 +175,7 @@ class _FusedSparseKL(torch.autograd.Function):
                 "(`create_graph=True`): use sparse_kl_reference for those."
             )
         if grad_loss is None:
-            return (None,) * 8
+            return (None,) * 9
         if ctx.gradients is None:
             raise RuntimeError(
                 "fused_sparse_kl hands its gradients over in the first backward pass and keeps no copy: call it "
@@ -176,7 +187,7 @@ class _FusedSparseKL(torch.autograd.Function):
             None if gradient is None else gradient.mul_(factor).to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
-        return (*results, None, None, None, None, None)
+        return (*results, None, None, None, None, None, None)
 
 
 def _check_head(
@@ -187,6 +198,7 @@ def _check_head(
     log_target: torch.Tensor,
     tail_log_target: torch.Tensor | None,
     labels: torch.Tensor | None,
+    position_weight: torch.Tensor | None,
     softcap: float | None,
     chunk_size: int | None,
 ) -> None:
@@ -210,7 +222,9 @@ def _check_head(
             raise ValueError(
                 f"`{name}` is {tensor.dtype} and `hidden` is {hidden.dtype}: cast one of them, or use autocast."
             )
-    optional = {"bias": bias, "tail_log_target": tail_log_target, "labels": labels}
+    optional = {
+        "bias": bias, "tail_log_target": tail_log_target, "labels": labels, "position_weight": position_weight
+    }  # fmt: skip
     for name, other in {"weight": weight, "ids": ids, "log_target": log_target, **optional}.items():
         if other is not None and other.device != hidden.device:
             raise ValueError(f"`{name}` is on {other.device} and `hidden` on {hidden.device}: move it there.")

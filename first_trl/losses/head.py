@@ -152,6 +152,7 @@ def add_distill_head(
         teacher_log_target: Any = None,
         teacher_tail_log_target: torch.Tensor | None = None,
         teacher_positions: torch.Tensor | None = None,
+        teacher_weight: torch.Tensor | None = None,
         check_only: bool = False,
         **kwargs: Any,
     ) -> Any:
@@ -188,6 +189,7 @@ def add_distill_head(
                 student_temperature=None if check_only else student_temperature,
                 brier_weight=brier_weight,
                 rps_weight=rps_weight,
+                position_weight=None if teacher_weight is None else teacher_weight.to(weight.device),
                 bias=bias,
                 logit_scale=scale,
                 final_logit_softcapping=softcap,

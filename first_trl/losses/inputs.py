@@ -123,6 +123,7 @@ def check_targets(
     *,
     tail_log_target: torch.Tensor | None = None,
     labels: torch.Tensor | None = None,
+    position_weight: torch.Tensor | None = None,
 ) -> None:
     """
     Refuse a sparse target that would give a silent wrong number.
@@ -142,6 +143,8 @@ def check_targets(
             Log-mass of the target outside the kept ids.
         labels (`torch.Tensor` of shape `(N,)`, int64, *optional*):
             Hard labels.
+        position_weight (`torch.Tensor` of shape `(N,)`, *optional*):
+            Factors of the rows' divergences: finite and at least 0.
 
     Raises:
         `ValueError`: naming the first offending row.
@@ -153,7 +156,8 @@ def check_targets(
         )
     if ids.dtype != torch.int64 or not log_target.is_floating_point():
         raise ValueError(f"`ids` must be int64 and `log_target` floating, got {ids.dtype} and {log_target.dtype}.")
-    for name, tensor in (("tail_log_target", tail_log_target), ("labels", labels)):
+    vectors = {"tail_log_target": tail_log_target, "labels": labels, "position_weight": position_weight}
+    for name, tensor in vectors.items():
         if tensor is not None and tensor.shape != ids.shape[:1]:
             raise ValueError(f"`{name}` must have shape ({ids.shape[0]},), got {tuple(tensor.shape)}.")
     if labels is not None and labels.dtype != torch.int64:
@@ -179,6 +183,8 @@ def check_targets(
     }
     if labels is not None:
         problems["label out of range"] = (labels < 0) | (labels >= vocab_size)
+    if position_weight is not None:
+        problems["weight"] = ~((position_weight >= 0) & position_weight.isfinite())
     found = torch.stack([rows.any() for rows in problems.values()]).tolist()
     if not any(found):
         return
@@ -190,6 +196,9 @@ def check_targets(
             f"Row {row}: ids {ids[row].tolist()} leave the vocabulary [0, {vocab_size}). The cache was made with "
             "another vocabulary than the student's head has."
         )
+    if name == "weight":
+        assert position_weight is not None
+        raise ValueError(f"Row {row}: the weight {float(position_weight[row])} must be finite and at least 0.")
     if name == "repeated id":
         raise ValueError(f"Row {row}: ids {ids[row].tolist()} hold a token twice; a target has one entry per token.")
     if name == "mass":

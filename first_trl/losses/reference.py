@@ -19,6 +19,7 @@ def sparse_kl_reference(
     student_temperature: float | None = None,
     brier_weight: float = 0.0,
     rps_weight: float = 0.0,
+    position_weight: torch.Tensor | None = None,
 ) -> SparseKLOutput:
     r"""
     KL(target || student) for a target known on a few token ids, from the full student logits.
@@ -59,6 +60,8 @@ def sparse_kl_reference(
         brier_weight (`float`, *optional*, defaults to `0.0`), rps_weight (`float`, *optional*, defaults to `0.0`):
             Factors of the Brier and the ranked probability score among the kept ids, which are added to the loss; see
             [`ChoiceScores`].
+        position_weight (`torch.Tensor` of shape `(N,)`, *optional*):
+            Factor of each token's divergence in the loss, at least 0. `kl` and the other sums are those of all tokens alike.
 
     Returns:
         [`SparseKLOutput`]
@@ -69,10 +72,12 @@ def sparse_kl_reference(
     divergence = get_estimator(estimator, student_temperature)
     scores = ChoiceScores(brier_weight, rps_weight)
     check_options(estimator, ce_weight, tail_log_target, labels)
-    check_targets(ids, log_target, logits.shape[1], tail_log_target=tail_log_target, labels=labels)
+    check_targets(
+        ids, log_target, logits.shape[1], tail_log_target=tail_log_target, labels=labels, position_weight=position_weight
+    )  # fmt: skip
     if logits.dtype != torch.float64:
         logits = logits.float()
-    target = Target.build(ids, log_target, tail_log_target, labels, logits.dtype)
+    target = Target.build(ids, log_target, tail_log_target, labels, logits.dtype, position_weight)
 
     log_p = logits.log_softmax(-1)
     inside = torch.zeros_like(logits, dtype=torch.bool).scatter(1, target.ids, True)
@@ -81,15 +86,16 @@ def sparse_kl_reference(
     log_kept = log_p.gather(1, target.ids)
     log_q = log_kept.masked_fill(~target.kept, -torch.inf).log_softmax(-1).masked_fill(~target.kept, 0.0)
     student = Student(log_kept, log_q, log_tail)
-    kl = divergence.divergence(student, target).sum()
+    divergences = divergence.divergence(student, target)
+    kl, weighted = divergences.sum(), target.weighted(divergences).sum()
 
     nan = logits.new_full((), torch.nan)
-    loss, cross_entropy, num_correct = kl, nan, nan
+    loss, cross_entropy, num_correct = weighted, nan, nan
     if labels is not None:
         cross_entropy = -log_p.gather(1, labels[:, None]).sum()
         num_correct = (logits.gather(1, labels[:, None])[:, 0] >= logits.amax(-1)).sum().to(logits.dtype)
         if ce_weight > 0:
-            loss = (1 - ce_weight) * kl + ce_weight * cross_entropy
+            loss = (1 - ce_weight) * weighted + ce_weight * cross_entropy
     choice_score = scores.value(log_q, target).sum()
     loss = loss + choice_score
     if divergence.over_kept:

@@ -13,6 +13,7 @@ from ..cache.schema import (
     CHOICE_INDEX,
     DRAW_COUNTS,
     DRAW_IDS,
+    MUTUAL_INFORMATION,
     SOFT_LABELS,
     TAIL_LOGPROB,
     TOPK_IDS,
@@ -38,6 +39,7 @@ class DataCollatorForDistillation(DataCollatorForLanguageModeling):
     - `"teacher_tail_log_target"`: float32 of shape `(N,)`, for the `"bucket"` estimator only.
     - `"teacher_has_gold"`: bool of shape `(N,)`, whether the label is an answer. Where every row of the dataset has
       one, it is left out.
+    - `"teacher_weight"`: float32 of shape `(N,)`, with `disagreement_weight` only.
     - `"teacher_positions"`: int64 of shape `(N,)`, with `head_size` only: see [`place_targets`].
 
     N is the number of labels other than -100, the first token of each document aside. Examples without teacher
@@ -55,6 +57,8 @@ class DataCollatorForDistillation(DataCollatorForLanguageModeling):
             training checks nothing.
         soft_label_weight (`float`, *optional*):
             Share of the soft labels in the target, where rows hold them beside a teacher.
+        disagreement_weight (`float`, *optional*, defaults to 0):
+            Positions count `exp(-disagreement_weight * I)`, with `I` the disagreement of a committee of teachers in nats.
 
     Raises:
         `ValueError`: The teacher columns do not belong to the labels, hold what is no log-probability, or an id that
@@ -66,6 +70,7 @@ class DataCollatorForDistillation(DataCollatorForLanguageModeling):
     top_k: int | None = None
     head_size: int | None = None
     soft_label_weight: float | None = None
+    disagreement_weight: float = 0.0
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
@@ -75,6 +80,11 @@ class DataCollatorForDistillation(DataCollatorForLanguageModeling):
             self._add_top_k(batch, examples)
         elif DRAW_IDS in examples[0] and estimator_target(self.estimator) == "draws":
             self._add_draws(batch, examples)
+        if self.disagreement_weight and MUTUAL_INFORMATION in examples[0] and "teacher_ids" in batch:
+            information = _flat(examples, MUTUAL_INFORMATION, np.float64)
+            if len(information) != len(batch["teacher_ids"]):
+                raise _misaligned(len(batch["teacher_ids"]), {MUTUAL_INFORMATION: len(information)})
+            batch["teacher_weight"] = torch.from_numpy(np.exp(-self.disagreement_weight * information)).float()
         if self.head_size is not None and "teacher_ids" in batch:
             place_targets(batch, self.head_size)
         if TEACHER_HAS_GOLD in examples[0]:
@@ -205,6 +215,7 @@ def place_targets(batch: dict[str, Any], head_size: int) -> None:
         head_size,
         tail_log_target=batch.get("teacher_tail_log_target"),
         labels=labels[rows, columns + 1],
+        position_weight=batch.get("teacher_weight"),
     )
     batch["teacher_positions"] = rows * labels.shape[1] + columns
 

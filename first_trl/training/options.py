@@ -24,7 +24,8 @@ T = TypeVar("T")
 
 # What decides the result, in the order of a card; recalibration has a line of its own there
 CARD_OPTIONS = (
-    "estimator", "top_k", "ce_weight", "student_temperature", "restrict_to_choices", "soft_label_weight", "brier_weight",
+    "estimator", "top_k", "ce_weight", "student_temperature", "restrict_to_choices", "soft_label_weight",
+    "disagreement_weight", "brier_weight",
     "rps_weight", "token_dropout", "token_dropout_id",
 )  # fmt: skip
 
@@ -112,6 +113,10 @@ class DistillOptions:
             Where rows hold soft labels beside a cached teacher: share `w` of theirs in the target, the teacher's (after
             its recalibration) has `1 - w`. In a recipe, 1 trains on the soft labels alone, and `recalibration` rescales
             them.
+        disagreement_weight (`float`, *optional*, defaults to `0.0`):
+            For the cache of a committee of teachers: the divergence at a position is multiplied by `exp(-w I)`, with `w` this
+            number and `I` their disagreement there in nats (`teacher_mutual_information`), so that the student learns less where
+            they do not know. In training only: `eval_loss` counts all positions alike.
         token_dropout (`float`, *optional*, defaults to `0.0`):
             Probability that a token of the student's input is replaced in training, while the teacher's target stays
             that of the whole text (word dropout). Special tokens, padding and supervised tokens are never replaced.
@@ -165,6 +170,13 @@ class DistillOptions:
         ]
         | None
     ) = None
+    disagreement_weight: Annotated[
+        float,
+        Strict(),
+        Ge(0.0),
+        Lt(float("inf")),
+        Fact("Weights", "exp(-{value:g} I), with I the disagreement of the teachers in nats"),
+    ] = 0.0
     token_dropout: Annotated[
         float,
         Strict(),

@@ -18,6 +18,7 @@ from ..cache.schema import (
     CHOICE_INDEX,
     DRAW_COLUMNS,
     INPUT_IDS,
+    MUTUAL_INFORMATION,
     SOFT_LABELS,
     TEACHER_COLUMNS,
     count_without_gold,
@@ -144,6 +145,12 @@ class FirstDistillTrainer(  # type: ignore[misc]  # TRL's signature
                 "with `add_teacher_topk(dataset, teacher, processing_class)`, or give soft labels, `target_probs`."
             )
         _check_soft_label_weight(args.soft_label_weight, cached, has_soft_labels(columns) or SOFT_LABELS in columns)
+        if args.disagreement_weight and MUTUAL_INFORMATION not in columns:
+            raise ValueError(
+                f"`disagreement_weight={args.disagreement_weight}` weighs by `{MUTUAL_INFORMATION}`, which only the cache of "
+                "several teachers has. Capture with `CommitteeBackend` (`first-trl precompute --teacher A --teacher B`), or "
+                "leave it at 0."
+            )
         prompt_learning = peft_config if peft_config is not None else getattr(model, "active_peft_config", None)
         if getattr(prompt_learning, "is_prompt_learning", False):
             raise ValueError(
@@ -200,6 +207,7 @@ class FirstDistillTrainer(  # type: ignore[misc]  # TRL's signature
             top_k=args.top_k,
             head_size=head_size(base),
             soft_label_weight=args.soft_label_weight,
+            disagreement_weight=args.disagreement_weight,
         )
         self.set_token_dropout(args.token_dropout, args.token_dropout_id)
         self._lacks_gold = {"train": False, "eval": False}
@@ -265,6 +273,8 @@ class FirstDistillTrainer(  # type: ignore[misc]  # TRL's signature
                 dataset = verify_stream(dataset, processing_class, self._student_head_size)
             extra: tuple[str, ...] = (TEACHER_HAS_GOLD,) if lacks_gold else ()
             extra += tuple(name for name in (CHOICE_INDEX, SOFT_LABELS) if name in columns)
+            if args.disagreement_weight and MUTUAL_INFORMATION in columns:
+                extra += (MUTUAL_INFORMATION,)
             _check_choices(args, extra)
             dataset = align(
                 dataset,
@@ -286,7 +296,10 @@ class FirstDistillTrainer(  # type: ignore[misc]  # TRL's signature
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
-        wanted = (*entry_columns(self.args.estimator), DRAW_LENGTHS, TEACHER_HAS_GOLD, CHOICE_INDEX, SOFT_LABELS)
+        wanted = (
+            *entry_columns(self.args.estimator), DRAW_LENGTHS, TEACHER_HAS_GOLD, CHOICE_INDEX, SOFT_LABELS,
+            MUTUAL_INFORMATION,
+        )  # fmt: skip
         columns.extend(name for name in wanted if name not in columns)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

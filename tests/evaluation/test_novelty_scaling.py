@@ -76,11 +76,43 @@ def test_the_steepest_slope_that_validation_bears():
 def test_every_feature_gives_a_temperature_of_each_row_alone(feature):
     rng = np.random.default_rng(1)
     train, validation = world(rng, 300, 0.5), world(rng, 400, 0.5)
-    fitted = fit_novelty_scaling(train, validation, feature=feature, components=4)
+    told = rng.gamma(1.0, 0.1, len(train)) if feature == "disagreement" else None
+    fitted = fit_novelty_scaling(train, validation, feature=feature, components=4, disagreement=told)
     given = fitted.of(validation)
     assert np.isfinite(given).all() and (given > 0).all() and fitted.temperature.gain >= -1e-9
     some = np.array([5, 3, 99])
     assert fitted.of(validation.rows(some)) == pytest.approx(given[some], rel=1e-6)
+
+
+def test_what_the_states_tell_of_a_disagreement_lowers_confidence_there():
+    """Teachers disagree along one direction of the states, in which the student is over-confident."""
+    rng = np.random.default_rng(3)
+
+    def rows(n):
+        state = rng.normal(size=(n, WIDTH))
+        z = rng.normal(size=(n, 5)) * 1.5
+        cumulative = np.exp(z).cumsum(1) / np.exp(z).sum(1, keepdims=True)
+        gold = (cumulative > rng.random((n, 1))).argmax(1)
+        apart = state / np.linalg.norm(state, axis=1, keepdims=True) @ np.eye(WIDTH)[0] * np.sqrt(WIDTH)
+        return answers(np.exp(0.5 + 0.4 * apart)[:, None] * z, gold, {1: state}), apart
+
+    (train, apart), (validation, unseen) = rows(1500), rows(2000)
+    told = np.exp(-3.0 + apart + 0.5 * rng.normal(size=len(apart)))
+    told[::10] = np.nan  # rows that the committee was not asked about
+    fitted = fit_novelty_scaling(train, validation, feature="disagreement", disagreement=told)
+    assert np.corrcoef(fitted.features(validation.states)[:, 0], unseen)[0, 1] > 0.97
+    assert fitted.temperature.slopes[0] == pytest.approx(0.4, abs=0.1)
+    shuffled = fit_novelty_scaling(train, validation, feature="disagreement", disagreement=rng.permutation(told))
+    assert shuffled.temperature.slopes[0] < 0.2
+    same = fit_novelty_scaling(train, validation, feature="disagreement", disagreement=np.zeros(len(train)))
+    assert same.temperature.slopes == (0.0,)
+
+
+@pytest.mark.parametrize("given", [None, np.zeros(3), np.full(50, -0.1), np.full(50, np.inf), np.full(50, np.nan)])
+def test_a_disagreement_that_is_none(given):
+    rng = np.random.default_rng(4)
+    with pytest.raises(ValueError, match="disagreement"):
+        fit_novelty_scaling(world(rng, 50, 0.5), world(rng, 60, 0.5), feature="disagreement", disagreement=given)
 
 
 def test_equal_layers_give_the_first():

@@ -35,6 +35,8 @@ ARMS = {
     },
     "cross": {"kind": "distill", "teacher": "cross", "data": ["train", "unlabelled"]},
     "mean": {"kind": "distill", "teacher": "mean", "recalibration": "logit_temperature"},
+    "mean_weighted": {"kind": "distill", "teacher": "mean", "disagreement_weight": 20.0},
+    "mean_disagreement": {"kind": "novelty_scaling", "of": "mean", "novelty": {"feature": "disagreement"}},
 }
 TEACHERS = {
     "selected": {"select": "nll", "sft": {"num_train_epochs": 3, "learning_rate": 3e-2}},
@@ -115,6 +117,21 @@ def test_a_committee_is_the_mean_of_its_members(run):
     assert (
         costs["mean"]["teacher_steps"] == costs["first"]["teacher_steps"] + costs["teacher_selected"]["teacher_steps"]
     )
+
+
+def test_the_disagreement_of_a_committee_weighs_and_scales(run):
+    logs = {
+        arm: [
+            entry for entry in json.loads((run / "students" / arm / "training_log.json").read_text()) if "kl" in entry
+        ]
+        for arm in ("mean", "mean_weighted")
+    }
+    assert logs["mean"][0]["loss"] == pytest.approx(logs["mean"][0]["kl"], rel=1e-3)
+    assert logs["mean_weighted"][0]["loss"] < 0.99 * logs["mean_weighted"][0]["kl"]
+    assert "exp(-20 I)" in (run / "students" / "mean_weighted" / "model" / "README.md").read_text()
+    fitted = json.loads((run / "evaluate" / "mean_disagreement" / "novelty.json").read_text())
+    assert fitted["feature"] == "disagreement" and fitted["slopes"][0] >= 0.0
+    assert json.loads((run / "report" / "report.json").read_text())["results"]["mean_disagreement"]["test"]["n"] > 0
 
 
 def test_the_selected_epoch_is_the_best_and_is_what_is_saved(run):

@@ -68,6 +68,10 @@ def test_overrides_seed_and_folder():
             "arms.n={kind: novelty_scaling, of: sft, novelty: {fit: steepest, feature: hidden_state}}",
             "is for one feature",
         ),
+        (
+            "arms.n={kind: novelty_scaling, of: sft, novelty: {fit: cross_group, feature: disagreement}}",
+            "the feature disagreement is fitted on validation rows",
+        ),
         ("arms.n={kind: agreement_scaling, of: sft}", "prompts must name 'validation' or a role of evaluation.splits"),
         ("evaluation.splits=[tset]", "'tset', which task.splits does not hold"),
         ("capture.k=many", "capture.k must be of type int"),

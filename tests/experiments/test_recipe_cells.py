@@ -115,6 +115,8 @@ def test_mistakes_are_named(override, message):
         ("teachers={a: {folds: 2}, m: {committee: [teacher, a]}}", "all be made of the same folds, or of none"),
         ("teachers={a: {}, m: {committee: [teacher, a], sft: {seed: 1}}}", "leave out sft, select and folds here"),
         ("teachers={a: {}, m: {committee: [teacher, a]}, n: {committee: [a, m]}}", "'m' is a committee itself"),
+        ("arms.first.disagreement_weight=1.0", "needs a `teacher` with a `committee`"),
+        ("arms.n={kind: novelty_scaling, of: first, novelty: {feature: disagreement}}", "is not distilled from one"),
         ("task.splits.ood={split: ood, unseen: pair}", "unseen must be group or question"),
         ("task.splits.validation={split: validation, unseen: group}", "only belongs to roles of evaluation.splits"),
         ("hub={namespace: me, arms: [teacher]}", "which trains no student"),

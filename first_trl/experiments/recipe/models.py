@@ -216,13 +216,14 @@ class NoveltySpec:
 
     Args:
         feature (`str`): `distance` of the hidden state to those of training rows; `max_probability`, the control;
-            `distance_and_max_probability`; or `hidden_state`, a learnt head.
+            `distance_and_max_probability`; `hidden_state`, a learnt head; or `disagreement`, what the hidden state tells of
+            where the teachers of a committee disagree, for a student of one.
         fit (`str`): Where the slope is learnt: on `validation`; `steepest`, the steepest one that validation bears; or by
             `cross_group` on groups of training rows that were held out, which needs rows with a `group`. The intercept is
             always fitted on `validation`.
         metric (`str`): Of the distance: `cosine`, `pca` or `mahalanobis`.
         k (`int`): Nearest training rows.
-        components (`int`): Principal components of `pca`, `mahalanobis` and `hidden_state`.
+        components (`int`): Principal components of `pca`, `mahalanobis`, `hidden_state` and `disagreement`.
         layers (`list[int]`, *optional*): Layers to choose from, 1 is the first; default: a quarter, half, three quarters and
             all of the depth.
         groups (`str`): Of `cross_group`: the rows' `group`, or `cluster`, for rows that have none: k-means clusters of their
@@ -235,7 +236,9 @@ class NoveltySpec:
         reference_rows (`int`): Most training rows that are kept.
     """
 
-    feature: Literal["distance", "max_probability", "distance_and_max_probability", "hidden_state"] = "distance"
+    feature: Literal["distance", "max_probability", "distance_and_max_probability", "hidden_state", "disagreement"] = (
+        "distance"
+    )
     fit: Literal["validation", "steepest", "cross_group"] = "validation"
     metric: Literal["cosine", "pca", "mahalanobis"] = "cosine"
     k: Count = 10

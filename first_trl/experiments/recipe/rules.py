@@ -151,6 +151,10 @@ def _name(name: str, place: str) -> Iterator[str]:
         yield f"{place}: {name!r} is the row of the true posterior; choose another name."
 
 
+def _of_committee(recipe: Recipe, arm: ArmSpec) -> bool:
+    return arm.teacher in recipe.teachers and recipe.teachers[str(arm.teacher)].committee is not None
+
+
 def _arm(recipe: Recipe, name: str, arm: ArmSpec) -> Iterator[str]:
     place = f"arms.{name}"
     if not arm.swept:
@@ -158,8 +162,16 @@ def _arm(recipe: Recipe, name: str, arm: ArmSpec) -> Iterator[str]:
     if arm.kind in POST_HOC and (arm.of not in recipe.arms or recipe.arms[str(arm.of)].kind in POST_HOC):
         yield f"{place}.of must name a trained arm, got {arm.of!r}.{nearest(str(arm.of), recipe.arms)}"
     spec = arm.novelty
-    if spec is not None and spec.fit == "cross_group" and spec.feature == "hidden_state":
-        yield f"{place}.novelty: the feature hidden_state is fitted on validation rows; cross_group fits one slope."
+    if spec is not None and spec.fit == "cross_group" and spec.feature in ("hidden_state", "disagreement"):
+        yield f"{place}.novelty: the feature {spec.feature} is fitted on validation rows; cross_group fits one slope."
+    of = recipe.arms.get(str(arm.of))
+    if spec is not None and spec.feature == "disagreement" and of is not None and not _of_committee(recipe, of):
+        yield (
+            f"{place}.novelty: the feature disagreement is that of a committee, and {arm.of!r} is not distilled from one. Give it "
+            "a `teacher` with a `committee`."
+        )
+    if arm.disagreement_weight and not _of_committee(recipe, arm):
+        yield f"{place}.disagreement_weight needs a `teacher` with a `committee`: a single teacher does not disagree."
     if spec is not None and spec.fit == "steepest" and spec.feature not in ("distance", "max_probability"):
         yield f"{place}.novelty: the fit 'steepest' is for one feature, distance or max_probability."
     if spec is not None and spec.fit == "steepest" and spec.at_least_scalar:

@@ -11,6 +11,7 @@ from datasets import Dataset, concatenate_datasets
 
 from ...cache.choices import CHOICE_IDS, add_soft_labels, only_answers, restrict_to_choices
 from ...cache.folder import load_teacher_cache
+from ...cache.schema import MUTUAL_INFORMATION
 from ...cache.verify import verify_teacher_cache
 from ...plugins import BACKENDS
 from ...tasks.answers import answer_token_ids_of_rows
@@ -144,6 +145,13 @@ def load_cache(run: RunContext, teacher: Teacher, role: str, target: str = "voca
         return cache
     verify_teacher_cache(cache)
     return restrict_to_choices(_with_choices(run, role, cache, soft=target == "both"))
+
+
+def disagreement_of(run: RunContext, teacher: Teacher, role: str, rows: Dataset) -> np.ndarray:
+    """Of a committee at the first supervised position of each row, in nats, float64 `(N,)`; NaN where it was not asked."""
+    cache = load_cache(run, teacher, role).with_format(None)
+    found = {name: values[0] for name, values in zip(cache["id"], cache[MUTUAL_INFORMATION], strict=True)}
+    return np.array([found.get(name, np.nan) for name in rows["id"]], np.float64)
 
 
 def _with_choices(run: RunContext, role: str, dataset: Dataset, *, soft: bool) -> Dataset:

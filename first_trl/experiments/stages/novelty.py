@@ -20,8 +20,9 @@ from ...tasks.decision_extras import write_decision_extras
 from ...utils.files import write_json
 from ..recipe import ArmSpec, NoveltySpec
 from ..run_folder import read_json
+from .capture import disagreement_of
 from .context import RunContext
-from .teachers import base_model
+from .teachers import base_model, teacher_of
 from .training import place
 
 
@@ -151,7 +152,10 @@ def fit_arm(run: RunContext, name: str) -> NoveltyScaling:
         "layers": layers,
         "seed": run.recipe.seed,
     }
-    slopes = None
+    slopes = disagreement = None
+    if spec.feature == "disagreement":
+        teacher = teacher_of(run.recipe, run.recipe.arms[of])
+        disagreement = disagreement_of(run, teacher, "train", _train_rows(run))
     if spec.fit == "cross_group":
         rows = _train_rows(run)
         groups = rows["group"] if "group" in rows.column_names else [""] * len(rows)
@@ -170,6 +174,7 @@ def fit_arm(run: RunContext, name: str) -> NoveltyScaling:
         slopes=slopes,
         steepest=spec.fit == "steepest",
         max_nll_increase=spec.max_nll_increase,
+        disagreement=disagreement,
         **common,
     )
     if slopes is not None:

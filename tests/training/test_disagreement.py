@@ -1,0 +1,84 @@
+"""The cache of a committee, where positions that its teachers disagree on count less."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from first_trl import add_teacher_topk
+from first_trl.losses import sparse_kl_reference
+from tests.support.tiny import run, tiny_config, tiny_llama, tiny_rows, tiny_tokenizer
+
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return Dataset.from_list(tiny_rows(8))
+
+
+@pytest.fixture(scope="module")
+def cache(rows, tokenizer):
+    return add_teacher_topk(
+        rows, [tiny_llama(3), tiny_llama(4)], tokenizer, k=6, logprob_dtype="float32", disable_tqdm=True
+    )
+
+
+def by_hand(cache, weight: float) -> tuple[float, float]:
+    """Weighted and plain mean divergence of the student before its first step."""
+    student, weighted, plain, count = tiny_llama(0), 0.0, 0.0, 0
+    for row in cache:
+        with torch.no_grad():
+            logits = student(torch.tensor([row["input_ids"]])).logits[0].double()
+        at = [t for t in range(1, len(row["labels"])) if row["labels"][t] != -100]
+        for i, t in enumerate(at):
+            given = np.array(row["teacher_topk_logprobs"][i], np.float64)
+            rest = np.array([row["teacher_tail_logprob"][i]], np.float64)
+            total = np.logaddexp.reduce(np.concatenate([given, rest]))
+            found = sparse_kl_reference(
+                logits[t - 1 : t], torch.tensor([row["teacher_topk_ids"][i]]), torch.tensor((given - total)[None]),
+                tail_log_target=torch.tensor(rest - total), estimator="bucket",
+            )  # fmt: skip
+            weighted += np.exp(-weight * row["teacher_mutual_information"][i]) * found.loss.item()
+            plain += found.loss.item()
+            count += 1
+    return weighted / count, plain / count
+
+
+def test_the_loss_is_the_weighted_mean_and_eval_loss_the_plain_one(cache, tokenizer, tmp_path):
+    options = {"estimator": "bucket", "disagreement_weight": 4.0}
+    args = tiny_config(tmp_path, **options)
+    trainer, _ = run(tiny_llama(0), args, cache, tokenizer, eval_dataset=cache)
+    weighted, plain = by_hand(cache, 4.0)
+    assert weighted < 0.99 * plain
+    logs = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert logs["loss"] == pytest.approx(weighted, rel=1e-4) and logs["kl"] == pytest.approx(plain, rel=1e-4)
+    fresh, _ = run(tiny_llama(0), tiny_config(tmp_path, **options, learning_rate=0.0), cache, tokenizer)
+    assert fresh.evaluate(cache)["eval_loss"] == pytest.approx(plain, rel=1e-4)
+
+
+def test_weights_stay_on_their_positions_when_rows_are_cut_and_shuffled(cache, tokenizer, tmp_path):
+    cut = {"max_length": 6, "truncation_mode": "keep_start", "estimator": "bucket"}
+    recorded = []
+    for given in (cache, cache.select(range(7, -1, -1))):
+        _, recorder = run(tiny_llama(0), tiny_config(tmp_path, **cut, disagreement_weight=4.0), given, tokenizer)
+        recorded.append(recorder)
+    plain = run(tiny_llama(0), tiny_config(tmp_path, **cut), cache, tokenizer)[1]
+    one, other, without = (dict(found.gradients[0]) for found in (*recorded, plain))
+    for name, gradient in one.items():
+        torch.testing.assert_close(gradient, other[name], rtol=1e-4, atol=1e-7)
+    assert any(not torch.allclose(gradient, without[name], rtol=1e-3) for name, gradient in one.items())
+
+
+def test_a_cache_of_one_teacher_is_refused(rows, tokenizer, tmp_path):
+    single = add_teacher_topk(rows, tiny_llama(3), tokenizer, k=6, disable_tqdm=True)
+    with pytest.raises(ValueError, match=r"`disagreement_weight=1\.0` weighs by `teacher_mutual_information`"):
+        run(tiny_llama(0), tiny_config(tmp_path, disagreement_weight=1.0), single, tokenizer)
+    with pytest.raises(ValueError, match="disagreement_weight"):
+        tiny_config(tmp_path, disagreement_weight=-1.0)
