@@ -35,7 +35,12 @@ ARMS = {
     },
     "cross": {"kind": "distill", "teacher": "cross", "data": ["train", "unlabelled"]},
     "mean": {"kind": "distill", "teacher": "mean", "recalibration": "logit_temperature"},
-    "mean_weighted": {"kind": "distill", "teacher": "mean", "disagreement_weight": 20.0},
+    "mean_weighted": {
+        "kind": "distill",
+        "teacher": "mean",
+        "disagreement_weight": 20.0,
+        "training": {"logging_steps": 1},
+    },
     "mean_disagreement": {"kind": "novelty_scaling", "of": "mean", "novelty": {"feature": "disagreement"}},
 }
 TEACHERS = {
@@ -120,14 +125,9 @@ def test_a_committee_is_the_mean_of_its_members(run):
 
 
 def test_the_disagreement_of_a_committee_weighs_and_scales(run):
-    logs = {
-        arm: [
-            entry for entry in json.loads((run / "students" / arm / "training_log.json").read_text()) if "kl" in entry
-        ]
-        for arm in ("mean", "mean_weighted")
-    }
-    assert logs["mean"][0]["loss"] == pytest.approx(logs["mean"][0]["kl"], rel=1e-3)
-    assert logs["mean_weighted"][0]["loss"] < 0.99 * logs["mean_weighted"][0]["kl"]
+    logs = json.loads((run / "students" / "mean_weighted" / "training_log.json").read_text())
+    steps = [entry for entry in logs if "loss" in entry]
+    assert steps and all(entry["loss"] < 0.99 * entry["kl"] for entry in steps)
     assert "exp(-20 I)" in (run / "students" / "mean_weighted" / "model" / "README.md").read_text()
     fitted = json.loads((run / "evaluate" / "mean_disagreement" / "novelty.json").read_text())
     assert fitted["feature"] == "disagreement" and fitted["slopes"][0] >= 0.0
