@@ -25,8 +25,7 @@ T = TypeVar("T")
 # What decides the result, in the order of a card; recalibration has a line of its own there
 CARD_OPTIONS = (
     "estimator", "top_k", "ce_weight", "student_temperature", "restrict_to_choices", "soft_label_weight",
-    "disagreement_weight", "brier_weight",
-    "rps_weight", "token_dropout", "token_dropout_id",
+    "disagreement_weight", "brier_weight", "rps_weight", "token_dropout", "token_dropout_id",
 )  # fmt: skip
 
 

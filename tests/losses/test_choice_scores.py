@@ -27,14 +27,6 @@ def naive_score(logits: torch.Tensor, problem: Problem, brier_weight: float, rps
     return total
 
 
-def dense_logits(problem: Problem, leaves: list[torch.Tensor]) -> torch.Tensor:
-    logits = leaves[0] @ leaves[1].t()
-    if problem.bias is not None:
-        logits = logits + leaves[2]
-    logits = logits * problem.logit_scale
-    return logits if problem.softcap is None else problem.softcap * torch.tanh(logits / problem.softcap)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("estimator", ESTIMATORS.builtin)
@@ -52,7 +44,7 @@ def test_value_and_gradients_equal_a_naive_reference(
         found = torch.autograd.grad(output.loss, problem.parameters())
         plain, plain_gradients = problem.reference()
         leaves = [x.detach().double().requires_grad_() for x in problem.parameters()]
-        score = naive_score(dense_logits(problem, leaves), problem, brier_weight, rps_weight)
+        score = naive_score(problem.dense_logits(leaves), problem, brier_weight, rps_weight)
         gradients = torch.autograd.grad(score, leaves)
         assert output.choice_score.item() == pytest.approx(score.item(), rel=1e-6)
         assert output.loss.item() == pytest.approx((plain.loss + score).item(), rel=1e-6)
@@ -65,7 +57,7 @@ def test_value_and_gradients_equal_a_naive_reference(
 @pytest.mark.parametrize("estimator", ["topk", "bucket", "renormalized"])
 def test_the_reference_on_dense_logits_has_them_too(estimator: str) -> None:
     problem = make_problem(5, 6, 8, 30, 4, estimator, padding=1, dtype=torch.float64)
-    logits = dense_logits(problem, [x.detach() for x in problem.parameters()])
+    logits = problem.dense_logits([x.detach() for x in problem.parameters()])
     tail = {} if problem.tail_log_target is None else {"tail_log_target": problem.tail_log_target}
     targets = {**problem.targets, **tail, "ids": problem.ids, "log_target": problem.log_target}
     plain = sparse_kl_reference(logits, **targets)

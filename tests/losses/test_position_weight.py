@@ -20,8 +20,7 @@ def problem_of(estimator: str, dtype: torch.dtype, ce_weight: float, softcap: fl
 def naive(problem: Problem) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """One token at a time, from the dense logits of the reference without weights."""
     leaves = [x.detach().double().requires_grad_() for x in problem.parameters()]
-    logits = (leaves[0] @ leaves[1].t() + leaves[2]) * problem.logit_scale
-    logits = logits if problem.softcap is None else problem.softcap * torch.tanh(logits / problem.softcap)
+    logits = problem.dense_logits(leaves)
     loss = logits.new_zeros(())
     for row, weight in enumerate(WEIGHTS):
         one = slice(row, row + 1)
@@ -59,7 +58,7 @@ def test_loss_and_gradients_are_those_of_one_token_at_a_time(
 @pytest.mark.parametrize("estimator", ["topk", "bucket", "renormalized"])
 def test_the_reference_has_them_too(estimator: str) -> None:
     problem = problem_of(estimator, torch.float64, 0.3, None)
-    logits = (problem.hidden @ problem.weight.t() + problem.bias) * problem.logit_scale
+    logits = problem.dense_logits([x.detach() for x in problem.parameters()])
     found = sparse_kl_reference(
         logits, problem.ids, problem.log_target, tail_log_target=problem.tail_log_target, position_weight=WEIGHTS,
         **problem.targets,

@@ -49,15 +49,18 @@ class Problem:
 
     def reference(self) -> tuple[SparseKLOutput, list[torch.Tensor]]:
         leaves = [x.detach().double().requires_grad_() for x in self.parameters()]
+        logits = self.dense_logits(leaves)
+        tail = None if self.tail_log_target is None else self.tail_log_target.double()
+        output = sparse_kl_reference(logits, self.ids, self.log_target.double(), tail_log_target=tail, **self.targets)
+        return output, list(torch.autograd.grad(output.loss, leaves))
+
+    def dense_logits(self, leaves: list[torch.Tensor]) -> torch.Tensor:
+        """All logits, of copies of [`parameters`]."""
         logits = leaves[0] @ leaves[1].t()
         if self.bias is not None:
             logits = logits + leaves[2]
         logits = logits * self.logit_scale
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        tail = None if self.tail_log_target is None else self.tail_log_target.double()
-        output = sparse_kl_reference(logits, self.ids, self.log_target.double(), tail_log_target=tail, **self.targets)
-        return output, list(torch.autograd.grad(output.loss, leaves))
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def parameters(self) -> list[torch.Tensor]:
         return [self.hidden, self.weight] + ([] if self.bias is None else [self.bias])
