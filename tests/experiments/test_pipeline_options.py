@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from datasets import load_dataset, load_from_disk
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from first_trl.cli import main
@@ -40,6 +41,11 @@ ARMS = {
         "teacher": "mean",
         "disagreement_weight": 20.0,
         "training": {"logging_steps": 1},
+    },
+    "choices": {
+        "kind": "distill",
+        "restrict_to_choices": True,
+        "lora": {"r": 4, "target_modules": "all-linear", "modules_to_save": ["lm_head"]},
     },
     "mean_disagreement": {"kind": "novelty_scaling", "of": "mean", "novelty": {"feature": "disagreement"}},
 }
@@ -132,6 +138,13 @@ def test_the_disagreement_of_a_committee_weighs_and_scales(run):
     fitted = json.loads((run / "evaluate" / "mean_disagreement" / "novelty.json").read_text())
     assert fitted["feature"] == "disagreement" and fitted["slopes"][0] >= 0.0
     assert json.loads((run / "report" / "report.json").read_text())["results"]["mean_disagreement"]["test"]["n"] > 0
+
+
+def test_an_adapter_with_a_head_of_its_own_learns_the_choices_alone(run):
+    saved = load_file(run / "students" / "choices" / "model" / "adapter_model.safetensors")
+    assert any("lm_head" in name for name in saved) and any("lora_A" in name for name in saved)
+    target = "the distribution over the choices; all other tokens are one bucket"
+    assert target in (run / "students" / "choices" / "model" / "README.md").read_text()
 
 
 def test_the_selected_epoch_is_the_best_and_is_what_is_saved(run):

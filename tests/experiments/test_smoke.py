@@ -87,7 +87,7 @@ ELSEWHERE = {
     "arms.*.select=nll", "teachers.*.folds", "cases.*.teachers", "cases.*.arms.*.data",
     # A case of shift_study
     "task.name=digits",
-    # Of the quickstart's studies: test_soft_labels_run.py, test_trainer.py, and the grid of test_sweep.py
+    # Of the quickstart's studies: test_pipeline_options.py, and the grid of test_sweep.py
     "arms.*.restrict_to_choices", "arms.*.lora.modules_to_save", "grid.arms.*.recalibration_value", "grid.arms.*.top_k",
     # Families like llama: test_a_tiny_model_of_every_family
     *(f"{role}.architecture={family}" for role in ("teacher", "student") for family in ("qwen3", "smollm3")),
