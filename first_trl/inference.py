@@ -22,7 +22,7 @@ from .tasks.answers import answer_token_ids, choice_token_ids
 from .tasks.decision_extras import read_decision_extras, read_temperature, stored_threshold
 from .tasks.encode import encode_texts, prompt_texts
 from .tasks.multiple_choice import MultipleChoice
-from .tasks.option_orders import option_orders
+from .tasks.option_orders import has_free_order, option_orders
 from .vocabulary import NEW_ABOVE
 
 
@@ -215,7 +215,8 @@ class AnswerPipeline(Pipeline):
                 "group": row.get("group"),
             }
             asked = []
-            for order in _orders(given["question"], given["options"], permutations):
+            several = permutations if has_free_order(kind) else 0
+            for order in _orders(given["question"], given["options"], several):
                 example = layout.reorder(given, order)
                 asked.append({**self._encode(example.prompt, example.choices, **scored), "order": order})
             shown = layout.reorder(given, range(len(given["options"])))

@@ -13,7 +13,7 @@ from transformers.decision import DecisionConfig
 
 from ..calibration import CalibrationWarning
 from ..tasks.multiple_choice import MultipleChoice
-from ..tasks.option_orders import option_orders
+from ..tasks.option_orders import has_free_order, option_orders
 from ..tasks.system_one import DecisionQuestion
 from .decisions import predict_decisions
 from .multiple_choice import evaluate_multiple_choice
@@ -131,7 +131,8 @@ def evaluate_option_order(
     orders: list[list[tuple[int, ...]]] = []
     rows: list[dict[str, Any]] = []
     for row in dataset:
-        orders.append(_orders(len(row["options"]), permutations, seed, row["id"]))
+        several = permutations if has_free_order(row.get("kind")) else 1
+        orders.append(_orders(len(row["options"]), several, seed, row["id"]))
         for number, order in enumerate(orders[-1]):
             example = task.reorder(row, order)
             # Which option is right does not enter, so questions without an answer are asked like all others
@@ -188,7 +189,7 @@ def evaluate_decision_order(
     _check_permutations(permutations)
     orders, asked = [], []
     for question in questions:
-        several = permutations if question.kind == "choice" else 1
+        several = permutations if has_free_order(question.kind) else 1
         orders.append(_orders(len(question.options), several, seed, question.id))
         for number, order in enumerate(orders[-1]):
             request = question.request

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from ..utils.tables import as_text, is_nan
 from .base import Example, Task
-from .option_orders import option_orders
+from .option_orders import has_free_order, option_orders
 from .template import check_template
 
 
@@ -107,7 +107,7 @@ class MultipleChoice(Task):
         return self.fill(row["question"], texts, list(order).index(gold) if gold >= 0 else -1, row.get("group") or "")
 
     def forms(self, row: dict[str, Any]) -> list[dict[str, Any]]:
-        if not self.permutations:
+        if not self.permutations or not has_free_order(row.get("kind")):
             return [row]
         orders = option_orders(len(row["options"]), self.permutations, seed=self.permutation_seed, key=row["id"])
         forms = []

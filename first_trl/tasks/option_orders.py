@@ -8,6 +8,12 @@ from typing import Any
 import numpy as np
 
 
+def has_free_order(kind: str | None) -> bool:
+    """Whether options of a question can be shown in another order: a `score` has its levels in order, a `noul` always asks for
+    true, then false. Rows without a kind are choices."""
+    return kind in (None, "choice")
+
+
 def option_orders(n_options: int, n_orders: int, *, seed: int = 0, key: Any = "") -> list[tuple[int, ...]]:
     """
     Different orders of options, drawn at random; the same for the same seed and key.

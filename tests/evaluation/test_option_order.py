@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from itertools import permutations
 
 import numpy as np
@@ -14,6 +15,7 @@ from first_trl import add_option_probs
 from first_trl.cli import main
 from first_trl.evaluation.decisions import predict_decisions
 from first_trl.evaluation.option_order import evaluate_decision_order, evaluate_option_order, option_order_scores
+from first_trl.inference import AnswerPipeline
 from first_trl.tasks import get_task
 from first_trl.tasks.option_orders import option_orders
 from first_trl.tasks.system_one import DecisionQuestion
@@ -201,6 +203,35 @@ def test_decision_models_are_asked_in_other_orders(tokenizer):
         np.testing.assert_allclose(values[0], expected, atol=1e-6)
     with pytest.raises(ValueError, match="No question was asked in two orders"):
         _ = evaluate_decision_order(model, tokenizer, questions[4:], config, **options).report
+
+
+def test_levels_of_a_score_keep_their_order(tmp_path):
+    """Of the rows of a request only those of its choice are asked, trained on and averaged in several orders."""
+    questions = {
+        "what": {"type": "choice", "criteria": dict.fromkeys(["cork", "anvil", "brick"])},
+        "how": {"type": "score", "criteria": ["cork", "anvil", "brick"]},
+        "is": {"type": "noul", "instructions": "floats ?"},
+    }
+    request = {"state": "item1", "questions": questions, "gold": {"what": "cork", "how": [0.2, 0.3, 0.5], "is": 0.9}}
+    path = tmp_path / "test.jsonl"
+    path.write_text(json.dumps(request))
+    task = get_task("system_one")
+    rows = task.load("test", path=str(path)).dataset
+    tokenizer = word_tokenizer([*WORDS, "<unk>"], unknown="<unk>")
+    trained = get_task("system_one", permutations=6).load("test", path=str(path)).dataset
+    assert Counter(trained["kind"]) == {"choice": 6, "score": 1, "noul": 1}
+    kept = {row["id"]: row for row in trained}
+    assert [kept[row["id"]] for row in rows if row["kind"] != "choice"] == [
+        row for row in rows if row["kind"] != "choice"
+    ]
+
+    model = tiny_llama(vocab_size=len(tokenizer))
+    found = evaluate_option_order(model, tokenizer, task, rows, permutations=6, disable_tqdm=True)
+    assert [len(own) for own in found.orders] == [6, 1, 1] and found.report["n"] == 1
+    pipe = AnswerPipeline(model=model, tokenizer=tokenizer, layout=task)
+    for row, several in zip(rows, (6, 1, 1), strict=True):
+        asked = {name: row[name] for name in ("question", "options", "kind")}
+        assert len(pipe.preprocess(asked, layout=task, permutations=6)["row"]["asked"]) == several
 
 
 def test_scores_of_an_example_by_hand():
