@@ -71,8 +71,11 @@ def _run_all(recipe: Recipe, runs: list[Recipe], stage: str | None) -> Path:
     # of a tiny model
     gc.collect()
     gc.freeze()
-    for run in runs:
-        _run_one(run, stage)
+    try:
+        for run in runs:
+            _run_one(run, stage)
+    finally:
+        gc.unfreeze()
     merged = merged_folder(recipe)
     if merged is None:
         return runs[0].folder
