@@ -112,13 +112,18 @@ def drop_copies(
     for role, ids in found.ids.items():
         stay = [i for i, row_id in enumerate(rows[role]["id"]) if row_id not in ids]
         if not stay:
-            reasons = ", ".join(f"{number} {reason}" for reason, number in found.dropped[role].items())
-            raise ValueError(
-                f"No row of {role!r} is left without copies ({reasons}). Give the roles different rows, or keep copies with "
-                "task.options.drop_copies=false."
-            )
+            raise ValueError(nothing_left(role, found.dropped[role]))
         kept[role] = rows[role].select(stay)
     return kept, found
+
+
+def nothing_left(role: str, dropped: Mapping[str, int]) -> str:
+    """What to say where every row of a role is a copy."""
+    reasons = ", ".join(f"{number} {reason}" for reason, number in dropped.items())
+    return (
+        f"No row of {role!r} is left without copies ({reasons}). Give the roles different rows, or keep copies with "
+        "task.options.drop_copies=false."
+    )
 
 
 def _contradicted(split: TaskSplit) -> set[str]:

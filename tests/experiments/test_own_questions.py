@@ -85,6 +85,7 @@ def parts(tmp_path):
     return folder
 
 
+WORDS_AND_LETTER = 'task.options={completion: " {text} {letter}"}'
 SPLITS = "task.splits={train: train, validation: validation, test: test}"
 
 
@@ -135,6 +136,11 @@ def test_training_rows_depend_on_the_roles_that_they_yield_to(parts, model):
     assert before["train"] == after["train"] and before["ood"] != after["ood"]
 
 
+def test_both_fine_tunings_project_the_answers_alone():
+    recipe = load_recipe("my_questions")
+    assert recipe.teacher.sft["fused_loss"] is True and recipe.training["fused_loss"] is True
+
+
 def test_answers_corrected_in_place_are_read_again(parts, model, tmp_path, capsys):
     """The same file, of the same size: no row of a run is the one from before, and nothing else is made anew."""
     run = ["run", *words(parts, model, SPLITS), "--stage", "data", "--output-dir", str(tmp_path / "run")]
@@ -150,6 +156,25 @@ def test_answers_corrected_in_place_are_read_again(parts, model, tmp_path, capsy
     assert gold("test") == ([2, 2, 2], True)
 
 
+TWO_TOKENS = "the answer ' cork A' is 2 tokens"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ([WORDS_AND_LETTER, "evaluation.scoring=choices", "arms.direct.restrict_to_choices=true"], TWO_TOKENS),
+        (["task.max_length=8", "task.on_overflow=error"], "max_length"),
+        (["arms.direct.soft_label_weight=0.5"], "the rows of 'train' have no soft labels"),
+        (["task.splits.train=validation", "task.splits.test=validation"], "No row of 'train' is left without copies"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_data_stage_refuses(parts, model, change, message, tmp_path, capsys):
+    run = ["run", *words(parts, model, SPLITS, *change)]
+    for more in (["--dry-run"], ["--stage", "data", "--output-dir", str(tmp_path / "run")]):
+        assert main([*run, *more]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_nothing_left_to_train_on_is_said(model, tmp_path, capsys):
     folder = tmp_path / "questions"
     folder.mkdir()
@@ -160,7 +185,7 @@ def test_nothing_left_to_train_on_is_said(model, tmp_path, capsys):
 
 
 def test_answers_of_two_tokens_are_refused_before_anything_is_trained(parts, model, tmp_path, capsys):
-    run = ["run", *words(parts, model, SPLITS, 'task.options={completion: " {text} {letter}"}')]
+    run = ["run", *words(parts, model, SPLITS, WORDS_AND_LETTER)]
     assert main([*run, "--stage", "data", "--output-dir", str(tmp_path / "run")]) == 2
     assert "Role 'test', custom-test-0: the answer ' cork A' is 2 tokens behind the prompt" in capsys.readouterr().err
     assert main([*run, "--dry-run"]) == 2
@@ -170,7 +195,7 @@ def test_answers_of_two_tokens_are_refused_before_anything_is_trained(parts, mod
 
 def test_a_target_over_choices_needs_answers_of_one_token_too(parts, model, tmp_path, capsys):
     """However they are evaluated: refused before anything is trained, at the rows that are trained on."""
-    run = ["run", *words(parts, model, SPLITS, 'task.options={completion: " {text} {letter}"}')]
+    run = ["run", *words(parts, model, SPLITS, WORDS_AND_LETTER)]
     run += ["evaluation.scoring=choices", "--stage", "data", "--output-dir"]
     assert main([*run, str(tmp_path / "whole")]) == 0
     assert main([*run, str(tmp_path / "run"), "arms.direct.restrict_to_choices=true"]) == 2

@@ -13,12 +13,12 @@ from transformers import AutoTokenizer
 
 from ...tasks import Task, TaskSplit, get_task, tokenize_rows
 from ...tasks.answers import check_answers
-from ...tasks.copies import find_copies
+from ...tasks.copies import find_copies, nothing_left
 from ...tasks.sizes import SplitSize
 from ...utils.tables import file_kind
 from ...vocabulary import IGNORE_INDEX
 from ..recipe import Recipe, SplitSpec
-from ..stages.data import honest_roles, used_roles
+from ..stages.data import check_rows, honest_roles, is_tokenised, scorings, used_roles
 from .schema import SplitPlan
 
 
@@ -67,8 +67,15 @@ def plan_splits(recipe: Recipe, tokenizer: Any) -> list[SplitPlan]:
         for reason, number in copies.dropped.get(plan.role, {}).items():
             plan.rows = (plan.rows or 0) - number
             plan.notes.append(f"{number} dropped ({reason})")
+        if plan.rows == 0 and plan.role in copies.dropped:
+            plan.problem = plan.problem or nothing_left(plan.role, copies.dropped[plan.role])
         if spec.unseen is not None:
             plan.notes.append(f"training rows that share a {spec.unseen} with it are dropped; not counted here")
+    if not any(plan.problem for plan in plans):
+        try:
+            check_rows(recipe, {role: split.dataset for role, split in read.items()})
+        except ValueError as error:
+            plans[0].problem = str(error)
     return plans
 
 
@@ -121,19 +128,23 @@ def _count(
     answers = any(sample["choices"])
     if tokenizer is not None:
         supervise = "all" if text else "answer_position" if unlabelled else "completion"
-        tokens = _tokenize(sample, tokenizer, supervise, task.append_eos and not text and not unlabelled)
+        append_eos = task.append_eos and not text and not unlabelled
+        tokens = _tokenize(sample, tokenizer, supervise, append_eos)
         lengths = [len(row) for row in tokens["input_ids"]]
-        widest = _tokenize(_widest(rows), tokenizer, supervise, task.append_eos and not text and not unlabelled)
+        widest = _tokenize(_widest(rows), tokenizer, supervise, append_eos)
         # The first token of a row is never scored
         scored = [sum(label != IGNORE_INDEX for label in row[1:]) for row in tokens["labels"]]
         plan.tokens, plan.positions = sum(lengths) / len(lengths), sum(scored) / len(scored)
         plan.longest = max(*lengths, *(len(row) for row in widest["input_ids"]))
         plan.basis += f", {len(sample)} rows tokenised"
-        if answers and plan.role in recipe.evaluation.splits:
-            try:
-                check_answers(tokenizer, rows, recipe.evaluation.scoring)
-            except ValueError as error:
-                plan.problem = str(error)
+        try:
+            for scoring in scorings(recipe, plan.role) if answers else ():
+                check_answers(tokenizer, rows, scoring)
+            too_long = task.max_length is not None and plan.longest > task.max_length
+            if too_long and task.on_overflow == "error" and not text and is_tokenised(recipe, plan.role, answers):
+                _tokenize(_widest(rows), tokenizer, supervise, append_eos, max_length=task.max_length)
+        except ValueError as error:
+            plan.problem = str(error)
         return split
     prompts = [len(prompt) for prompt in sample["prompt"]]
     completions = [len(completion or "") for completion in sample["completion"]]
@@ -154,11 +165,15 @@ def _chars(rows: Dataset) -> list[int]:
     return [len(a) + len(b or "") for a, b in zip(rows["prompt"], rows["completion"], strict=True)]
 
 
-def _tokenize(sample: Dataset, tokenizer: Any, supervise: Any, append_eos: bool) -> Dataset:
+def _tokenize(
+    sample: Dataset, tokenizer: Any, supervise: Any, append_eos: bool, max_length: int | None = None
+) -> Dataset:
     bars = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
-        return tokenize_rows(sample, tokenizer, supervise=supervise, append_eos=append_eos).dataset
+        return tokenize_rows(
+            sample, tokenizer, supervise=supervise, append_eos=append_eos, max_length=max_length, on_overflow="error"
+        ).dataset
     finally:
         if bars:
             datasets.enable_progress_bars()

@@ -1,6 +1,7 @@
 """Stage `data`: rows of every role, checked, tokenised and counted."""
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -117,16 +118,7 @@ def _write(run: RunContext, folder: Path) -> None:
     splits, evaluated = run.recipe.task.splits, run.recipe.evaluation.splits
     loaded = {role: _load(run, spec) for role, spec in splits.items()}
     rows = {role: split.dataset for role, split in loaded.items()}
-    lettered = [isinstance(task_of(run.recipe, splits[role]), MultipleChoice) for role in evaluated]
-    if run.recipe.evaluation.permutations and not any(lettered):
-        raise ValueError("evaluation.permutations: none of the evaluated roles has lettered options to permute.")
-    for name, arm in run.recipe.arms.items():
-        without = [role for role in arm.data if TARGET_PROBS not in rows[role].column_names]
-        if arm.soft_label_weight is not None and without:
-            raise ValueError(
-                f"arms.{name}.soft_label_weight: the rows of {without[0]!r} have no soft labels. Give them a column "
-                f"`{TARGET_PROBS}` or `{TARGET_VOTES}` (tasks custom and system_one), or leave the key out."
-            )
+    check_rows(run.recipe, rows)
     used = used_roles(run.recipe)
     overlapping: dict[str, dict[str, int]] = {role: {} for role in used}
     for role, spec in splits.items():
@@ -154,22 +146,58 @@ def _write(run: RunContext, folder: Path) -> None:
             "domain": _domain(run, role),
         }
         # What evaluation or a training would refuse after all trainings before it
-        checked = {run.recipe.evaluation.scoring} if role in evaluated else set()
-        checked |= {"token"} if role in _with_choices(run.recipe) else set()
-        for scoring in checked if counts[role]["choices"] else ():
+        for scoring in scorings(run.recipe, role) if counts[role]["choices"] else ():
             try:
                 check_answers(tokenizer, rows[role], scoring)
                 if teacher is not None and role in evaluated:
                     check_answers(teacher, rows[role], scoring)
             except ValueError as error:
                 raise ValueError(f"Role {role!r}, {error}") from None
-        # Multiple choice is evaluated on the text of the rows, everything else works on tokens
-        if role in ("train", "validation") or role not in evaluated or not counts[role]["choices"]:
+        if is_tokenised(run.recipe, role, bool(counts[role]["choices"])):
             counts[role] |= _tokenize(run, role, rows[role], reasons, tokenizer)
         if role not in ("train", "pretrain") or role in _with_choices(run.recipe):
             rows[role].save_to_disk(run.folder.rows(role))
         run.workspace.say(f"    {role}: {_describe(counts[role])}")
     write_json(run.folder.counts, counts)
+
+
+def check_rows(recipe: Recipe, rows: Mapping[str, Dataset]) -> None:
+    """
+    Raises `ValueError` where roles, of which some may not be known yet, lack what the recipe needs of them.
+
+    Args:
+        recipe ([`Recipe`]): The recipe.
+        rows (`dict[str, Dataset]`): Role -> rows.
+    """
+    evaluated = [recipe.task.splits[role] for role in recipe.evaluation.splits]
+    if recipe.evaluation.permutations and not any(
+        isinstance(task_of(recipe, one), MultipleChoice) for one in evaluated
+    ):
+        raise ValueError("evaluation.permutations: none of the evaluated roles has lettered options to permute.")
+    for name, arm in recipe.arms.items():
+        without = [role for role in arm.data if role in rows and TARGET_PROBS not in rows[role].column_names]
+        if arm.soft_label_weight is not None and without:
+            raise ValueError(
+                f"arms.{name}.soft_label_weight: the rows of {without[0]!r} have no soft labels. Give them a column "
+                f"`{TARGET_PROBS}` or `{TARGET_VOTES}` (tasks custom and system_one), or leave the key out."
+            )
+    for role in {"train", "validation"} & rows.keys():
+        if all(completion is None for completion in rows[role]["completion"]):
+            raise ValueError(
+                f"The rows of {role!r} have no answers. Train and choose on rows with answers; further prompts go into a "
+                "role of their own, which an arm names in `data`."
+            )
+
+
+def scorings(recipe: Recipe, role: str) -> set[str]:
+    """How the choices of a role are told apart, in evaluation and training."""
+    evaluated = {recipe.evaluation.scoring} if role in recipe.evaluation.splits else set()
+    return evaluated | ({"token"} if role in _with_choices(recipe) else set())
+
+
+def is_tokenised(recipe: Recipe, role: str, choices: bool) -> bool:
+    """Multiple choice is evaluated on the text of the rows, everything else works on tokens."""
+    return role in ("train", "validation") or role not in recipe.evaluation.splits or not choices
 
 
 def _domain(run: RunContext, role: str) -> str:
@@ -185,11 +213,6 @@ def _tokenize(run: RunContext, role: str, rows: Dataset, reasons: dict[str, int]
     task = run.recipe.task
     text = role == "pretrain"
     unlabelled = not text and all(completion is None for completion in rows["completion"])
-    if unlabelled and role in ("train", "validation"):
-        raise ValueError(
-            f"The rows of {role!r} have no answers. Train and choose on rows with answers; further prompts go into a role "
-            "of their own, which an arm names in `data`."
-        )
     tokenized = tokenize_rows(
         rows,
         tokenizer,
