@@ -275,6 +275,9 @@ def test_several_bad_rows_are_shown_at_once(tmp_path, page):
         get_task("custom").load("train", path=str(path))
     with pytest.raises(ValueError, match=r"no column 'confidence'.*--confidence-column"):
         read_confidences(path)
+    path = put(tmp_path, "c.csv", "confidence,right\n0.5,1\n")
+    with pytest.raises(ValueError, match=r"no column 'correct'.*--correct-column"):
+        read_confidences(path)
 
 
 def test_a_cell_of_any_length(tmp_path):

@@ -63,6 +63,20 @@ def test_every_command_is_one(page):
             load_recipe(args.recipe, overrides=args.overrides)
 
 
+def test_nothing_is_installed_by_a_name_that_the_index_lacks():
+    """The package is installed from a checkout; behind that, its extras have a name that pip knows."""
+    pages = [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("recipes/*.md"),
+        *ROOT.glob(".github/*.md"),
+        *ROOT.glob("model_cards/*.j2"),
+    ]
+    pages += (ROOT / "first_trl").rglob("*.md")
+    for page in pages:
+        installed = re.findall(r"pip install[^`\n&]*", page.read_text(encoding="utf-8"))
+        assert not [line for line in installed if re.search(r"\bfirst[_-]trl\b(?!\[)", line)], page
+
+
 def test_every_recipe_is_in_the_table():
     table = RECIPES.split("\n## All recipes\n")[1].split("\n## ")[0]
     named = {

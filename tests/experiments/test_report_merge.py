@@ -468,6 +468,15 @@ def test_a_number_of_tokens_has_ticks_at_integers(tmp_path: Path) -> None:
         assert {1.0, 2.0, 3.0} <= set(ticks) and all(tick.is_integer() for tick in ticks)
 
 
+@pytest.mark.parametrize("k", [4, 40])
+def test_the_kept_mass_has_ticks_at_integers(k: int) -> None:
+    from first_trl.experiments.report.figures import mass_figure
+
+    (axis,) = mass_figure(np.linspace(0.5, 0.9, k)).axes
+    ticks = axis.get_xticks().tolist()
+    assert 4 <= len(ticks) <= 12 and all(float(tick).is_integer() for tick in ticks) and ticks[0] == 1
+
+
 def test_the_command_of_a_report_is_one_that_works(tmp_path: Path) -> None:
     from first_trl.experiments.recipe import load_recipe
 

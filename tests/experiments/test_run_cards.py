@@ -10,6 +10,7 @@ import yaml
 from datasets import Dataset
 from huggingface_hub import ModelCard
 
+from first_trl.cli import main
 from first_trl.evaluation.predictions import multiple_choice_report
 from first_trl.experiments.recipe import ArmSpec, HubSpec, TeacherSpec, load_recipe
 from first_trl.experiments.share import push as share
@@ -220,6 +221,30 @@ def test_without_a_word_in_the_recipe_the_points_of_sweeps_stay(run, pushed):
     options = pushed["alice/quickstart-first"]
     assert options["private"] is None
     assert pushed["alice/quickstart-cache"]["teacher_name"] == "llama made from scratch, fine-tuned"
+
+
+@pytest.mark.parametrize("base", [True, False])
+def test_a_base_of_this_machine_is_announced_and_may_stay(run, pushed, base, monkeypatch, capsys):
+    local = run / "base" / "student" / "model"
+    local.mkdir(parents=True)
+    (local / "config.json").write_text("{}")
+    adapter = run / "students" / "first" / "model" / "adapter_config.json"
+    adapter.write_text(json.dumps({"base_model_name_or_path": str(local)}))
+    push, before = share.push_folder, {}
+
+    def push_folder(folder, repo_id, **options):
+        before[repo_id] = capsys.readouterr().out
+        return push(folder, repo_id, **options)
+
+    monkeypatch.setattr(share, "push_folder", push_folder)
+    words = ["push", str(run), "--namespace", "alice", "--arms", "first", "--no-cache"]
+    assert main(words if base else [*words, "--no-base"]) == 0
+    assert list(pushed) == [*(["alice/quickstart-base"] if base else []), "alice/quickstart-first"]
+    if base:
+        said = before["alice/quickstart-base"]
+        assert "The base of first is on this machine alone and is uploaded as alice/quickstart-base (--no-base" in said
+    else:
+        assert "uploaded" not in before["alice/quickstart-first"]
 
 
 def test_the_cache_of_another_teacher_is_shared_beside_its_student(run, pushed):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
@@ -53,6 +54,20 @@ def test_without_a_logger_there_is_no_folder(tmp_path):
     folder = TrainingFolder(tmp_path)
     train_sft(recipe("none"), tiny_llama(), tiny_tokenizer(), Dataset.from_list(tiny_rows()), training, folder)
     assert not folder.reports.exists() and folder.log.is_file()
+
+
+def test_a_fine_tuning_projects_the_answers_alone(tmp_path):
+    """The vocabulary is what a step costs here: 76 of 80 positions are prompts, and nothing of them is multiplied with it."""
+    rows = Dataset.from_list([{"input_ids": [*range(3, 23)], "labels": [*[-100] * 19, 22]}] * 4)
+
+    def operations(**options):
+        training = {"max_steps": 2, "gradient_checkpointing": False, "disable_tqdm": True, **options}
+        folder = TrainingFolder(tmp_path / str(len(options)))
+        with FlopCounterMode(display=False) as counter:
+            train_sft(recipe("none"), tiny_llama(vocab_size=5000), tiny_tokenizer(), rows, training, folder)
+        return counter.get_total_flops()
+
+    assert operations(fused_loss=True) < 0.25 * operations()
 
 
 def test_a_logger_that_is_missing_is_named(tmp_path, monkeypatch):

@@ -390,8 +390,10 @@ def test_many_rows_are_grouped_for_resampling():
 
 
 def test_warnings_of_the_fit():
-    with pytest.warns(UserWarning, match="Only 300 positions"):
-        fit_recalibration(simulate(300, temperature=2.0))
+    for objective, advised in (("ece", True), ("nll", False)):
+        with pytest.warns(UserWarning, match="Only 300 positions") as caught:
+            fit_recalibration(simulate(300, temperature=2.0), objective=objective, n_bootstrap=0)
+        assert any("objective='nll'" in str(warning.message) for warning in caught) is advised
     with pytest.warns(UserWarning, match="does not improve the validation ECE"):
         # A calibrated teacher with everything kept: no c is the identity.
         fit = fit_recalibration(simulate(5000, k=12))

@@ -35,10 +35,10 @@ def test_a_launch_for_a_gpu_without_one_warns_once(told, found, warned, monkeypa
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     if told is not None:
         monkeypatch.setenv("ACCELERATE_USE_CPU", told)
-    state = SimpleNamespace(is_main_process=True)
+    monkeypatch.setattr(processes, "PartialState", lambda **_: SimpleNamespace(is_main_process=True, num_processes=1))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        processes._warn_of_no_accelerator(state)
-        processes._warn_of_no_accelerator(state)
+        processes.process_state()
+        processes.process_state()
     assert len(caught) == warned
     assert all("PyTorch finds none on this machine: everything runs on the CPU" in str(w.message) for w in caught)
