@@ -30,6 +30,18 @@ class EventFiles(TrainerCallback):
         (Path(args.output_dir) / "emissions.csv").write_text("kg\n")
 
 
+class OneRunAProcess(TrainerCallback):
+    """Logs as W&B's and SwanLab's callbacks do: into the run that is open, else into a new one."""
+
+    def setup(self, args, state, control, **kwargs):
+        logger = getattr(self, "_wandb", None) or self._swanlab
+        if logger.run is None:
+            logger.run = args.run_name
+            logger.runs.append(args.run_name)
+
+    on_train_begin = setup
+
+
 class Missing(TrainerCallback):
     def __init__(self):
         raise RuntimeError("MissingCallback requires missing to be installed. Run `pip install missing`.")
@@ -47,6 +59,21 @@ def test_logs_outlive_the_checkpoints(tmp_path, monkeypatch):
     assert not folder.checkpoints.exists()
     assert (folder.reports / "runs" / "one" / "events").read_text().split()[:2] == ["1", "2"]
     assert {path.name for path in folder.reports.iterdir()} == {"runs", "emissions.csv"}
+
+
+@pytest.mark.parametrize("attribute", ["_wandb", "_swanlab"])
+@pytest.mark.parametrize("before", [None, "mine"])
+def test_each_training_has_a_run_of_its_own(attribute, before, tmp_path, monkeypatch):
+    """But for a run that was open before, which is not ours to close."""
+    logger = SimpleNamespace(run=before, runs=[])
+    logger.get_run, logger.finish = lambda: logger.run, lambda: setattr(logger, "run", None)
+    callback = type("Callback", (OneRunAProcess,), {attribute: logger})
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "one_run", callback)
+    training = {"max_steps": 1, "gradient_checkpointing": False, "disable_tqdm": True}
+    for name in ("teacher", "sft"):
+        folder = TrainingFolder(tmp_path / name)
+        train_sft(recipe("one_run"), tiny_llama(), tiny_tokenizer(), Dataset.from_list(tiny_rows()), training, folder)
+    assert logger.runs == ([] if before else ["one/teacher/seed-0", "one/sft/seed-0"]) and logger.run == before
 
 
 def test_without_a_logger_there_is_no_folder(tmp_path):

@@ -204,6 +204,18 @@ def check_reporting(report_to: str) -> None:
         ) from None
 
 
+def _idle_loggers(trainer: Any) -> list[Any]:
+    """
+    W&B and SwanLab, where nobody has a run open: the training opens one, and both would keep it open for the process and
+    write the next training into it.
+    """
+    found = [
+        (getattr(one, "_wandb", None), getattr(one, "_swanlab", None)) for one in trainer.callback_handler.callbacks
+    ]
+    idle = [wandb for wandb, _ in found if wandb is not None and wandb.run is None]
+    return idle + [swanlab for _, swanlab in found if swanlab is not None and swanlab.get_run() is None]
+
+
 def _keep_reports(folder: TrainingFolder) -> None:
     """Loggers write into the trainer's output folder, which goes."""
     for path in folder.checkpoints.glob("*"):
@@ -239,6 +251,7 @@ def _train_and_save(trainer: Any, folder: TrainingFolder) -> None:
         # The trainer's state is the last file of a checkpoint: one without it was cut off while it was written
         whole = [path.parent for path in checkpoints.glob("checkpoint-*/trainer_state.json")]
         last = max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+        loggers = _idle_loggers(trainer)
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
         trainer.save_model(str(folder.model))
         if trainer.is_world_process_zero():
@@ -246,6 +259,8 @@ def _train_and_save(trainer: Any, folder: TrainingFolder) -> None:
                 write_json(folder.selection, _selection(trainer.state))
             write_json(folder.versions, training_versions())
             write_atomically(log, json.dumps(trainer.state.log_history, indent=2))
+        for logger in loggers:
+            logger.finish()
     if trainer.is_world_process_zero():
         _keep_reports(folder)
         # Checkpoints serve resuming; the model is saved
