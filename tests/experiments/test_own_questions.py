@@ -165,10 +165,12 @@ TWO_TOKENS = "the answer ' cork A' is 2 tokens"
         ([WORDS_AND_LETTER, "evaluation.scoring=choices", "arms.direct.restrict_to_choices=true"], TWO_TOKENS),
         (["task.max_length=8", "task.on_overflow=error"], "max_length"),
         (["arms.direct.soft_label_weight=0.5"], "the rows of 'train' have no soft labels"),
+        (["task.splits.train=unlabelled"], "The rows of 'train' have no answers"),
         (["task.splits.train=validation", "task.splits.test=validation"], "No row of 'train' is left without copies"),
     ],
 )
 def test_a_dry_run_refuses_what_the_data_stage_refuses(parts, model, change, message, tmp_path, capsys):
+    write(parts, [question(i, "") for i in (20, 21)], "unlabelled.csv")
     run = ["run", *words(parts, model, SPLITS, *change)]
     for more in (["--dry-run"], ["--stage", "data", "--output-dir", str(tmp_path / "run")]):
         assert main([*run, *more]) == 2
