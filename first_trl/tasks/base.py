@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,11 @@ FEATURES = Features(
         "question": Value("string"),
     }
 )
+
+
+def one_form(text: str) -> str:
+    """The same text however its white space and its accents are encoded."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 @dataclass(frozen=True)
@@ -291,8 +297,8 @@ class Task:
                     **values,
                     "id": row_id,
                     "question": example.question or example.prompt,
-                    "key": example.key or example.prompt,
-                    "answer": (example.answer or example.completion) if example.gold >= 0 else None,
+                    "key": example.key or one_form(example.prompt),
+                    "answer": one_form(example.answer or example.completion or "") if example.gold >= 0 else None,
                 }
             )
         if errors:

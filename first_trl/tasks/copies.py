@@ -7,7 +7,12 @@ from dataclasses import dataclass, field
 
 from datasets import Dataset
 
+from ..vocabulary import THRESHOLD_ROLE
 from .base import TaskSplit
+
+
+# Roles that something is chosen on, the second after the first
+CHOSEN_ON = ("validation", THRESHOLD_ROLE)
 
 
 @dataclass(frozen=True)
@@ -32,10 +37,10 @@ def find_copies(splits: Mapping[str, TaskSplit], used: Sequence[str]) -> Copies:
     Finds the rows that cannot be trained or chosen on honestly.
 
     Two rows are copies when they have the same `key` ([`~first_trl.tasks.base.Example`]): the same question with the same
-    choices in any order, or the same prompt where there are no lettered choices. Of the roles in `used`
+    choices in any order, or the same prompt where there are no lettered choices; white space and the encoding of accents do
+    not count, and between roles neither does case. Of the roles in `used`
 
-    - a row of what is trained on loses its place when `validation` or an evaluation role has a copy, a row of
-      `validation` when an evaluation role has one;
+    - a row loses its place when a role that it yields to has a copy, see [`yields_to`];
     - rows lose their place when a copy in the same role has another answer, as nothing tells which is right. Free texts
       do not contradict each other: a request may be answered in many ways.
 
@@ -45,7 +50,7 @@ def find_copies(splits: Mapping[str, TaskSplit], used: Sequence[str]) -> Copies:
 
     Args:
         splits (`Mapping[str, TaskSplit]`): rows of the roles that are trained on, chosen on and evaluated.
-        used (`Sequence[str]`): roles that are trained on, and `validation`.
+        used (`Sequence[str]`): roles that are trained on, and those that something is chosen on.
 
     Returns:
         [`Copies`]
@@ -59,15 +64,16 @@ def find_copies(splits: Mapping[str, TaskSplit], used: Sequence[str]) -> Copies:
     ```
     """
     found = Copies()
-    keys = {role: set(split.keys.values()) for role, split in splits.items()}
+    # A row is given up for a copy in other case. That two such have two answers is no contradiction: "is b a capital?"
+    keys = {role: {key.casefold() for key in split.keys.values()} for role, split in splits.items()}
     evaluated = [role for role in splits if role not in used]
     for role in used:
-        later = [*evaluated, *(["validation"] if role != "validation" and "validation" in splits else [])]
+        later = yields_to(role, list(splits), used)
         contradicted = _contradicted(splits[role])
         reasons: Counter[str] = Counter()
         ids = set()
         for row_id, key in splits[role].keys.items():
-            other = next((name for name in later if key in keys[name]), None)
+            other = next((name for name in later if key.casefold() in keys[name]), None)
             if other is not None:
                 reasons[f"same question as in {other}"] += 1
             elif key in contradicted:
@@ -84,6 +90,18 @@ def find_copies(splits: Mapping[str, TaskSplit], used: Sequence[str]) -> Copies:
     return found
 
 
+def yields_to(role: str, roles: Sequence[str], used: Sequence[str]) -> list[str]:
+    """
+    Roles whose questions must not stand in `role`, one of `used`: those that are evaluated, and in front of what is trained
+    on also those that epochs and temperatures, and thresholds, are chosen on.
+    """
+    chosen = [name for name in CHOSEN_ON if name in roles]
+    return [
+        *(name for name in roles if name not in used),
+        *(chosen[: chosen.index(role)] if role in chosen else chosen),
+    ]
+
+
 def drop_copies(
     splits: Mapping[str, TaskSplit], rows: Mapping[str, Dataset], used: Sequence[str]
 ) -> tuple[dict[str, Dataset], Copies]:
@@ -93,7 +111,7 @@ def drop_copies(
     Args:
         splits (`Mapping[str, TaskSplit]`): what was read for the roles that are trained on, chosen on and evaluated.
         rows (`Mapping[str, Dataset]`): what is left of it by now.
-        used (`Sequence[str]`): roles that are trained on, and `validation`.
+        used (`Sequence[str]`): roles that are trained on, and those that something is chosen on.
 
     Returns:
         `tuple[dict[str, Dataset], Copies]`: the rows that stay, in their order, and what was found among `rows`.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..utils.tables import as_text, is_nan
-from .base import Example, Task
+from .base import Example, Task, one_form
 from .option_orders import has_free_order, option_orders
 from .template import check_template
 
@@ -95,7 +95,7 @@ class MultipleChoice(Task):
             gold=gold,
             group=group,
             question=question,
-            key="\x1f".join([question, *sorted(texts)]),
+            key="\x1f".join(map(one_form, [question, *sorted(texts, key=lambda text: (text.casefold(), text))])),
             answer=texts[gold] if gold >= 0 else None,
             options=tuple(texts),
         )

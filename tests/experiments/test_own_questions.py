@@ -105,6 +105,21 @@ def test_the_data_stage_drops_what_is_evaluated_or_contradicted(parts, model, tm
     assert counts(tmp_path / "kept")["train"]["rows"] == 11
 
 
+def test_training_rows_yield_to_the_rows_of_thresholds(parts, model, tmp_path):
+    write(parts, [question(i) for i in (9, 14, 15)], "ood.csv")
+    splits = SPLITS.replace("test: test", "test: test, threshold: ood")
+    run = ["run", *words(parts, model, splits), "--stage", "data", "--output-dir", str(tmp_path / "run")]
+    assert main(run) == 0
+    assert counts(tmp_path / "run")["train"]["dropped"]["same question as in threshold"] == 1
+
+    def key(name, *overrides):
+        run = RunContext(load_recipe(name, overrides))
+        data_units(run)
+        return run.role_keys["train"]
+
+    assert key(*words(parts, model, splits)) != key(*words(parts, model, SPLITS))
+
+
 def test_rows_of_validation_may_be_evaluated_on_purpose(parts, model, tmp_path):
     splits = SPLITS.replace("test: test", "test: test, again: validation")
     run = ["run", *words(parts, model, splits, "evaluation.splits=[test, again]"), "--stage", "data"]

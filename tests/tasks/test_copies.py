@@ -1,6 +1,7 @@
 """Copies of questions between what is trained or chosen on and what is evaluated, and copies with two answers."""
 
 import json
+import unicodedata
 
 import pytest
 
@@ -53,6 +54,8 @@ def test_copies_with_two_answers_go_and_equal_ones_stay(tmp_path):
     [
         (("Which floats?", ["anvil", "cork"], "A"), True),  # The choices in another order
         (("  Which floats? ", ["cork ", "anvil"], "A"), True),
+        (("which floats?", ["Anvil", "cork"], "B"), True),
+        (("Which\u00a0 floats?", AB, "A"), True),
         (("Which floats?", ["cork", "stone"], "A"), False),
         (("Which floats? ", ["cork", "anvil", "brick"], "A"), False),
         (("Which sinks?", AB, "A"), False),
@@ -62,6 +65,33 @@ def test_copies_with_two_answers_go_and_equal_ones_stay(tmp_path):
 def test_what_a_copy_is(tmp_path, other, copies):
     splits = {"train": split(tmp_path, "a", ROW), "validation": split(tmp_path, "b", other)}
     assert bool(find_copies(splits, ["train", "validation"]).dropped) is copies
+
+
+def test_accents_may_be_encoded_in_two_ways(tmp_path):
+    one, other = ((unicodedata.normalize(form, "Où flotte-t-il ?"), AB, "A") for form in ("NFC", "NFD"))
+    splits = {"train": split(tmp_path, "a", one), "test": split(tmp_path, "b", other)}
+    assert find_copies(splits, ["train"]).dropped == {"train": {"same question as in test": 1}}
+
+
+def test_answers_that_differ_with_the_case_of_a_question_do_not_contradict(tmp_path):
+    train = split(tmp_path, "a", ("Is b a capital?", ["yes", "no"], "no"), ("Is B a capital?", ["yes", "no"], "yes"))
+    assert find_copies({"train": train}, ["train"]).dropped == {}
+    spaced = split(tmp_path, "b", ROW, ("Which  floats?", AB, "anvil"))
+    assert find_copies({"train": spaced}, ["train"]).dropped == {"train": {"same question with another answer": 2}}
+
+
+def test_what_is_trained_on_yields_to_what_thresholds_are_fitted_on(tmp_path):
+    """They say how often answers are wrong, and a model is hardly wrong where it was trained."""
+    splits = {
+        "train": split(tmp_path, "a", ROW, ("Else?", AB, "A")),
+        "validation": split(tmp_path, "b", ("Chosen on?", AB, "A")),
+        "threshold": split(tmp_path, "c", ROW, ("Chosen on?", AB, "A"), ("New?", AB, "B")),
+    }
+    found = find_copies(splits, ["train", "validation", "threshold"])
+    assert found.dropped == {
+        "train": {"same question as in threshold": 1},
+        "threshold": {"same question as in validation": 1},
+    }
 
 
 def test_reordered_choices_with_the_same_answer_do_not_contradict(tmp_path):

@@ -11,7 +11,7 @@ from datasets import Dataset
 from ...tasks import Task, get_task, tokenize_rows
 from ...tasks.answers import check_answers
 from ...tasks.base import TaskSplit
-from ...tasks.copies import drop_copies
+from ...tasks.copies import CHOSEN_ON, drop_copies, yields_to
 from ...tasks.multiple_choice import MultipleChoice
 from ...tasks.overlap import drop_overlap
 from ...utils.files import write_json
@@ -42,7 +42,8 @@ def data_units(run: RunContext) -> list[Unit]:
     copied = {role: keys[role] for role in honest_roles(recipe) if _drops_copies(recipe, task.splits[role])}
     for role in used:
         # Which of its rows stay depends on the rows of the roles that it yields to
-        others = [key for other, key in copied.items() if other not in used or other == "validation" != role]
+        later = yields_to(role, list(copied), used)
+        others = [key for other, key in copied.items() if other in later]
         keys[role] = content_key([keys[role], unseen, *([others] if role in copied and others else [])])
     run.role_keys = keys
     inputs: dict[str, Any] = {"roles": keys, "evaluated": recipe.evaluation.splits}
@@ -64,7 +65,7 @@ def _with_choices(recipe: Recipe) -> set[str]:
 
 def used_roles(recipe: Recipe) -> list[str]:
     """Roles that students train on, and that temperatures, thresholds and epochs are chosen on."""
-    chosen_on = [role for role in ("train", "validation", THRESHOLD_ROLE) if role in recipe.task.splits]
+    chosen_on = [role for role in ("train", *CHOSEN_ON) if role in recipe.task.splits]
     return list(dict.fromkeys([*chosen_on, *(role for arm in recipe.arms.values() for role in arm.data)]))
 
 
