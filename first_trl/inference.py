@@ -20,7 +20,7 @@ from .evaluation.novelty_scaling import NoveltyScaling
 from .tasks import get_task
 from .tasks.answers import answer_token_ids, choice_token_ids
 from .tasks.decision_extras import read_decision_extras, read_temperature, stored_threshold
-from .tasks.encode import encode_texts, prompt_texts
+from .tasks.encode import encode_texts, prompt_texts, template_columns
 from .tasks.multiple_choice import MultipleChoice
 from .tasks.option_orders import has_free_order, option_orders
 from .vocabulary import NEW_ABOVE
@@ -44,7 +44,7 @@ class AnswerPipeline(Pipeline):
     also for adapters of any revision, is [`answer_pipeline`].
 
     Call it with a prompt (`str`, or a conversation: a list of messages), a row (`dict` with `prompt` and, where they
-    differ from row to row, `choices`, `tools` and, for a temperature by type of question, `kind`; or with `question` and `options`, see `layout`), a list of these, or a dataset of rows; a list or [`~datasets.Dataset`] gives a list, an iterator or streamed dataset
+    differ from row to row, `choices`, `tools`, `chat_template_kwargs` and, for a temperature by type of question, `kind`; or with `question` and `options`, see `layout`), a list of these, or a dataset of rows; a list or [`~datasets.Dataset`] gives a list, an iterator or streamed dataset
     gives an iterator. `batch_size` changes the speed only: prompts are padded on the right and read at their last
     token.
 
@@ -234,9 +234,9 @@ class AnswerPipeline(Pipeline):
                     f"A prompt is a text, got {type(prompt).__name__}. A conversation is a list of messages with `role` and "
                     "`content`."
                 )
-            tools = row.get("tools") if isinstance(row, Mapping) else None
+            own = {name: [value] for name, value in row.items()} if isinstance(row, Mapping) else {}
             (prompt,) = prompt_texts(
-                self.tokenizer, [prompt], tools=[tools], chat_template_kwargs=chat_template_kwargs
+                self.tokenizer, [prompt], chat_template_kwargs=chat_template_kwargs, **template_columns(own)
             )
         if not prompt:
             raise ValueError("The prompt is empty: there is nothing to answer.")

@@ -17,7 +17,7 @@ from datasets import Dataset, Features, List, Value
 
 from ..calibration.distribution import soft_label
 from ..tasks.answers import answer_token_ids_of_rows
-from ..tasks.encode import encode_prompts, filler_token_id
+from ..tasks.encode import encode_prompts, filler_token_id, template_columns
 from ..utils.versions import code_version
 from ..vocabulary import HAS_GOLD, IGNORE_INDEX, NO_ENTRY, TARGET_PROBS, TARGET_VOTES, TEACHER_HAS_GOLD
 from .manifest import tokenizer_fingerprint
@@ -340,8 +340,7 @@ def _only_answer(labels: np.ndarray, choices: Sequence[int], has_gold: bool, row
 def _tokenized(dataset: Dataset, processing_class: Any, choice_ids: list[list[int]]) -> Dataset:
     """Prompts, and behind each the right choice, or a filler where there is none."""
     columns = dataset.column_names
-    tools = dataset["tools"][:] if "tools" in columns else None
-    prompts = encode_prompts(processing_class, dataset["prompt"][:], tools=tools)
+    prompts = encode_prompts(processing_class, dataset["prompt"][:], **template_columns(dataset))
     gold = dataset["gold"][:] if "gold" in columns else [None] * len(dataset)
     answers = []
     for row, (choices, index) in enumerate(zip(choice_ids, gold, strict=True)):

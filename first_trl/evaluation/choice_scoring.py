@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from ..tasks.answers import choice_token_ids
-from ..tasks.encode import encode_prompts, prompt_texts
+from ..tasks.encode import encode_prompts, prompt_texts, template_columns
 from ..utils.processes import ALL, Share
 from .confidence import Confidences, answers_to_confidences, choice_scores
 from .next_token import context_length, cut_to_length, evaluation_mode
@@ -174,8 +174,9 @@ def score_choices(
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     if not (temperature > 0.0 and np.isfinite(temperature)):
         raise ValueError(f"`temperature` must be a finite number above 0, got {temperature}.")
-    tools = dataset["tools"] if "tools" in dataset.column_names else None
-    prompts = prompt_texts(processing_class, dataset["prompt"], tools=tools, chat_template_kwargs=chat_template_kwargs)
+    prompts = prompt_texts(
+        processing_class, dataset["prompt"], chat_template_kwargs=chat_template_kwargs, **template_columns(dataset)
+    )
     choices = [list(row) for row in dataset["choices"]]
     gold = np.array(dataset["gold"], dtype=np.int64)
     ids = [str(name) for name in (dataset["id"] if "id" in dataset.column_names else range(len(dataset)))]

@@ -12,7 +12,7 @@ from datasets import Dataset
 from ..calibration.arrays import first_boolean
 from ..calibration.conditional import OptionTemperature
 from ..tasks.answers import answer_token_ids_of_rows, question_kinds
-from ..tasks.encode import encode_prompts
+from ..tasks.encode import encode_prompts, template_columns
 from ..utils.processes import Share
 from .next_token import context_length, cut_to_length, next_token_states
 from .predictions import MultipleChoiceResult, fill_rows, multiple_choice_report
@@ -218,8 +218,8 @@ def read_multiple_choice_rows(
     encoded = encode_prompts(
         processing_class,
         dataset["prompt"],
-        tools=dataset["tools"] if "tools" in dataset.column_names else None,
         chat_template_kwargs=chat_template_kwargs,
+        **template_columns(dataset),
     )
     prompt_ids, cut = cut_to_length(encoded, limit, processing_class.all_special_ids)
     if any(cut):

@@ -12,7 +12,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from .encode import encode_pairs, encode_texts, prompt_texts
+from .encode import encode_pairs, encode_texts, prompt_texts, template_columns
 
 
 _MEND = (
@@ -75,7 +75,8 @@ def answer_token_ids_of_rows(
 
     Args:
         processing_class ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer.
-        dataset ([`~datasets.Dataset`]): Rows with `prompt` (texts or conversations) and `choices`; `tools` are read.
+        dataset ([`~datasets.Dataset`]): Rows with `prompt` (texts or conversations) and `choices`; `tools` and
+            `chat_template_kwargs` are read.
         batch_size (`int`, *optional*, defaults to `1000`): Rows tokenized at a time.
         chat_template_kwargs (`dict`, *optional*): Arguments of the chat template.
 
@@ -94,7 +95,7 @@ def answer_token_ids_of_rows(
         batch = dataset[start : start + batch_size]
         names = batch.get("id") or [f"row {start + i}" for i in range(len(batch["prompt"]))]
         prompts = prompt_texts(
-            processing_class, batch["prompt"], tools=batch.get("tools"), chat_template_kwargs=chat_template_kwargs
+            processing_class, batch["prompt"], chat_template_kwargs=chat_template_kwargs, **template_columns(batch)
         )
         token_ids += _token_ids(processing_class, prompts, batch["choices"], names, known)
     return token_ids
@@ -116,8 +117,7 @@ def check_answers(processing_class: PreTrainedTokenizerBase, dataset: Dataset, s
     if scoring == "token":
         answer_token_ids_of_rows(processing_class, dataset)
     else:
-        tools = dataset["tools"] if "tools" in dataset.column_names else None
-        prompts = prompt_texts(processing_class, dataset["prompt"], tools=tools)
+        prompts = prompt_texts(processing_class, dataset["prompt"], **template_columns(dataset))
         choice_token_ids(processing_class, prompts, dataset["choices"], dataset["id"])
 
 

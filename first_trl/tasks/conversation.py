@@ -20,6 +20,8 @@ class Rendered(str):
         return Rendered(str.__add__(self, other))
 
 
+# Column of the arguments of each row
+CHAT_TEMPLATE_KWARGS = "chat_template_kwargs"
 _STANDARD_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 # ShareGPT and its relatives
 _ROLES = {
@@ -68,6 +70,22 @@ def check_template_arguments(arguments: Mapping[str, Any] | None) -> dict[str, A
             f"`chat_template_kwargs` must be JSON values, to be stored with the result: {error}."
         ) from None
     return {str(name): value for name, value in arguments.items() if value is not None}
+
+
+def row_arguments(arguments: Mapping[str, Any] | None, own: Any) -> dict[str, Any]:
+    """
+    Template arguments of one row: those of all rows, and before them its own from the column `chat_template_kwargs`,
+    objects or JSON text.
+
+    Raises:
+        `ValueError`: as [`check_template_arguments`].
+    """
+    if isinstance(own, str):
+        try:
+            own = json.loads(own)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"`chat_template_kwargs` is not the JSON text of an object: {error}.") from None
+    return {**check_template_arguments(arguments), **check_template_arguments(without_nulls(own))}
 
 
 def without_nulls(value: Any) -> Any:

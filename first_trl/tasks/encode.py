@@ -9,9 +9,10 @@ wrote is taken as the template wrote it.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from .conversation import Rendered, prompt_text, template_starts
+from .conversation import CHAT_TEMPLATE_KWARGS, Rendered, prompt_text, row_arguments, template_starts
 
 
 def encode_prompts(
@@ -20,6 +21,7 @@ def encode_prompts(
     *,
     tools: Sequence[Any] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    row_kwargs: Sequence[Any] | None = None,
 ) -> list[list[int]]:
     """
     Token ids of prompts as the model reads them: leading special tokens once, no trailing ones.
@@ -29,6 +31,7 @@ def encode_prompts(
         prompts (`Sequence[str]` or `Sequence[list[dict]]`): Texts, texts that a chat template wrote, or conversations.
         tools (`Sequence`, *optional*): Tools of each conversation, objects or JSON text.
         chat_template_kwargs (`dict`, *optional*): Arguments of the chat template, such as `enable_thinking`.
+        row_kwargs (`Sequence`, *optional*): Such arguments of each conversation, which go before them.
 
     Returns:
         `list[list[int]]`: one list of ids per prompt, without padding.
@@ -36,7 +39,9 @@ def encode_prompts(
     Raises:
         `ValueError`: when all prompts are empty, or the chat template cannot write a conversation.
     """
-    texts = prompt_texts(processing_class, prompts, tools=tools, chat_template_kwargs=chat_template_kwargs)
+    texts = prompt_texts(
+        processing_class, prompts, tools=tools, chat_template_kwargs=chat_template_kwargs, row_kwargs=row_kwargs
+    )
     if texts and not any(texts):
         raise ValueError("All prompts are empty: there is nothing for the model to read.")
     return encode_texts(processing_class, texts)
@@ -48,13 +53,23 @@ def prompt_texts(
     *,
     tools: Sequence[Any] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    row_kwargs: Sequence[Any] | None = None,
 ) -> list[str]:
     """Texts of prompts up to where their answers begin, see [`~first_trl.tasks.conversation.prompt_text`]."""
-    tools = [None] * len(prompts) if tools is None else tools
+    none = [None] * len(prompts)
     return [
-        prompt_text(processing_class, prompt, tools=own, chat_template_kwargs=chat_template_kwargs)
-        for prompt, own in zip(prompts, tools, strict=True)
+        prompt_text(
+            processing_class, prompt, tools=own_tools, chat_template_kwargs=row_arguments(chat_template_kwargs, own)
+        )
+        for prompt, own_tools, own in zip(prompts, tools or none, row_kwargs or none, strict=True)
     ]
+
+
+def template_columns(rows: Mapping[str, Any] | Dataset) -> dict[str, Any]:
+    """What rows bring for their chat template, as arguments of [`prompt_texts`] and [`encode_prompts`]."""
+    names = rows.column_names if isinstance(rows, Dataset) else rows
+    found = {"tools": "tools", "row_kwargs": CHAT_TEMPLATE_KWARGS}
+    return {argument: rows[name][:] for argument, name in found.items() if name in names}
 
 
 def filler_token_id(processing_class: PreTrainedTokenizerBase) -> int:

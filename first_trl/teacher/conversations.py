@@ -9,11 +9,12 @@ from datasets import Dataset, Features, Value
 
 from ..cache.schema import INPUT_IDS
 from ..tasks.conversation import (
+    CHAT_TEMPLATE_KWARGS,
     answered_text,
-    check_template_arguments,
     read_messages,
     read_tools,
     render,
+    row_arguments,
     without_nulls,
 )
 from ..tasks.encode import encode_texts
@@ -22,7 +23,6 @@ from .padding import ASSISTANT_MASKS, COMPLETION_MASK
 
 # Columns with whole conversations
 MESSAGES = ("messages", "conversations")
-CHAT_TEMPLATE_KWARGS = "chat_template_kwargs"
 # Helper column: rows whose context is another than a model reads that is asked the prompt
 DIVERGED = "_diverged"
 
@@ -145,7 +145,7 @@ def _tokenize(
     for i, index in enumerate(indices):
         row = {name: values[i] for name, values in batch.items()}
         try:
-            own = {**arguments, **check_template_arguments(row.get(CHAT_TEMPLATE_KWARGS))}
+            own = row_arguments(arguments, row.get(CHAT_TEMPLATE_KWARGS))
             rows.append(_tokenize_row(row, tokenizer, field, assistant_only_loss, chat_template, own))
         except ValueError as error:
             raise ValueError(f"Row {index} of the dataset: {error}") from None

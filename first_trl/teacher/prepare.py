@@ -9,10 +9,10 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from .._trl_compat import get_training_chat_template, has_generation_markers, prepare_as_sft_trainer
 from ..cache.schema import INPUT_IDS, LABELS, refuse_transform
-from ..tasks.conversation import check_template_arguments
+from ..tasks.conversation import CHAT_TEMPLATE_KWARGS, check_template_arguments
 from ..tasks.encode import encode_prompts, filler_token_id
 from ..vocabulary import IGNORE_INDEX, TEACHER_HAS_GOLD
-from .conversations import CHAT_TEMPLATE_KWARGS, DIVERGED, MESSAGES, tokenize_conversations, writable_columns
+from .conversations import DIVERGED, MESSAGES, tokenize_conversations, writable_columns
 from .padding import COMPLETION_MASK, check_padding, refuse_unknown_masks, remove_padding
 from .text_cells import text_columns
 
@@ -237,13 +237,14 @@ def _tokenize_prompts(
         prompts = []
         own = batch.get(CHAT_TEMPLATE_KWARGS) or [None] * len(indices)
         tools = batch.get("tools") or [None] * len(indices)
-        for index, prompt, row_tools, row_arguments in zip(indices, batch["prompt"], tools, own, strict=True):
+        for index, prompt, row_tools, row_kwargs in zip(indices, batch["prompt"], tools, own, strict=True):
             try:
                 prompts += encode_prompts(
                     tokenizer,
                     [prompt],
                     tools=[row_tools],
-                    chat_template_kwargs={**arguments, **check_template_arguments(row_arguments)},
+                    chat_template_kwargs=arguments,
+                    row_kwargs=[row_kwargs],
                 )
             except ValueError as error:
                 raise ValueError(f"Row {numbers[index]} of the dataset: {error}") from None

@@ -1,13 +1,17 @@
 """Teacher, training, evaluation and inference read the same ids, whatever the tokenizer and the template put around."""
 
+import json
+
 import pytest
 import torch
 from datasets import Dataset
 
 from first_trl import FirstDistillTrainer, add_teacher_topk, answer_pipeline
+from first_trl.cache.choices import add_soft_labels
 from first_trl.evaluation.multiple_choice import evaluate_multiple_choice
+from first_trl.evaluation.whole_answers import evaluate_whole_answers
 from first_trl.tasks import encode_prompts, tokenize_rows
-from tests.support.families import FAMILIES
+from tests.support.families import CHAT, FAMILIES, family_tokenizer
 from tests.support.tiny import tiny_config, tiny_llama
 
 
@@ -50,6 +54,46 @@ def expected_ids(family, tokenizer, prompts):
         return [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in text]
     front = [tokenizer.bos_token_id] if family.tokenizer.get("front") else []
     return [front + tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts["text"][0]]
+
+
+MODE = "{% if mode is defined %}<|im_start|>{{ mode }}<|im_end|>\n{% endif %}" + CHAT
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_all_read_the_arguments_that_a_row_brings(as_text, tmp_path):
+    """They go before those of all rows, wherever a conversation is read."""
+    tokenizer = family_tokenizer(template=MODE)
+    modes = [{"mode": "river"}, {"mode": "mill", "more": {"a": 1}}, None]
+    rows = Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": "Which river?"}],
+                "choices": ["A", "B"],
+                "gold": 0,
+                "chat_template_kwargs": json.dumps(mode) if as_text else mode,
+            }
+            for mode in modes
+        ]
+    )
+    texts = [
+        (f"<|im_start|>{mode}<|im_end|>\n" if mode else "") + "<|im_start|>user\nWhich river?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+        for mode in ("river", "mill", "tool")
+    ]
+    expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    options = {"chat_template_kwargs": {"mode": "tool"}, "disable_tqdm": True}
+    model = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=512)
+    cache = add_teacher_topk(rows, model, tokenizer, k=3, output_dir=tmp_path, **options)
+    assert [ids[:-1] for ids in cache["input_ids"]] == expected
+    for evaluate in (evaluate_multiple_choice, evaluate_whole_answers):
+        read = Recorder(model)
+        evaluate(model, tokenizer, rows, batch_size=1, **options)
+        assert all(ids in read.rows or ids[:-1] in read.rows for ids in expected)
+    read = Recorder(model)
+    answer_pipeline(model, tokenizer=tokenizer, chat_template_kwargs={"mode": "tool"})(rows)
+    assert read.rows == expected
+    soft = add_soft_labels(rows.add_column("target_votes", [[1, 1]] * 3), tokenizer)
+    assert [ids[:-1] for ids in soft["input_ids"][:2]] == expected[:2]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
