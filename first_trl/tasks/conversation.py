@@ -45,6 +45,12 @@ _BLOCK_AT_END = re.compile(rf"{_START}\s*(?:{_END}\s*)?\Z")
 # Arguments by which templates close the block in front of an answer
 _SWITCHES = {"enable_thinking": False, "thinking": False, "reasoning": False, "thinking_budget": 0}
 _PROBE = "answer"
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+# Keys that carry nothing to read
+_LABELS = {"role", "content", "name", "tool_call_id"}
+# Templates that read arguments of tool calls as objects, and that look whether they are JSON text
+_ARGUMENTS_AS_OBJECT = re.compile(r"arguments['\"\]]*\s*(?:\|\s*(?:tojson|items|dictsort)|\.items\b)")
+_ARGUMENTS_AS_EITHER = re.compile(r"arguments['\"\]]*\s+is\s+(?:not\s+)?(?:string|mapping)")
 
 
 def check_template_arguments(arguments: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -128,8 +134,12 @@ def read_messages(messages: Any, template: str) -> list[dict[str, Any]]:
     Roles of ShareGPT (`human`, `gpt`, with `from` and `value`) become `user` and `assistant`, unless the template names
     them itself.
 
+    Arguments of tool calls that are JSON text, as an API returns them, become objects where the template would write them
+    as JSON once more; servers do the same.
+
     Raises:
-        `ValueError`: for a message without a role, or with one that neither the template nor this function knows.
+        `ValueError`: for a message without a role, or with one that neither the template nor this function knows; without
+            content; or with tool calls that the template does not write.
     """
     if not isinstance(messages, list | tuple) or not messages:
         raise ValueError(f"a conversation is a list of messages with `role` and `content`, got {messages!r}.")
@@ -148,9 +158,34 @@ def _message(message: Any, template: str) -> dict[str, Any]:
     if not isinstance(role, str) or not role.strip():
         raise ValueError(f"a message has no `role` (it has {', '.join(read) or 'nothing'}).")
     read["role"] = _role(role, template)
+    if read.get("content") is None and not read.keys() - _LABELS:
+        raise ValueError(f"a message of the role {role!r} has no content. Fill it in or remove the row.")
+    if read.get("tool_calls"):
+        if "tool_calls" not in template:
+            raise ValueError(
+                "a message has `tool_calls`, and the chat template does not write them. Use a template that does, or write "
+                "the calls into the content."
+            )
+        whole_call = "tojson" in template and "arguments" not in template
+        if whole_call or (_ARGUMENTS_AS_OBJECT.search(template) and not _ARGUMENTS_AS_EITHER.search(template)):
+            read["tool_calls"] = [_with_object(call) for call in read["tool_calls"]]
     if isinstance(read.get("content"), list):
         read["content"] = _content(read["content"], template)
     return read
+
+
+def _with_object(call: Any) -> Any:
+    """A tool call with its arguments as an object."""
+    if not isinstance(call, Mapping):
+        return call
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _with_object(call["function"])}
+    if not isinstance(call.get("arguments"), str):
+        return call
+    try:
+        return {**call, "arguments": json.loads(call["arguments"])}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the arguments of a tool call are no JSON text: {error}.") from None
 
 
 def _content(parts: list[Any], template: str) -> Any:
@@ -202,22 +237,48 @@ def render(
         chat_template_kwargs (`dict`, *optional*): Further arguments of the template, such as `enable_thinking`.
 
     Raises:
-        `ValueError`: The tokenizer has no template, or it cannot write this conversation.
+        `ValueError`: The tokenizer has no template, it cannot write this conversation, or it leaves out a message or the
+            tools.
     """
     options = {"tools": read_tools(tools), **check_template_arguments(chat_template_kwargs)}
     template = _template(processing_class, options.pop("chat_template", chat_template), options["tools"])
-    try:
-        return Rendered(
+    if options["tools"] and "tools" not in template:
+        raise ValueError(
+            "the row has `tools`, and the chat template does not write them. Use a template that does, or remove the column."
+        )
+    read = read_messages(messages, template)
+
+    def write(written: list[dict[str, Any]]) -> str:
+        return str(
             processing_class.apply_chat_template(
-                read_messages(messages, template),
+                written,
                 chat_template=template,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
                 **options,
             )
         )
+
+    try:
+        text = write(read)
+        at = 0
+        for i, message in enumerate(read):
+            content = message.get("content")
+            if not isinstance(content, str):
+                continue
+            found = text.find(content.strip(), at)
+            if found >= 0:
+                at = found + len(content.strip())
+                continue
+            # A template may write a content in other words or places; one that it does not look at can be anything
+            if write([*read[:i], {**message, "content": f"{content} {_PROBE}"}, *read[i + 1 :]]) == text:
+                raise ValueError(
+                    f"the chat template leaves out message {i + 1} (role {message['role']!r}). Move its content into a "
+                    "message that the template writes, or use a template that knows this role there."
+                )
     except TemplateError as error:
         raise ValueError(f"the chat template cannot write this conversation: {error}") from None
+    return Rendered(text)
 
 
 def _template(processing_class: Any, chat_template: str | None, tools: Any) -> str:
@@ -369,6 +430,13 @@ def answered_text(
         chat_template=chat_template,
         chat_template_kwargs=options,
     )
+    for name in () if options.keys() & _SWITCHES.keys() else _REASONING:
+        thought = completion[-1].get(name) if completion else None
+        if isinstance(thought, str) and thought.strip() not in whole:
+            raise ValueError(
+                f"the answer has `{name}`, and the chat template does not write it: the answer would be trained on without "
+                "its thoughts. Use a template that does, or remove that key."
+            )
     bare = _BLOCK_AT_END.sub("", head)
     served = True
     if whole.startswith(head):
@@ -389,7 +457,7 @@ def answered_text(
 
 
 def _has_reasoning(message: Mapping[str, Any]) -> bool:
-    if any(message.get(name) for name in ("reasoning_content", "reasoning", "thinking")):
+    if any(message.get(name) for name in _REASONING):
         return True
     content = message.get("content", message.get("value"))
     return isinstance(content, str) and re.search(rf"{_START}|{_END}", content) is not None

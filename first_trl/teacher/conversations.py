@@ -23,8 +23,8 @@ from .padding import ASSISTANT_MASKS, COMPLETION_MASK
 
 # Columns with whole conversations
 MESSAGES = ("messages", "conversations")
-# Helper column: rows whose context is another than a model reads that is asked the prompt
-DIVERGED = "_diverged"
+# Helper columns: rows whose context is another than a model reads that is asked the prompt, and rows whose answer is empty
+DIVERGED, EMPTY = "_diverged", "_empty"
 
 
 def writable_columns(dataset: Dataset, num_proc: int | None) -> Dataset:
@@ -166,11 +166,13 @@ def _tokenize_row(
             raise ValueError("the prompt is a text and the completion a conversation. Make both the same.")
         completion = _ended(row["completion"], tokenizer)
         prompt_ids, completion_ids = _encode_pair(tokenizer, row["prompt"], completion)
+        _check_end(completion_ids, tokenizer)
         return {
             "completion": completion,
             INPUT_IDS: prompt_ids + completion_ids,
             COMPLETION_MASK: [0] * len(prompt_ids) + [1] * len(completion_ids),
             DIVERGED: False,
+            EMPTY: not row["completion"],
         }
     if field == "prompt":
         head, tail, served = answered_text(
@@ -194,18 +196,44 @@ def _tokenize_row(
                 prompt_ids = prompt_ids[: _common_prefix(prompt_ids, marked[INPUT_IDS])]
             encoded = marked
         n = len(prompt_ids)
-        return {**encoded, COMPLETION_MASK: [0] * n + [1] * (len(encoded[INPUT_IDS]) - n), DIVERGED: not served}
+        return {
+            **encoded,
+            COMPLETION_MASK: [0] * n + [1] * (len(encoded[INPUT_IDS]) - n),
+            DIVERGED: not served,
+            EMPTY: _says_nothing(row["completion"]),
+        }
     if isinstance(row[field], str):
         text = _ended(row[field], tokenizer)
-        return {field: text, INPUT_IDS: encode_texts(tokenizer, [text])[0]}
+        ids = encode_texts(tokenizer, [text])[0]
+        _check_end(ids, tokenizer)
+        return {field: text, INPUT_IDS: ids}
     encoded = {}
     if field == "conversations":
         template = tokenizer.get_chat_template(chat_template, None) if tokenizer.chat_template else ""
         encoded["messages"] = read_messages(row[field], template)
+    text = render(tokenizer, row[field], tools=tools, chat_template=chat_template, chat_template_kwargs=arguments)
     if assistant_only_loss:
         return encoded | _marked(tokenizer, row[field], tools, chat_template, arguments)
-    text = render(tokenizer, row[field], tools=tools, chat_template=chat_template, chat_template_kwargs=arguments)
     return encoded | {INPUT_IDS: encode_texts(tokenizer, [text])[0]}
+
+
+def _says_nothing(completion: Any) -> bool:
+    """Whether the last message of an answer has an empty content, and nothing else."""
+    if isinstance(completion, str) or not completion:
+        return not completion
+    last = {name: value for name, value in completion[-1].items() if value is not None}
+    return last.get("content", last.get("value")) == "" and not any(
+        last.get(name) for name in last.keys() - {"role", "from", "name"}
+    )
+
+
+def _check_end(ids: list[int], tokenizer: Any) -> None:
+    """A student that learns to write the letters of the end token never ends."""
+    if not ids or tokenizer.eos_token_id is None or ids[-1] != tokenizer.eos_token_id:
+        raise ValueError(
+            f"the end-of-sequence token {tokenizer.eos_token!r} is no token behind this text: the tokenizer splits it. "
+            f"Set `tokenizer.eos_token` to one that its vocabulary has, and leave `split_special_tokens` off."
+        )
 
 
 def _ended(text: str, tokenizer: Any) -> str:

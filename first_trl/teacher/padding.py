@@ -42,6 +42,37 @@ def refuse_unknown_masks(dataset: Dataset) -> None:
         )
 
 
+def refuse_packed(dataset: Dataset) -> None:
+    """
+    Refuse tokenised rows that hold several documents: a teacher would read the later ones behind the first.
+
+    Raises:
+        `ValueError`: naming the row, where positions begin anew, there are several lengths, or a mask numbers documents.
+    """
+    names = [name for name in (ATTENTION_MASK, "position_ids", "seq_lengths") if name in dataset.column_names]
+    first = 0
+    for batch in dataset.select_columns(names).with_format(None).iter(batch_size=1000) if names else ():
+        for name in names:
+            for i, values in enumerate(batch[name]):
+                if values is None:
+                    continue
+                numbers = np.asarray(values)
+                if name == "position_ids":
+                    mask = (
+                        np.ones(numbers.shape) if ATTENTION_MASK not in names else np.asarray(batch[ATTENTION_MASK][i])
+                    )
+                    kept = numbers[mask != 0] if mask.shape == numbers.shape else numbers
+                    packed = bool((np.diff(kept.astype(np.int64)) != 1).any())
+                else:
+                    packed = len(numbers) > 1 if name == "seq_lengths" else bool((numbers > 1).any())
+                if packed:
+                    raise ValueError(
+                        f"Row {first + i} of the dataset: by its `{name}` it holds several documents, and the teacher would "
+                        "read each behind the others. Give one document a row; training packs them again."
+                    )
+        first += len(batch[names[0]])
+
+
 def remove_padding(dataset: Dataset, num_proc: int | None) -> Dataset:
     """
     Rows without the tokens that `attention_mask` masks, on the left and on the right. Without such a column, or where

@@ -12,8 +12,8 @@ from ..cache.schema import INPUT_IDS, LABELS, refuse_transform
 from ..tasks.conversation import CHAT_TEMPLATE_KWARGS, check_template_arguments
 from ..tasks.encode import encode_prompts, filler_token_id
 from ..vocabulary import IGNORE_INDEX, TEACHER_HAS_GOLD
-from .conversations import DIVERGED, MESSAGES, tokenize_conversations, writable_columns
-from .padding import COMPLETION_MASK, check_padding, refuse_unknown_masks, remove_padding
+from .conversations import DIVERGED, EMPTY, MESSAGES, tokenize_conversations, writable_columns
+from .padding import COMPLETION_MASK, check_padding, refuse_packed, refuse_unknown_masks, remove_padding
 from .text_cells import text_columns
 
 
@@ -74,6 +74,7 @@ def prepare_rows(
         )
     if INPUT_IDS in columns:
         refuse_unknown_masks(dataset)
+        refuse_packed(dataset)
         dataset = remove_padding(dataset, num_proc)
         if LABELS in columns:
             check_padding(dataset, processing_class)
@@ -148,7 +149,13 @@ def _prepare_answered(dataset: Dataset, processing_class: Any, options: dict[str
                 "model reads that is asked their prompt: the chat template writes the prompt alone differently (it may "
                 "open a thinking block there). Use a template, or `chat_template_kwargs`, that writes it the same way."
             )
-        rows = rows.remove_columns(DIVERGED)
+        empty = int(np.sum(rows[EMPTY][:]))
+        if empty:
+            warnings.warn(
+                f"{empty} of {len(rows)} rows have an empty completion: their answer is the end token. Leave the completion "
+                "null where a prompt has no answer."
+            )
+        rows = rows.remove_columns([DIVERGED, EMPTY])
     return prepare_as_sft_trainer(
         rows,
         processing_class,

@@ -76,6 +76,23 @@ def test_masks_that_are_no_padding_are_refused(columns, message, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "columns",
+    [
+        {"position_ids": [0, 1, 2, 0, 1]},
+        {"seq_lengths": [3, 2]},
+        {"attention_mask": [1, 1, 1, 2, 2]},
+        {"position_ids": [0, 1, 2, 0, 1, 0], "attention_mask": [1, 1, 1, 1, 1, 0]},
+    ],
+)
+def test_several_documents_in_a_row_are_refused(columns, tmp_path):
+    """The teacher would read the second behind the first."""
+    n = len(columns.get("attention_mask", range(5)))
+    row = {"input_ids": [3, 4, 5, 6, 7, 8][:n], "labels": [-100, 4, 5, -100, 7, -100][:n]}
+    with pytest.raises(ValueError, match=r"Row 1 of the dataset: by its .* it holds several documents"):
+        capture([row | dict.fromkeys(columns), row | columns], tmp_path)
+
+
+@pytest.mark.parametrize(
     ("left", "message"), [(3, "begins with the padding token"), (0, "ends with the padding token")]
 )
 def test_padding_that_no_mask_tells_is_refused(left, message, tmp_path):

@@ -89,6 +89,110 @@ def test_roles_of_sharegpt_are_those_of_the_template(column, tmp_path):
     assert "<|im_start|>user\nWhich?<|im_end|>" in text and "human" not in text
 
 
+TWO_ROLES = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}<|im_start|>user\n{{ m['content'] }}<|im_end|>\n"
+    "{% elif m['role'] == 'assistant' %}<|im_start|>assistant\n{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ASKED = {"role": "user", "content": "Which?"}
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "river", "arguments": {"mill": 1}}}]}
+TOOL = {"type": "function", "function": {"name": "river"}}
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        *(
+            ({"prompt": [{"role": role, "content": "Old mill"}, ASKED]}, rf"leaves out message 1 \(role '{role}'\)")
+            for role in ("system", "developer", "tool")
+        ),
+        ({"tools": [TOOL]}, "has `tools`, and the chat template does not write them"),
+        ({"prompt": [ASKED, CALL, ASKED]}, "has `tool_calls`, and the chat template does not write them"),
+        ({"prompt": [{"role": "user", "content": None}]}, "message of the role 'user' has no content"),
+        ({"prompt": [{"role": "user"}]}, "message of the role 'user' has no content"),
+        ({"completion": [{"role": "assistant", "content": None}]}, "message of the role 'assistant' has no content"),
+        (
+            {"completion": [{"role": "assistant", "content": "A", "reasoning_content": "The old one"}]},
+            "has `reasoning_content`, and the chat template does not write it",
+        ),
+    ],
+)
+def test_what_a_template_leaves_out_is_refused(columns, message, tmp_path):
+    """The teacher would answer another conversation."""
+    row = {"prompt": [ASKED], "completion": [{"role": "assistant", "content": "A"}]}
+    with pytest.raises(ValueError, match=f"Row 0 of the dataset: .*{message}"):
+        captured_texts(TWO_ROLES, [row | columns], tmp_path)
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_empty_answers_are_counted(as_text, tmp_path):
+    def row(answer):
+        if as_text:
+            return {"prompt": "Which?", "completion": answer}
+        return {"prompt": [ASKED], "completion": [{"role": "assistant", "content": answer}]}
+
+    with pytest.warns(UserWarning, match="1 of 3 rows have an empty completion: their answer is the end token"):
+        captured_texts(CHAT, [row("A"), row(""), row("B")], tmp_path)
+
+
+def test_a_template_may_write_a_message_in_other_words(tmp_path):
+    turns = [{"role": "system", "content": "Old mill"}, ASKED, {"role": "assistant", "content": "A"}]
+    (text,) = captured_texts(CHAT.replace("m['content']", "m['content'] | upper"), [{"messages": turns}], tmp_path)
+    assert "OLD MILL" in text and "WHICH?" in text
+
+
+@pytest.mark.parametrize(
+    ("write", "parsed"),
+    [
+        ("{{ c | tojson }}", True),
+        ("{{ c.function.name }}({{ c.function.arguments | tojson }})", True),
+        ("{{ c['function']['arguments']|tojson }}", True),
+        ("{% for k, v in c.function.arguments.items() %}{{ k }}={{ v }}{% endfor %}", True),
+        ("{{ c.function.name + c.function.arguments }}", False),
+        (
+            "{% if c.function.arguments is string %}{{ c.function.arguments }}{% else %}{{ c.function.arguments | tojson }}{% endif %}",
+            False,
+        ),
+    ],
+)
+def test_arguments_of_calls_as_an_api_returns_them_are_written_once(write, parsed, tmp_path):
+    template = TOOLS.replace(
+        "{{ m['content'] }}", f"{{{{ m['content'] }}}}{{% for c in m.tool_calls or [] %}}{write}{{% endfor %}}"
+    )
+    arguments = {"mill": "old", "none": None}
+
+    def text(value, folder):
+        call = {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"function": {"name": "river", "arguments": value}}],
+        }
+        row = {"messages": [ASKED, call, {"role": "tool", "content": "A"}, {"role": "assistant", "content": "B"}]}
+        (found,) = captured_texts(template, [row], tmp_path / folder)
+        return found
+
+    found = text(json.dumps(arguments), "text")
+    assert "\\" not in found and "old" in found
+    if parsed:
+        expected = {name: value for name, value in arguments.items() if value is not None}
+        assert text(json.dumps(expected), "some") == text(expected, "objects")
+    else:
+        assert json.dumps(arguments) in found
+
+
+@pytest.mark.parametrize("change", [{"split_special_tokens": True}, {"eos_token": "<|stop|>"}])
+@pytest.mark.parametrize("row", [{"prompt": "Which?", "completion": " A"}, {"text": "Which? A"}])
+def test_an_end_token_that_falls_into_letters_is_refused(change, row, tmp_path):
+    tokenizer = family_tokenizer()
+    for name, value in change.items():
+        setattr(tokenizer, name, value)
+    teacher = tiny_llama(vocab_size=len(tokenizer))
+    with pytest.raises(
+        ValueError, match=r"Row 0 of the dataset: the end-of-sequence token .* the tokenizer splits it"
+    ):
+        add_teacher_topk(Dataset.from_list([row]), teacher, tokenizer, k=2, output_dir=tmp_path, disable_tqdm=True)
+
+
 def talk(*texts):
     return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]}
 
