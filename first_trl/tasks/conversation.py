@@ -290,6 +290,24 @@ def _template(processing_class: Any, chat_template: str | None, tools: Any) -> s
     return str(processing_class.get_chat_template(chat_template, tools))
 
 
+def writes_the_date(processing_class: Any, chat_template_kwargs: Mapping[str, Any] | None = None) -> bool:
+    """Whether the chat template, with these arguments, writes another text on another day."""
+    options = check_template_arguments(chat_template_kwargs)
+    try:
+        template = _template(processing_class, options.pop("chat_template", None), None)
+        if "strftime_now" not in template:
+            return False
+        days = ["{% macro strftime_now(form) %}" + day + "{% endmacro %}" for day in ("1", "2")]
+        messages = [{"role": "user", "content": _PROBE}]
+        texts = {
+            processing_class.apply_chat_template(messages, chat_template=day + template, tokenize=False, **options)
+            for day in days
+        }
+    except (TemplateError, ValueError, TypeError):  # a template need not take this conversation
+        return False
+    return len(texts) > 1
+
+
 def template_starts(processing_class: Any) -> tuple[str, ...]:
     """What the tokenizer's chat template writes in front of a conversation; a text that begins so was written by it."""
     if getattr(processing_class, "chat_template", None) is None:

@@ -9,10 +9,17 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from .._trl_compat import get_training_chat_template, has_generation_markers, prepare_as_sft_trainer
 from ..cache.schema import INPUT_IDS, LABELS, refuse_transform
-from ..tasks.conversation import CHAT_TEMPLATE_KWARGS, check_template_arguments
+from ..tasks.conversation import CHAT_TEMPLATE_KWARGS, check_template_arguments, writes_the_date
 from ..tasks.encode import encode_prompts, filler_token_id
 from ..vocabulary import IGNORE_INDEX, TEACHER_HAS_GOLD
-from .conversations import DIVERGED, EMPTY, MESSAGES, tokenize_conversations, writable_columns
+from .conversations import (
+    DIVERGED,
+    EMPTY,
+    MESSAGES,
+    is_from_template,
+    tokenize_conversations,
+    writable_columns,
+)
 from .padding import COMPLETION_MASK, check_padding, refuse_packed, refuse_unknown_masks, remove_padding
 from .text_cells import text_columns
 
@@ -97,6 +104,12 @@ def prepare_rows(
         raise ValueError(
             f"Cannot tokenise a dataset with columns {columns}: give `input_ids` and `labels`, `prompt` and "
             f"`completion`, `messages`, or a text column `{dataset_text_field}`."
+        )
+    if is_from_template(dataset, dataset_text_field) and writes_the_date(processing_class, arguments):
+        warnings.warn(
+            "The chat template writes the date of the day into every conversation: a student is asked on other days than its "
+            "teacher was, and an interrupted capture cannot go on tomorrow. Set the date in `chat_template_kwargs`, by the "
+            "argument that the template has for it (often `date_string`), here and wherever the student is asked."
         )
     required = ["prompt"] if "prompt" in columns else [dataset_text_field] if dataset_text_field in columns else []
     dataset = writable_columns(text_columns(dataset, required, ["completion"]), num_proc)

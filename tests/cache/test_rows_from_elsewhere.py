@@ -1,6 +1,7 @@
 """Rows in the words of other tools: read as they are meant, or refused."""
 
 import json
+import warnings
 
 import pytest
 from datasets import Dataset
@@ -133,6 +134,27 @@ def test_empty_answers_are_counted(as_text, tmp_path):
 
     with pytest.warns(UserWarning, match="1 of 3 rows have an empty completion: their answer is the end token"):
         captured_texts(CHAT, [row("A"), row(""), row("B")], tmp_path)
+
+
+DATED = "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+
+
+def test_a_date_that_a_template_writes_is_told(tmp_path):
+    tokenizer = family_tokenizer(template=f"{DATED}<|im_start|>system\n{{{{ date_string }}}}<|im_end|>\n{CHAT}")
+    teacher = tiny_llama(vocab_size=len(tokenizer))
+    rows = Dataset.from_list([talk("Which?", "A")])
+
+    def text(**options):
+        cache = add_teacher_topk(rows, teacher, tokenizer, k=2, disable_tqdm=True, **options)
+        return tokenizer.decode(cache[0]["input_ids"])
+
+    with pytest.warns(UserWarning, match="writes the date of the day into every conversation"):
+        text(output_dir=tmp_path / "today")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        day = text(output_dir=tmp_path / "day", chat_template_kwargs={"date_string": "1 May 2024"})
+        captured_texts(f"{DATED}{CHAT}", [talk("Which?", "A")], tmp_path / "unwritten")
+    assert "1 May 2024" in day
 
 
 def test_a_template_may_write_a_message_in_other_words(tmp_path):
