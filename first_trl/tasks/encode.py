@@ -127,9 +127,13 @@ def encode_texts(processing_class: PreTrainedTokenizerBase, texts: Sequence[str]
     if not front:
         return [list(ids) for ids in encoded]
     starts = template_starts(processing_class)
+    written = "".join(processing_class.convert_ids_to_tokens(front))
     return [
         list(ids)
-        if ids[: len(front)] == front or isinstance(text, Rendered) or (starts and text.startswith(starts))
+        if ids[: len(front)] == front
+        or isinstance(text, Rendered)
+        or (starts and text.startswith(starts))
+        or (text.lstrip().startswith(written) and front[0] in ids)  # behind a line break that a file brings along
         else front + list(ids)
         for text, ids in zip(texts, encoded, strict=True)
     ]

@@ -10,6 +10,7 @@ from first_trl.experiments.smoke.rows import DATA as SMOKE_DATA
 from first_trl.tasks import encode_prompts, get_task, tokenize_rows
 from first_trl.tasks.word_tokenizer import word_tokenizer
 from tests.conftest import DATA
+from tests.support.families import family_tokenizer
 
 
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the tokenizers are not at {DATA}")
@@ -82,6 +83,17 @@ def test_overflow(on_overflow, kept, n_truncated, reasons):
         assert len(row["labels"]) == len(row["input_ids"]) <= 5
         assert all(label in (-100, token) for label, token in zip(row["labels"], row["input_ids"], strict=True))
         assert any(label != -100 for label in row["labels"][1:])
+
+
+@pytest.mark.parametrize("lead", ["", " ", "\n", "\n\n"])
+def test_a_begin_token_behind_white_space_is_not_doubled(lead):
+    tokenizer = family_tokenizer(front=True)
+    (ids,) = encode_prompts(tokenizer, [f"{lead}<|begin|>Which river?"])
+    assert ids.count(tokenizer.bos_token_id) == 1 and tokenizer.decode(ids) == f"{lead}<|begin|>Which river?"
+    assert encode_prompts(tokenizer, [f"{lead}Which river?"])[0][0] == tokenizer.bos_token_id
+    # Letters that only look like it are text
+    tokenizer.split_special_tokens = True
+    assert encode_prompts(tokenizer, ["<|begin|>Which river?"])[0].count(tokenizer.bos_token_id) == 1
 
 
 def test_answer_position_needs_no_completion():
