@@ -7,7 +7,10 @@ from accelerate.utils import is_peft_model
 from torch.utils.data import DataLoader
 from trl import SFTTrainer
 
+from .._trl_compat import get_dataset_column_names
+from ..cache.schema import INPUT_IDS
 from ..losses.head import check_causal
+from ..tasks.encode import encode_texts
 from .collator import LabelTargetCollator, label_targets
 from .fused_head import FusedHeadMixin, head_size, refuse_resized
 from .options import TrainerOptions, check_options
@@ -28,6 +31,9 @@ class TokenDropoutSFTTrainer(TokenDropoutMixin, SFTTrainer):
             Probability that a token of the input is replaced in training.
         token_dropout_id (`int`, *optional*):
             Token put in place, see [`replacement_token`].
+
+    Raises:
+        `ValueError`: A text would be read with a doubled begin token.
     """
 
     def __init__(
@@ -36,6 +42,39 @@ class TokenDropoutSFTTrainer(TokenDropoutMixin, SFTTrainer):
         check_options(TrainerOptions(token_dropout=token_dropout, token_dropout_id=token_dropout_id))
         super().__init__(*args, **kwargs)
         self.set_token_dropout(token_dropout, token_dropout_id)
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        if formatting_func is None:
+            _check_front(dataset, getattr(processing_class, "tokenizer", processing_class), args, dataset_name)
+        return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+
+
+def _check_front(dataset: Any, tokenizer: Any, args: Any, dataset_name: str) -> None:
+    """
+    Raises `ValueError` where a text would be read with other special tokens in front than the capture, evaluation and
+    inference read it with. Some rows are looked at: texts of one source begin alike.
+    """
+    columns = get_dataset_column_names(dataset)
+    name = next((name for name in ("prompt", args.dataset_text_field) if name in columns), None)
+    if name is None or INPUT_IDS in columns:
+        return
+    for number, row in enumerate(dataset.take(100)):
+        text = row[name]
+        if not isinstance(text, str) or not text:
+            continue
+        (expected,), read = encode_texts(tokenizer, [text]), tokenizer(text)["input_ids"]
+        if list(read[: len(expected)]) != expected:
+            raise ValueError(
+                f"Row {number} of the {dataset_name} dataset would be read as {_start(tokenizer, read)}, and is read as "
+                f"{_start(tokenizer, expected)} when a teacher is captured or a student asked. Tokenise the rows with "
+                f"`tokenize_rows`, or leave special tokens that the tokenizer adds out of the texts."
+            )
+
+
+def _start(tokenizer: Any, ids: list[int]) -> str:
+    return " ".join(tokenizer.convert_ids_to_tokens(ids[:4])) + " ..."
 
 
 class FirstSFTTrainer(MasterWeightsMixin, FusedHeadMixin, TokenMeansMixin, TokenDropoutSFTTrainer):

@@ -4,8 +4,9 @@ import warnings
 
 import pytest
 from datasets import Dataset
+from trl import SFTConfig
 
-from first_trl import FirstDistillTrainer, add_teacher_topk
+from first_trl import FirstDistillTrainer, FirstSFTTrainer, add_teacher_topk
 from first_trl.cache.manifest import read_manifest
 from tests.support.families import CHAT, THINKING, family_tokenizer
 from tests.support.tiny import tiny_config, tiny_llama
@@ -45,6 +46,26 @@ def test_another_front_is_refused(teacher_adds, tmp_path):
     assert (
         "begin with <|begin|>, which the tokenizer does not put" if teacher_adds else "do not begin with"
     ) in message
+
+
+@pytest.mark.parametrize("field", ["prompt", "text"])
+@pytest.mark.parametrize("written", ["template", "text"])
+def test_no_teacher_is_fine_tuned_on_a_doubled_begin_token(field, written, tmp_path):
+    """As TRL reads a text that brings the token: everyone else reads it once."""
+    tokenizer = family_tokenizer(front=True, template="{{ bos_token }}" + CHAT if written == "template" else None)
+    text = "<|begin|>Which river?\n"
+    if written == "template":
+        text = tokenizer.apply_chat_template([{"role": "user", "content": "Which?"}], tokenize=False)
+
+    def trained_on(text):
+        rows = Dataset.from_list([{field: text} | ({"completion": "A"} if field == "prompt" else {})])
+        model = tiny_llama(vocab_size=len(tokenizer))
+        args = SFTConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False)
+        return FirstSFTTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer).train_dataset
+
+    with pytest.raises(ValueError, match=r"Row 0 of the train dataset would be read as <\|begin\|> <\|begin\|>"):
+        trained_on(text)
+    assert trained_on(text.removeprefix("<|begin|>"))[0]["input_ids"].count(tokenizer.bos_token_id) == 1
 
 
 def test_what_a_template_writes_needs_no_front(tmp_path):
