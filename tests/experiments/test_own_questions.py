@@ -120,6 +120,17 @@ def test_training_rows_yield_to_the_rows_of_thresholds(parts, model, tmp_path):
     assert key(*words(parts, model, splits)) != key(*words(parts, model, SPLITS))
 
 
+def test_what_models_read_first_yields_to_what_is_evaluated(parts, model, tmp_path):
+    """A model made from scratch would have read the questions of the test with their answers."""
+    write(parts, [question(i) for i in (0, 3, 8, 16)], "ood.csv")
+    splits = SPLITS.replace("test: test", "test: test, pretrain: ood")
+    run = ["run", *words(parts, model, splits), "--stage", "data", "--output-dir", str(tmp_path / "run")]
+    assert main(run) == 0
+    found = counts(tmp_path / "run")["pretrain"]
+    assert found["dropped"] == {"same question as in validation": 1, "same question as in test": 1}
+    assert found["rows"] == 2
+
+
 def test_rows_of_validation_may_be_evaluated_on_purpose(parts, model, tmp_path):
     splits = SPLITS.replace("test: test", "test: test, again: validation")
     run = ["run", *words(parts, model, splits, "evaluation.splits=[test, again]"), "--stage", "data"]

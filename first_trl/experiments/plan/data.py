@@ -18,7 +18,7 @@ from ...tasks.sizes import SplitSize
 from ...utils.tables import file_kind
 from ...vocabulary import IGNORE_INDEX
 from ..recipe import Recipe, SplitSpec
-from ..stages.data import check_rows, honest_roles, is_tokenised, scorings, used_roles
+from ..stages.data import check_rows, honest_roles, is_tokenised, scorings, yielding_roles
 from .schema import SplitPlan
 
 
@@ -62,7 +62,7 @@ def plan_splits(recipe: Recipe, tokenizer: Any) -> list[SplitPlan]:
     read: dict[str, TaskSplit] = {}
     plans = [_plan(recipe, role, spec, tokenizer, read) for role, spec in recipe.task.splits.items()]
     honest = {role: read[role] for role in honest_roles(recipe) if role in read}
-    copies = find_copies(honest, [role for role in used_roles(recipe) if role in honest])
+    copies = find_copies(honest, [role for role in yielding_roles(recipe) if role in honest])
     for plan, spec in zip(plans, recipe.task.splits.values(), strict=True):
         for reason, number in copies.dropped.get(plan.role, {}).items():
             plan.rows = (plan.rows or 0) - number

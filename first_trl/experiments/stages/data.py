@@ -40,11 +40,13 @@ def data_units(run: RunContext) -> list[Unit]:
     used = used_roles(recipe)
     unseen = [key for role, key in keys.items() if task.splits[role].unseen is not None]
     copied = {role: keys[role] for role in honest_roles(recipe) if _drops_copies(recipe, task.splits[role])}
-    for role in used:
+    yielding = yielding_roles(recipe)
+    for role in yielding:
         # Which of its rows stay depends on the rows of the roles that it yields to
-        later = yields_to(role, list(copied), used)
+        later = yields_to(role, list(copied), yielding) if role in copied else []
         others = [key for other, key in copied.items() if other in later]
-        keys[role] = content_key([keys[role], unseen, *([others] if role in copied and others else [])])
+        depends = [*([unseen] if role in used else []), *([others] if others else [])]
+        keys[role] = content_key([keys[role], *depends]) if depends else keys[role]
     run.role_keys = keys
     inputs: dict[str, Any] = {"roles": keys, "evaluated": recipe.evaluation.splits}
     if recipe.evaluation.scoring != "token":  # what the answers are checked for
@@ -69,12 +71,17 @@ def used_roles(recipe: Recipe) -> list[str]:
     return list(dict.fromkeys([*chosen_on, *(role for arm in recipe.arms.values() for role in arm.data)]))
 
 
+def yielding_roles(recipe: Recipe) -> list[str]:
+    """Roles that lose the rows of which they hold copies: those that are used, and what models from scratch read first."""
+    return list(dict.fromkeys([*used_roles(recipe), *(role for role in ("pretrain",) if role in recipe.task.splits)]))
+
+
 def honest_roles(recipe: Recipe) -> list[str]:
     """
     Roles in which one question must not stand twice: those that are used, and those that are evaluated, except where one
     of these is the rows of `validation` on purpose.
     """
-    splits, used = recipe.task.splits, used_roles(recipe)
+    splits, used = recipe.task.splits, yielding_roles(recipe)
     chosen = dataclasses.replace(splits["validation"], limit=None, unseen=None)
     return [
         role
@@ -120,14 +127,14 @@ def _write(run: RunContext, folder: Path) -> None:
     loaded = {role: _load(run, spec) for role, spec in splits.items()}
     rows = {role: split.dataset for role, split in loaded.items()}
     check_rows(run.recipe, rows)
-    used = used_roles(run.recipe)
-    overlapping: dict[str, dict[str, int]] = {role: {} for role in used}
+    used, yielding = used_roles(run.recipe), yielding_roles(run.recipe)
+    overlapping: dict[str, dict[str, int]] = {role: {} for role in yielding}
     for role, spec in splits.items():
         for other in used if spec.unseen is not None else ():
             rows[other], dropped = drop_overlap(rows[other], rows[role], by=str(spec.unseen))
             if dropped:
                 overlapping[other][f"shares a {spec.unseen} with {role}"] = dropped
-    rows, copies = drop_copies({role: loaded[role] for role in honest_roles(run.recipe)}, rows, used)
+    rows, copies = drop_copies({role: loaded[role] for role in honest_roles(run.recipe)}, rows, yielding)
     for role, dropped_copies in copies.dropped.items():
         overlapping[role] |= dropped_copies
     tokenizer = run.tokenizer()
