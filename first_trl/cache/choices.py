@@ -345,7 +345,7 @@ def _tokenized(dataset: Dataset, processing_class: Any, choice_ids: list[list[in
     answers = []
     for row, (choices, index) in enumerate(zip(choice_ids, gold, strict=True)):
         has_gold = index is not None and index != -1
-        if has_gold and not (isinstance(index, int) and 0 <= index < len(choices)):
+        if has_gold and (isinstance(index, bool) or not (isinstance(index, int) and 0 <= index < len(choices))):
             _fail(
                 row,
                 f"`gold` is {index!r}, and there are {len(choices)} choices: give the index of one, or -1 for none.",

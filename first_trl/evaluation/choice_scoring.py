@@ -15,7 +15,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from ..tasks.answers import choice_token_ids
 from ..tasks.encode import encode_prompts, prompt_texts, template_columns
 from ..utils.processes import ALL, Share
-from .confidence import Confidences, answers_to_confidences, choice_scores
+from .confidence import Confidences, answers_to_confidences, choice_scores, gold_indices
 from .next_token import context_length, cut_to_length, evaluation_mode
 
 
@@ -178,7 +178,7 @@ def score_choices(
         processing_class, dataset["prompt"], chat_template_kwargs=chat_template_kwargs, **template_columns(dataset)
     )
     choices = [list(row) for row in dataset["choices"]]
-    gold = np.array(dataset["gold"], dtype=np.int64)
+    gold = gold_indices(dataset["gold"][:])
     ids = [str(name) for name in (dataset["id"] if "id" in dataset.column_names else range(len(dataset)))]
     for name, row, answer in zip(ids, choices, gold, strict=True):
         if not row or not -1 <= answer < len(row):

@@ -179,6 +179,20 @@ class Confidences:
         )
 
 
+def gold_indices(gold: Sequence[int]) -> np.ndarray:
+    """
+    The column `gold` of a multiple-choice dataset as int64: index of the right choice, -1 where hidden.
+
+    Raises:
+        `ValueError`: for a boolean, which would be read as the first or second choice.
+    """
+    if (row := first_boolean(gold)) is not None:
+        raise ValueError(
+            f"Row {row} has a boolean as `gold`: it must be the index of the right choice, -1 where hidden."
+        )
+    return np.array(gold, dtype=np.int64)
+
+
 def answers_to_confidences(
     name: str,
     scores: Sequence[np.ndarray],

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from ..calibration.arrays import first_boolean
 from ..calibration.conditional import OptionTemperature
 from ..tasks.answers import answer_token_ids_of_rows, question_kinds
 from ..tasks.encode import encode_prompts, template_columns
 from ..utils.processes import Share
+from .confidence import gold_indices
 from .next_token import context_length, cut_to_length, next_token_states
 from .predictions import MultipleChoiceResult, fill_rows, multiple_choice_report
 
@@ -194,11 +194,7 @@ def read_multiple_choice_rows(
         raise ValueError(f"The dataset lacks the columns {missing}; it has {dataset.column_names}.")
     if len(dataset) == 0:
         raise ValueError("The dataset is empty: there is no row to evaluate. Check the split and its filters.")
-    if (row := first_boolean(dataset["gold"])) is not None:
-        raise ValueError(
-            f"Row {row} has a boolean as `gold`: it must be the index of the right choice, -1 where hidden."
-        )
-    gold = np.array(dataset["gold"], dtype=np.int64)
+    gold = gold_indices(dataset["gold"][:])
     n_choices = np.array([len(choices) for choices in dataset["choices"]])
     outside = np.flatnonzero((gold >= n_choices) | (gold < -1))
     if outside.size:

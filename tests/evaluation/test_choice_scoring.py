@@ -167,12 +167,17 @@ def test_long_questions_lose_their_beginning(tokenizer):
         score_choices(model, tokenizer, Dataset.from_list([row]), max_length=3, disable_tqdm=True)
 
 
+def flags(rows):
+    return rows.remove_columns("gold").add_column("gold", [True] * len(rows))
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
         (lambda d: d.remove_columns("choices"), r"lacks the columns \['choices'\]"),
         (lambda d: d.select([]), "dataset is empty"),
         (lambda d: d.map(lambda row: {"gold": 7}), "gold = 7"),
+        (flags, "Row 0 has a boolean as `gold`"),
     ],
 )
 def test_bad_datasets_are_refused(tokenizer, change, match):

@@ -295,6 +295,7 @@ def test_definitions_of_confidence(model, tokenizer):
         (lambda d: d.select([]), "dataset is empty"),
         (lambda d: d.map(lambda row: {"gold": -1}), "No row has a gold answer"),
         (lambda d: d.map(lambda row: {"gold": 4}), "Row 0 has gold = 4"),
+        (lambda d: d.remove_columns("gold").add_column("gold", [True] * 10), "Row 0 has a boolean as `gold`"),
         (lambda d: d.map(lambda row: {"choices": [" A w1", " B", " C", " D"]}), "2 tokens behind the prompt"),
     ],
 )

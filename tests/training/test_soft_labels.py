@@ -378,6 +378,7 @@ BAD = {
     "a choice twice": (three(choices=[" w6", " w6", " w8"]), "row 1: the answers ' w6' and ' w6' are the same token"),
     "no choices": (three(choices=[]), "Row 1: `choices` must be a list of texts"),
     "gold outside": (three(gold=3), "Row 1: `gold` is 3, and there are 3 choices"),
+    "gold that is a flag": ([{**row, "gold": True} for row in three()], "Row 0: `gold` is True, and there are 3 choices"),
     "no answer position": (tokens(labels=[-100] * 4), "Row 1: it has no answer position"),
     "another position": (tokens(labels=[-100, -100, 5, 6]), "Row 1: its first supervised token 5 is none of the choices"),
     "a whole text": (tokens(labels=[3, 4, 5, 6]), "Row 1: it has 3 supervised positions"),
