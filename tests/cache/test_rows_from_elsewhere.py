@@ -7,6 +7,7 @@ import pytest
 from datasets import Dataset
 
 from first_trl import add_teacher_topk
+from first_trl.tasks import encode_prompts
 from first_trl.tasks.conversation import render
 from tests.support.families import CHAT, MARKED, TOOLS, family_tokenizer
 from tests.support.tiny import tiny_llama, tiny_tokenizer
@@ -66,6 +67,30 @@ def test_nulls_of_columns_are_not_read(tmp_path):
     texts = captured_texts(CALLS, rows, tmp_path)
     for call, text in zip(calls, texts, strict=True):
         assert json.dumps(call) in text.replace("\\u0020", " ") and "null" not in text and "None" not in text
+
+
+@pytest.mark.parametrize("form", ["messages", "answered", "open"])
+def test_tools_have_no_nulls_of_other_rows(form, tmp_path):
+    """Arrow gives every tool the parameters of all others; teacher, evaluation and inference read those of its own."""
+    tools = [
+        {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": properties}}}
+        for name, properties in (("river", {"a": {"type": "string"}}), ("mill", {"b": {"type": "integer"}}))
+    ]
+    turn, answer = [{"role": "user", "content": "Which?"}], [{"role": "assistant", "content": "A"}]
+    columns = {
+        "messages": {"messages": turn + answer},
+        "answered": {"prompt": turn, "completion": answer},
+        "open": {"prompt": turn},
+    }[form]
+    rows = [{**columns, "tools": [tool]} for tool in tools]
+    filled = Dataset.from_list(rows)
+    assert filled[0]["tools"][0]["function"]["parameters"]["properties"] == {"a": {"type": "string"}, "b": None}
+    texts = captured_texts(TOOLS, rows, tmp_path)
+    tokenizer = family_tokenizer(template=TOOLS)
+    asked = encode_prompts(tokenizer, [turn] * 2, tools=filled["tools"])
+    for tool, text, ids in zip(tools, texts, asked, strict=True):
+        assert json.dumps(tool) in text and "null" not in text
+        assert text.startswith(tokenizer.decode(ids))
 
 
 @pytest.mark.parametrize("as_text", [False, True])
@@ -217,6 +242,20 @@ def test_an_end_token_that_falls_into_letters_is_refused(change, row, tmp_path):
 
 def talk(*texts):
     return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]}
+
+
+def test_a_role_that_no_template_names_is_refused(tmp_path):
+    """Written as it is, it would be one that the model never saw."""
+    rows = [
+        talk("Which river?", "A"),
+        {"messages": [{"role": "moderator", "content": "Which?"}, talk("x", "A")["messages"][1]]},
+    ]
+    with pytest.raises(
+        ValueError, match=r"Row 1 of the dataset: the role 'moderator' .* Rename it to one of system, .*user"
+    ):
+        captured_texts(CHAT, rows, tmp_path)
+    knows = CHAT.replace("{{ m['role'] }}", "{{ 'host' if m['role'] == 'moderator' else m['role'] }}")
+    assert "<|im_start|>host\nWhich?" in captured_texts(knows, rows, tmp_path)[1]
 
 
 def test_what_a_template_marks_is_supervised_and_a_cut_answer_is_counted(tmp_path):
