@@ -8,8 +8,10 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets.table import InMemoryTable
 
-from first_trl import add_teacher_topk
+from first_trl import add_teacher_topk, load_teacher_cache
+from first_trl.cli import main
 from first_trl.teacher.text_cells import text_columns
+from tests.support.families import family_tokenizer
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 
@@ -88,3 +90,18 @@ def test_capture_reads_them_as_their_texts(tmp_path, rows, message):
     numbers = capture(rows, "numbers")["input_ids"][:]
     assert numbers == capture(texts, "texts")["input_ids"][:]
     assert numbers[0] != numbers[1]
+
+
+def test_only_an_empty_cell_of_a_file_is_no_answer(tmp_path):
+    """By the command: words that other readers take for missing are answers, and are trained on."""
+    tokenizer, words = family_tokenizer(), ["None", "NA", "null", "nan", "N/A", "Neon", ""]
+    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    lines = [f"Which is {i}?,{word}" for i, word in enumerate(words)]
+    (tmp_path / "rows.csv").write_text("\n".join(["prompt,completion", *lines]))
+    paths = ["--teacher", tmp_path / "teacher", "--dataset", tmp_path / "rows.csv", "--output-dir", tmp_path / "cache"]
+    assert main(["precompute", *map(str, paths), "--k", "2"]) == 0
+    cache = load_teacher_cache(tmp_path / "cache")
+    assert cache["teacher_has_gold"][:] == [True] * 6 + [False]
+    labels = [tokenizer.decode([label for label in row if label != -100]) for row in cache["labels"]]
+    assert labels == [f"{word}<|end|>" for word in words]
