@@ -17,6 +17,7 @@ from transformers import (
     GraniteMoeForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    MixtralModel,
     PhimoeConfig,
     PhimoeForCausalLM,
     Qwen3MoeConfig,
@@ -190,6 +191,28 @@ def test_moe_auxiliary_loss(family, padding_free, cache, tokenizer, tmp_path):
     )
     assert accumulated.logs[0]["kl"] == pytest.approx(log["kl"], rel=1e-5)
     assert accumulated.logs[0]["aux_loss"] == pytest.approx(log["aux_loss"], rel=0.2)
+
+
+class WithoutRouterLogits(MixtralModel):
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        outputs.router_logits = None
+        return outputs
+
+
+def test_experts_that_tell_nothing_of_their_load_are_trained_as_the_message_says(cache, tokenizer, tmp_path):
+    torch.manual_seed(0)
+    student = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=2, num_experts_per_tok=2, num_local_experts=4, router_aux_loss_coef=0.1,
+        )
+    )  # fmt: skip
+    student.model.__class__ = WithoutRouterLogits
+    with pytest.raises(ValueError, match=r"MixtralForCausalLM: its load-balancing loss .*`router_aux_loss_coef=0`"):
+        run(copy.deepcopy(student), tiny_config(tmp_path), cache, tokenizer)
+    _, recorded = run(student, tiny_config(tmp_path, router_aux_loss_coef=0.0), cache, tokenizer)
+    assert recorded.logs[0]["loss"] == pytest.approx(recorded.logs[0]["kl"], rel=1e-4)
 
 
 def test_a_stream_trains_like_the_dataset(cache, tokenizer, tmp_path):
