@@ -9,6 +9,7 @@ from first_trl.tasks import answer_token_ids, answer_token_ids_of_rows, get_task
 from first_trl.tasks.answers import choice_token_ids
 from first_trl.tasks.word_tokenizer import word_tokenizer
 from tests.conftest import DATA
+from tests.support.families import family_tokenizer
 
 
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the tokenizers are not at {DATA}")
@@ -49,6 +50,21 @@ def test_unknown_and_shared_tokens_are_refused():
         answer_token_ids(tokenizer, "what", [])
     with pytest.raises(ValueError, match="a choice is empty"):
         answer_token_ids(tokenizer, "what", [" yes", ""])
+
+
+@pytest.mark.parametrize("sentencepiece", [False, True])
+def test_the_space_belongs_to_the_letter_or_to_the_prompt(sentencepiece):
+    """Where a space stands decides whether an answer is a token of its own; what merges is refused."""
+    tokenizer = family_tokenizer(sentencepiece=sentencepiece)
+    space = "▁" if sentencepiece else "Ġ"
+
+    def tokens(prompt, choices):
+        return tokenizer.convert_ids_to_tokens(answer_token_ids(tokenizer, prompt, choices))
+
+    assert tokens("Which river?\nAnswer:", [" A", " B"]) == [f"{space}A", f"{space}B"]
+    assert tokens("Which river?\nAnswer: (", ["A", "B"]) == ["A", "B"]
+    with pytest.raises(ValueError, match=r"answer 'A' changes the tokens of the prompt, which ends in '.*Answer: '"):
+        answer_token_ids(tokenizer, "Which river?\nAnswer: ", ["A", "B"])
 
 
 @needs_data
