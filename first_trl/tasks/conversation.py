@@ -344,7 +344,7 @@ def prompt_text(
     The text of a prompt up to where its answer begins. A text is itself; a conversation ends with the generation
     prompt. Where that opens a thinking block, the template is asked to close it (`enable_thinking=False`, or the name
     that it has for that), unless `chat_template_kwargs` says otherwise. Special tokens that the template writes between
-    the generation prompt and an answer, as the name of a channel, belong to the prompt.
+    the generation prompt and an answer, as the name of a channel, belong to the prompt, and so does an empty block.
 
     Raises:
         `ValueError`: as [`render`]; also when the thinking block cannot be closed.
@@ -398,7 +398,8 @@ def _generation_prompt(
     except ValueError:  # a prompt that ends with the assistant's own words
         return text, options
     lead, found, _ = whole[len(text) :].partition(_PROBE)
-    if whole.startswith(text) and found and any(token in lead for token in _special_texts(processing_class)):
+    special = _EMPTY_BLOCK.fullmatch(lead) or any(token in lead for token in _special_texts(processing_class))
+    if whole.startswith(text) and found and special:
         text = text + lead
     return text, options
 

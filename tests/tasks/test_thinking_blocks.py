@@ -1,9 +1,12 @@
 """The answer position lies behind what a template writes in front of an answer, by whatever name."""
 
 import pytest
+from datasets import Dataset
 
+from first_trl import add_teacher_topk
 from first_trl.tasks.conversation import answered_text, opens_thinking, prompt_text
 from tests.support.families import family_tokenizer
+from tests.support.tiny import tiny_llama
 
 
 TURN = [{"role": "user", "content": "Which river?"}]
@@ -74,3 +77,28 @@ def test_special_tokens_in_front_of_an_answer_belong_to_the_prompt(prompt, lead)
 def test_a_blank_in_front_of_an_answer_is_the_answers():
     tokenizer = tokenizer_of("[/INST] {{ m['content'] }}<|end|>", "[/INST]", "[/INST]")
     assert answered_text(tokenizer, TURN, "Lune")[1:] == (" Lune<|end|>", True)
+
+
+def test_an_empty_block_of_plain_text_belongs_to_the_prompt():
+    """Not every tokenizer has a token for the marks of its template; the student is asked behind the block all the same."""
+    start = "<|im_start|>assistant\n"
+    tokenizer = tokenizer_of(f"{start}[THINK][/THINK]{{{{ m['content'] }}}}<|im_end|>", start)
+    text = prompt_text(tokenizer, TURN)
+    assert text.endswith(f"{start}[THINK][/THINK]")
+    assert answered_text(tokenizer, TURN, "Lune") == (text, "Lune<|im_end|>", True)
+
+
+def test_a_block_that_nothing_closes_is_told(tmp_path):
+    """Behind it the teacher reads the answer, while a model that is asked the prompt would think."""
+    start = "<|im_start|>assistant\n<think>\n"
+    whole = start + "\n</think>\n\n"
+    tokenizer = tokenizer_of(f"{{{{ {whole!r} }}}}{{{{ m['content'] }}}}<|im_end|>", f"{{{{ {start!r} }}}}")
+    with pytest.raises(ValueError, match="what follows is a thought, not the answer"):
+        prompt_text(tokenizer, TURN)
+    head, tail, served = answered_text(tokenizer, TURN, "Lune")
+    assert head.endswith(whole) and (tail, served) == ("Lune<|im_end|>", False)
+    rows = Dataset.from_list([{"prompt": TURN, "completion": [{"role": "assistant", "content": "Lune"}]}])
+    teacher = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=128)
+    with pytest.warns(UserWarning, match="1 of 1 rows are read by the teacher, and trained on, behind another text"):
+        cache = add_teacher_topk(rows, teacher, tokenizer, k=2, output_dir=tmp_path, disable_tqdm=True)
+    assert tokenizer.decode([label for label in cache[0]["labels"] if label != -100]) == "Lune<|im_end|>"
