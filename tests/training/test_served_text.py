@@ -97,3 +97,18 @@ def test_arguments_of_the_template_are_stored(tmp_path):
     assert tokenizer.decode(cache[0]["input_ids"]).endswith("</think>\n\n<|end|>")
     with pytest.raises(ValueError, match="cannot set 'tokenize'"):
         capture(tokenizer, {"prompt": TURNS}, tmp_path / "other", chat_template_kwargs={"tokenize": True})
+
+
+@pytest.mark.parametrize("form", ["messages", "answered", "open"])
+def test_arguments_of_the_template_reach_rows_of_every_form(form, tmp_path):
+    """Those of a row go before those of all."""
+    tokenizer, answer = family_tokenizer(template="{{ style }}" + CHAT), [{"role": "assistant", "content": "A"}]
+    columns = {
+        "messages": {"messages": [turn + answer for turn in TURNS]},
+        "answered": {"prompt": TURNS, "completion": [answer] * 2},
+        "open": {"prompt": TURNS},
+    }[form]
+    own = {"chat_template_kwargs": [{"style": "short"}, {"style": None}]}
+    cache = capture(tokenizer, columns | own, tmp_path, chat_template_kwargs={"style": "long"})
+    texts = [tokenizer.decode(ids) for ids in cache["input_ids"]]
+    assert [text.partition("<|im_start|>")[0] for text in texts] == ["short", "long"]
