@@ -383,7 +383,7 @@ class Suppressed(LlamaForCausalLM):
         return outputs
 
 
-@pytest.mark.parametrize("k", [4, VOCAB - 4])
+@pytest.mark.parametrize("k", [4, VOCAB - 4, VOCAB])
 @pytest.mark.parametrize("estimator", ["topk", "bucket", "renormalized", "sampled"])
 def test_suppressed_tokens_and_near_certainty_keep_losses_finite(estimator, k, tokenizer, tmp_path):
     """Log-probabilities of -600 and -inf are what float16 holds of such a teacher."""
