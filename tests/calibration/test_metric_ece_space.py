@@ -161,5 +161,12 @@ def test_app_explains_bad_files(app: Any, tmp_path: Path, content: str, message:
     assert figure is None and reports is None
 
 
+def test_app_takes_no_flag_for_a_class_id(app: Any, tmp_path: Path) -> None:
+    table = tmp_path / "table.jsonl"
+    table.write_text('{"a": 0.9, "b": 0.1, "label": 0}\n{"a": 0.2, "b": 0.8, "label": true}\n')
+    text, _, reports = app.score(str(table), *DEFAULTS)
+    assert "row 2 (line 2): label is True, not the number of a class" in text and reports is None
+
+
 def test_app_waits_without_a_file(app: Any) -> None:
     assert app.score(None, *DEFAULTS)[1:] == (None, None)

@@ -92,6 +92,8 @@ def test_round_trips_through_json():
         (np.zeros((2, 1)), [0, 0], "C >= 2"),
         (np.zeros((2, 3)), [0], "shapes"),
         (np.zeros((2, 3)), [0.0, 1.0], "integer class ids"),
+        (np.zeros((2, 3)), [True, False], "row 0 is a boolean"),
+        (np.zeros((2, 3)), [2, True], "row 1 is a boolean"),
         (np.zeros((2, 3)), [0, 3], "Label 1 is 3, outside 0..2"),
         (np.zeros((2, 3)), [-100, 1], "Label 0 is -100"),
         ([[0.0, np.nan], [0.0, 0.0]], [0, 1], "row 0, column 1 is nan"),
