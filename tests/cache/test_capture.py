@@ -263,6 +263,12 @@ def other_template():
     return tokenizer
 
 
+def grown():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    return tokenizer
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -273,6 +279,7 @@ def other_template():
         ({"logprob_dtype": "float32"}, "logprob_dtype"),
         ({"num_draws": 3}, "num_draws"),
         ({"processing_class": other_template()}, "tokenizer:"),
+        ({"processing_class": grown()}, "tokenizer:"),
     ],
 )
 @pytest.mark.parametrize("finished", [True, False])

@@ -167,6 +167,10 @@ def test_nothing_to_train_on_is_refused(cache):
 def test_another_tokenizer_is_refused(cache):
     with pytest.raises(ValueError, match=r"Row 0 .*the student's tokenizer is"):
         verify_teacher_cache(cache, tiny_tokenizer(prefix="v"))
+    grown = tiny_tokenizer()
+    grown.add_tokens(["<new>"])
+    with pytest.raises(ValueError, match=r"Row 0 .*the student's tokenizer is"):
+        verify_teacher_cache(cache, grown)
 
 
 def test_two_values_of_k_are_refused():
