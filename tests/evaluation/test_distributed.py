@@ -22,8 +22,9 @@ def launch(processes, *command):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-# Three share as two do; that shares are disjoint for three is below
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+# Quick are the shares themselves, below, and a launch of two processes in tests/experiments/test_pipeline.py
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
 def test_several_processes_find_what_one_finds(processes, tmp_path):
     # Imported here: a test that launches needs no model of its own
     from tests.support.evaluation_process import results

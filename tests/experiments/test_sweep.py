@@ -70,6 +70,8 @@ def test_the_report_command_gives_the_same_report(whole, tmp_path):
     assert len(tables[0]) > 20 and tables[0] == tables[1]
 
 
+# Quick is the test below: `--jobs` starts the seeds, and says which one failed
+@pytest.mark.slow
 def test_two_seeds_side_by_side_give_the_same_report(recipe, whole, tmp_path):
     command = [sys.executable, "-m", "first_trl", "run", recipe, *TINY, "--output-dir", str(tmp_path), "--jobs", "2"]
     ended = subprocess.run(
