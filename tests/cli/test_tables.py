@@ -5,6 +5,7 @@ import json
 import re
 import tempfile
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +251,38 @@ def test_excel_tells_what_it_cannot_know(tmp_path):
     book.save(tmp_path / "x.xlsx")
     with pytest.raises(ValueError, match=r"2 sheets with cells \(Sheet, Notes\)"):
         load_table(tmp_path / "x.xlsx")
+
+
+def test_excel_is_read_beyond_the_area_that_it_states(tmp_path):
+    """Writers that stream rows do not know how many there will be when they state it."""
+    openpyxl = pytest.importorskip("openpyxl", reason="needs openpyxl")
+    book = openpyxl.Workbook()
+    for row in [["confidence", "correct"], *([0.9, 1] for _ in range(20))]:
+        book.active.append(row)
+    book.save(tmp_path / "whole.xlsx")
+    with zipfile.ZipFile(tmp_path / "whole.xlsx") as whole, zipfile.ZipFile(tmp_path / "x.xlsx", "w") as stated:
+        for name in whole.namelist():
+            stated.writestr(name, whole.read(name).replace(b'<dimension ref="A1:B21"', b'<dimension ref="A1:B6"'))
+    assert b'ref="A1:B6"' in zipfile.ZipFile(tmp_path / "x.xlsx").read("xl/worksheets/sheet1.xml")
+    assert len(load_table(tmp_path / "x.xlsx").rows) == 20
+
+
+@pytest.mark.parametrize("kind", ["float16", "float32"])
+def test_coarse_floats_keep_their_value_and_their_text(tmp_path, kind):
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    numbers = np.array([1.1, 0.1], dtype=kind)
+    columns = {"question": ["q", "r"], "A": numbers, "B": numbers + 1, "answer": ["A", "B"]}
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table(columns), path)
+    assert [row["A"] for row in load_table(path).rows] == numbers.tolist()
+    (first, _) = get_task("custom").load("train", path=str(path)).dataset["options"][:]
+    assert first == ["1.1", "2.1"]
+    choices = pa.array([[1.1, 2.1]], pa.list_(pa.float32()))
+    pq.write_table(pa.table({"question": ["q"], "choices": choices, "answer": ["A"]}), path)
+    assert get_task("custom").load("train", path=str(path)).dataset["options"][:] == [["1.1", "2.1"]]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ What a cell means is the same for every format and every command:
 
 - **Text stays text.** `None`, `NA`, `null` and `nan` are words. A cell of a CSV, TSV or Excel file is missing when it is
   empty or holds nothing but white space; elsewhere only a null is missing.
-- **Types stay.** JSON, Parquet, Arrow and Excel keep integers, floats and booleans. Cells of a CSV or TSV file are
+- **Types stay.** JSON, Parquet, Arrow and Excel keep integers, floats and booleans. A float32 is, as a text,
+  the shortest decimal that means it (1.1, not 1.100000023841858). Cells of a CSV or TSV file are
   texts. Class labels of `datasets` are read by name, and -1, which marks a row without a label there, as missing.
 - **Rows that are all empty** are left out and counted.
 - **The delimiter** is the one of comma, semicolon, tab and bar that stands in the header. Where several do, it is the

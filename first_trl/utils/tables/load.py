@@ -216,10 +216,43 @@ def load_columns(data: bytes | Path, path: Path, kind: str) -> Any:
 def _columnar(data: bytes, path: Path, kind: str) -> list[dict[str, Any]]:
     table = load_columns(data, path, kind)
     rows: list[dict[str, Any]] = table.to_pylist()
+    for field_ in table.schema:
+        if (dtype := _coarse_float(field_.type)) is not None:
+            for row in rows:
+                row[field_.name] = _coarse(row[field_.name], dtype)
     for column, labels in _class_labels(table.schema.metadata).items():
         for i, row in enumerate(rows):
             row[column] = label_name(row.get(column), labels, f"{path}, row {i + 1}: {column!r}")
     return rows
+
+
+def _coarse_float(kind: Any) -> Any:
+    """The numpy type of a column of float16 or float32, or of lists of them; `None` for any other column."""
+    import numpy as np
+    import pyarrow as pa
+
+    while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        kind = kind.value_type
+    return np.float16 if pa.types.is_float16(kind) else np.float32 if pa.types.is_float32(kind) else None
+
+
+class _Coarse(float):
+    """A float16 or float32: exact as a number, and as a text the shortest decimal that means it in its own precision."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def _coarse(value: Any, dtype: Any) -> Any:
+    if isinstance(value, list):
+        return [_coarse(each, dtype) for each in value]
+    if value is None:
+        return None
+    found = _Coarse(value)
+    found.text = str(float(str(dtype(value))))
+    return found
 
 
 def _class_labels(metadata: dict[bytes, bytes] | None) -> dict[str, list[str]]:
@@ -259,7 +292,12 @@ def _excel(data: bytes, path: Path, header: bool) -> Table:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             book = openpyxl.load_workbook(io.BytesIO(data), read_only=True, **options)
-        return {sheet.title: list(sheet.iter_rows()) for sheet in book.worksheets}
+        found = {}
+        for sheet in book.worksheets:
+            # Some writers state a smaller area than the sheet fills, and cells outside it would not be read
+            sheet.reset_dimensions()
+            found[sheet.title] = list(sheet.iter_rows())
+        return found
 
     try:
         values, formulas = sheets(data_only=True), sheets(data_only=False)
