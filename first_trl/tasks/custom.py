@@ -75,6 +75,7 @@ class Custom(MultipleChoice):
                 "give a folder with one file per split, or rename it."
             )
         rows = list(super().rows(split, path, revision, seed))
+        _refuse_whole_floats([row for _, row in rows if isinstance(row, dict)], path)
         if self.shuffle_seed is not None:
             empty = [row for row in rows if row[1] is None]
             rows = [row for row in rows if row[1] is not None]
@@ -117,6 +118,19 @@ class Custom(MultipleChoice):
             raise ValueError(f"the question is {question!r}, not a text")
         example = self.fill(question, texts, gold, group=optional_text(row, "group"))
         return replace(example, target_probs=soft)
+
+
+def _refuse_whole_floats(rows: list[dict[str, Any]], path: str | None) -> None:
+    """As pandas makes them of a column of whole numbers that some rows leave empty: "3.0" stands in no question."""
+    for letter in LETTERS:
+        cells = [row[letter] for row in rows if row.get(letter) is not None]
+        numbers = [cell for cell in cells if isinstance(cell, float) and not is_nan(cell)]
+        if numbers and len(numbers) == sum(not is_nan(cell) for cell in cells) and not any(n % 1 for n in numbers):
+            raise ValueError(
+                f"{path}: the column {letter!r} holds whole numbers as floats, such as {numbers[0]!s}: pandas makes them of "
+                f"integers beside an empty cell. Write it as texts or as integers, so that it is clear whether {numbers[0]!s} "
+                f"or {numbers[0]:.0f} is meant."
+            )
 
 
 def _choices(row: dict[str, Any]) -> list[str]:

@@ -1,5 +1,6 @@
 """Rows to score or to look at, from wherever a command is told to take them."""
 
+import math
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -7,11 +8,15 @@ from typing import TYPE_CHECKING, Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .tables import ENDINGS, file_kind, load_columns, load_table
+from .tables import ENDINGS, as_text, file_kind, load_columns, load_table
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+# Columns that a capture reads as texts
+_TEXTS = ("prompt", "completion", "text")
 
 
 def load_rows(
@@ -96,7 +101,11 @@ def _from_file(path: Path) -> "Dataset":
         for i, value in enumerate(values):
             if value is not None:
                 kinds.setdefault(_kind(value), i)
-        if len(kinds) > 1 and set(kinds) != {"a whole number", "a number"}:
+        if name in _TEXTS and set(kinds) == {"a whole number", "a number"}:
+            # A column of Arrow has one type, in which 4 would become 4.0; what has no text is refused where texts are made
+            if not any(isinstance(value, float) and not math.isfinite(value) for value in values):
+                columns[name] = [None if value is None else as_text(value) for value in values]
+        elif len(kinds) > 1 and set(kinds) != {"a whole number", "a number"}:
             (one, i), (other, j) = list(kinds.items())[:2]
             raise ValueError(
                 f"{path}: column {name!r} is {one} in {table.place(i).rpartition(', ')[2]} and {other} in "

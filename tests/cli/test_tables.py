@@ -1,5 +1,6 @@
 """One reader for every command: generated messy tables are read to the same rows by all, or refused by all."""
 
+import datetime
 import importlib.util
 import json
 import re
@@ -227,6 +228,26 @@ def test_columns_of_one_type(tmp_path):
     assert load_rows(str(put(tmp_path, "y.jsonl", '{"a": 4}\n{"b": 1.5}\n{"a": 1, "b": 2}\n'))).to_list() == [
         {"a": 4, "b": None}, {"a": None, "b": 1.5}, {"a": 1, "b": 2.0},
     ]  # fmt: skip
+
+
+def test_numbers_that_are_texts_stay_as_they_are_written(tmp_path):
+    """In a column of one type 4 would become 4.0."""
+    path = put(tmp_path, "x.jsonl", '{"prompt": "a", "completion": 4}\n{"prompt": "b", "completion": 1.5}\n{}\n')
+    assert load_rows(str(path))["completion"][:] == ["4", "1.5", None]
+    # NaN is refused by row where texts are made of the column
+    path = put(tmp_path, "x.jsonl", '{"prompt": "a", "completion": 4}\n{"prompt": "b", "completion": NaN}\n')
+    assert load_rows(str(path)).features["completion"].dtype == "float64"
+
+
+def test_a_day_in_excel_has_no_hour(tmp_path):
+    openpyxl = pytest.importorskip("openpyxl", reason="needs openpyxl")
+    book, day = openpyxl.Workbook(), datetime.datetime(2024, 1, 31)
+    book.active.append(["day", "time", "midnight"])
+    book.active.append([day, day.replace(hour=9), day])
+    book.active["A2"].number_format, book.active["C2"].number_format = "dd.mm.yyyy", "yyyy-mm-dd hh:mm"
+    book.save(tmp_path / "x.xlsx")
+    want = {"day": "2024-01-31", "time": "2024-01-31T09:00:00", "midnight": "2024-01-31T00:00:00"}
+    assert load_table(tmp_path / "x.xlsx").rows == [want]
 
 
 def test_excel_tells_what_it_cannot_know(tmp_path):

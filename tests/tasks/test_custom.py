@@ -239,6 +239,17 @@ def test_numbers_and_flags_are_choices(task, tmp_path):
     assert "(A) 1\n(B) 2.5\n(C) True" in loaded["prompt"] and loaded["gold"] == 2
 
 
+def test_whole_numbers_as_floats_are_refused(task, tmp_path):
+    """As pandas writes the last choice, a whole number, where some rows have one choice less."""
+    rows = [{"question": "Q?", "A": 1, "B": 2, "C": 3.0, "answer": "A"}, {"question": "R?", "A": 1, "B": 2, "C": None, "answer": "B"}]  # fmt: skip
+    path = write(tmp_path, "\n".join(map(json.dumps, rows)), "train.jsonl")
+    with pytest.raises(ValueError, match=r"train\.jsonl: the column 'C' holds whole numbers as floats.*3\.0 or 3"):
+        task.load("train", path=path)
+    rows[1]["C"] = 3.5
+    path = write(tmp_path, "\n".join(map(json.dumps, rows)), "train.jsonl")
+    assert task.load("train", path=path).dataset["options"][0] == ["1", "2", "3.0"]
+
+
 def test_class_labels_of_a_dataset_on_the_hub(task, monkeypatch):
     features = Features({"question": Value("string"), "A": Value("string"), "B": Value("string"), "answer": ClassLabel(names=["A", "B"])})  # fmt: skip
     rows = Dataset.from_dict({"question": ["Q1?", "Q2?"], "A": ["x"] * 2, "B": ["y"] * 2, "answer": [1, 0]}, features)

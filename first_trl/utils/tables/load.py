@@ -1,6 +1,7 @@
 """From a file to its rows."""
 
 import contextlib
+import datetime
 import io
 import json
 import os
@@ -337,7 +338,7 @@ def _sheet(values: list[tuple[Any, ...]], formulas: list[tuple[Any, ...]], path:
                 )
             if cell.data_type == "e":
                 raise ValueError(f"{place} is the error {cell.value}. Mend or empty it.")
-            cells.append(None if _blank(cell) else _plain(cell.value))
+            cells.append(None if _blank(cell) else _plain(cell))
         cells += [None] * (width - len(cells))
         if all(cell is None for cell in cells):
             if names is not None or not header:
@@ -359,7 +360,14 @@ def _sheet(values: list[tuple[Any, ...]], formulas: list[tuple[Any, ...]], path:
     return Table(path, "xlsx", rows, lines, empty)
 
 
-def _plain(value: Any) -> Any:
+def _plain(cell: Any) -> Any:
+    value = cell.value
+    if (
+        isinstance(value, datetime.datetime)
+        and value.time() == datetime.time()
+        and "h" not in cell.number_format.lower()
+    ):
+        value = value.date()  # A day is stored as its midnight
     return value if isinstance(value, str | bool | int | float) else as_text(value)
 
 
