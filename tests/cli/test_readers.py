@@ -373,8 +373,22 @@ def test_table_with_words_as_outcome(tmp_path):
     assert result.correct.tolist() == [True, False, False]
     with pytest.raises(ValueError, match=r"row 1 \(line 2\): 'grade' is 'Correct', neither 0/1"):
         read_table(path, confidence_column="p", correct_column="grade")
-    with pytest.raises(ValueError, match="no row has grade = 'correct'"):
-        read_table(path, confidence_column="p", correct_column="grade", correct_value="correct")
+    with pytest.raises(ValueError, match="no row has grade = 'right'"):
+        read_table(path, confidence_column="p", correct_column="grade", correct_value="right")
+
+
+@pytest.mark.parametrize("written", ["Yes", "YES", "ye\u017f", "\uff59es"])
+def test_an_outcome_written_in_two_ways_is_not_taken_for_wrong(tmp_path, written):
+    path = tmp_path / "m.csv"
+    path.write_text(f"confidence,correct\n0.9,yes\n0.4,no\n0.8,{written}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"row 3 \(line 4\): 'correct' is .*'yes' but for case"):
+        read_table(path, correct_value="yes")
+
+
+def test_a_number_is_right_however_it_is_written(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text("".join(f'{{"confidence": 0.9, "correct": {each}}}\n' for each in ("2", "2.0", "1")))
+    assert read_table(path, correct_value="2").correct.tolist() == [True, True, False]
 
 
 @pytest.mark.parametrize(

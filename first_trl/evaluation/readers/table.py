@@ -1,6 +1,7 @@
 """Confidences in a table, see [`first_trl.utils.tables`]."""
 
 import os
+import unicodedata
 from typing import Any
 
 import numpy as np
@@ -91,11 +92,22 @@ def table_confidences(
     )
 
 
+def _loose(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).casefold()
+
+
 def _outcome(value: Any, correct_value: str | None, place: str, column: str) -> bool:
     text = str(value).strip()
     if value is None or text == "" or is_nan(value):
         raise ValueError(f"{place}: {column!r} is empty.")
     if correct_value is not None:
+        if isinstance(value, int | float) and not isinstance(value, bool) and as_number(correct_value) is not None:
+            return value == as_number(correct_value)
+        if text != correct_value and _loose(text) == _loose(correct_value):
+            raise ValueError(
+                f"{place}: {column!r} is {value!r}, which is --correct-value {correct_value!r} but for case or the form of "
+                "its characters. Write all of them alike."
+            )
         return text == correct_value
     if text.lower() in _RIGHT:
         return True
