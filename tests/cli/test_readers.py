@@ -183,6 +183,19 @@ def test_log_with_strings_ragged_choices_and_all_readings(tmp_path):
     assert "brier" not in raw.extras
 
 
+@pytest.mark.parametrize(("context", "delimiter"), [("", ""), ("", " "), ("Answer:", " ")])
+def test_choices_without_the_question_are_no_further_choices(tmp_path, context, delimiter):
+    """Older versions of the harness log them without the delimiter, and a task may put a context of its own there."""
+    rows = [sample(i, doc, mutual=True) for i, doc in enumerate(DOCS)]
+    (want,) = read_harness_log(write_log(tmp_path, rows))
+    for row, (_, _, choices, _) in zip(rows, DOCS, strict=True):
+        for j, choice in enumerate(choices, start=len(choices)):
+            row["arguments"][f"gen_args_{j}"] = {"arg_0": context, "arg_1": delimiter + choice}
+    (found,) = read_harness_log(write_log(tmp_path, rows))
+    for reading in want.readings:
+        np.testing.assert_array_equal(found.confidences(reading).confidence, want.confidences(reading).confidence)
+
+
 def test_log_equals_the_results_in_process(tmp_path):
     docs = [sample(i, doc, log=False) for i, doc in enumerate(DOCS)]
     in_process = read_harness_results({"samples": {"my_task": docs}})["my_task"][0].confidences("acc")

@@ -194,11 +194,13 @@ def _read_group(task: str, filter_name: str, rows: Iterable[tuple[Mapping[str, A
         arguments = _arguments(sample.get("arguments"), len(logprobs), place)
         n_choices = len(logprobs)
         unconditional = None
-        # Without the question the context is empty: that is what marks the second half, not its position alone.
-        if n_choices % 2 == 0 and all(context == "" for context, _ in arguments[n_choices // 2 :]):
-            half = n_choices // 2
-            if [text for _, text in arguments[:half]] == [text for _, text in arguments[half:]]:
-                n_choices, unconditional, logprobs = half, logprobs[half:], logprobs[:half]
+        # Without the question the context is empty, or what the task names: that or the metric marks the second half, not
+        # its position alone. Older versions of the harness log its choices without the delimiter.
+        half = n_choices // 2
+        unasked = "acc_mutual_info" in sample or all(context == "" for context, _ in arguments[half:])
+        texts = [text.strip() for _, text in arguments]
+        if n_choices % 2 == 0 and unasked and texts[:half] == texts[half:]:
+            n_choices, unconditional, logprobs = half, logprobs[half:], logprobs[:half]
         if n_choices == 1:
             raise ValueError(
                 f"{place}: one request a document, as LAMBADA and perplexity tasks make. The log has the probability of "
