@@ -100,12 +100,15 @@ def first_boolean(values: Any) -> int | None:
 
     To be asked before [`as_numbers`], which reads `[True, 2]` as the integers 1 and 2.
     """
-    if isinstance(values, (list, tuple)) or getattr(getattr(values, "dtype", None), "name", "") == "object":
+    name = str(getattr(values, "dtype", "")).removeprefix("torch.")
+    if name == "category":
+        # Categories of pandas may stand for anything
+        values = np.asarray(values)
+        name = values.dtype.name
+    if isinstance(values, (list, tuple)) or name == "object":
         return next((row for row, value in enumerate(values) if isinstance(value, (bool, np.bool_))), None)
-    dtype = getattr(values, "dtype", None)
-    if dtype is None:
-        dtype = np.asarray(values).dtype
-    name = str(dtype).removeprefix("torch.")
+    if not name:
+        name = np.asarray(values).dtype.name
     return 0 if name in ("bool", "boolean", "bool[pyarrow]") and len(values) else None
 
 

@@ -157,6 +157,13 @@ def test_inputs_of_many_kinds() -> None:
         assert expected_calibration_error(predictions, references) == want
 
 
+@pytest.mark.parametrize("kind", ["category", "boolean"])
+def test_booleans_of_pandas_are_no_class_ids(kind: str) -> None:
+    pandas = pytest.importorskip("pandas")
+    with pytest.raises(ValueError, match="row 0 is a boolean"):
+        expected_calibration_error(GOOD_ROWS, pandas.Series([True, True, False], dtype=kind))
+
+
 def test_inputs_are_not_changed() -> None:
     rows, labels = np.add(GOOD_ROWS, [0, 1e-8, 0]), np.array([0, 1, 2])
     before = rows.copy(), labels.copy()
