@@ -155,7 +155,8 @@ def clustered_intervals(
     Intervals of scores whose rows hang together in clusters, such as the tokens of one answer. Rows that stand alone are
     clusters of one.
 
-    Means get Student-t intervals of the clusters' sums, with one degree of freedom less than there are clusters. Accuracy
+    Means get Student-t intervals of the clusters' sums, with one degree of freedom less than there are clusters; `values` get
+    none where every row is right or every row wrong, which does not tell what the other kind would cost. Accuracy
     (Wilson 1927) and ECE (the `"inversion"` interval of [`calibration_report`]) take account of the design effect, which is
     how much more a mean varies over these clusters than over as many rows that stand alone (Kish 1965), the ECE bin by
     bin. It is drawn towards that of clusters right or wrong as a whole, with the weight of half a wrong cluster, because
@@ -172,7 +173,7 @@ def clustered_intervals(
         level, n_resamples, n_bins, seed: Of the intervals, the draws for the ECE, the ECE and its draws.
 
     Returns:
-        `dict`: lower and upper limit of `accuracy`, `mean_confidence`, `ece`, `trust` and of each of `values`; empty for a
+        `dict`: lower and upper limit of `accuracy`, `mean_confidence`, `ece`, `trust` and of `values`; empty for a
         single cluster, which tells nothing of how clusters differ.
     """
     if not 0.0 < level < 1.0 or n_resamples < 1:
@@ -192,7 +193,8 @@ def clustered_intervals(
         return np.bincount(row, weights=deviation, minlength=n_clusters).astype(np.float64)
 
     intervals = {}
-    for name, value in {"mean_confidence": confidence, **values}.items():
+    told = correct.min() < correct.max()
+    for name, value in {"mean_confidence": confidence, **(values if told else {})}.items():
         mean = float(value.mean())
         half = t * math.sqrt(n_clusters / (n_clusters - 1) * float((influence(value - mean) ** 2).sum())) / n
         intervals[name] = (mean - half, mean + half)

@@ -62,7 +62,8 @@ def score_result(result: MultipleChoiceResult, *, seed: int = 0) -> Scored:
     Scores of an evaluation with 95 % intervals, over all tokens of the vocabulary, as the report of a run has them.
 
     ECE: by inverting the bootstrap (see [`calibration_report`]). Accuracy: Wilson. Trust: from the worst ends of these two
-    together to the best ones. NLL and Brier: mean of the rows plus or minus 1.96 standard errors.
+    together to the best ones. NLL and Brier: mean of the rows plus or minus 1.96 standard errors, not below 0; none where
+    every row is right or every row wrong, which does not tell what the other kind would cost.
     """
     report = result.report
     n_bins = int(report["full_vocab"]["calibration"]["config"]["n_bins"])
@@ -81,7 +82,7 @@ def score_result(result: MultipleChoiceResult, *, seed: int = 0) -> Scored:
         "accuracy": Score(accuracy, *right),
         "ece": Score(ece, low, high),
         "trust": Score(accuracy - ece, right[0] - high, right[1] - low),
-        **{name: _mean(values) for name, values in rows.items()},
+        **{name: _mean(values, correct) for name, values in rows.items()},
         # Of a plugin's column nothing is known but its value
         **_stated(report["full_vocab"], report_metrics()[len(METRICS) :]),
     }
@@ -137,5 +138,8 @@ def null_of_report(report: Mapping[str, Any]) -> dict[str, float]:
     return {} if not null else {"null_mean": float(null["mean"]), "null_high": float(null["q95"])}
 
 
-def _mean(values: np.ndarray) -> Score:
-    return Score(float(values.mean()), *(normal_interval(values) or (None, None)))
+def _mean(values: np.ndarray, correct: np.ndarray) -> Score:
+    mean, limits = float(values.mean()), normal_interval(values)
+    if limits is None or correct.min() == correct.max():
+        return Score(mean)
+    return Score(mean, max(limits[0], 0.0), limits[1])

@@ -215,10 +215,11 @@ def row_intervals(
             Of the draws.
 
     Returns:
-        `dict`: lower and upper limit of `accuracy`, `mean_confidence`, `ece`, `trust`, `nll` and `brier`.
+        `dict`: lower and upper limit of `accuracy`, `mean_confidence`, `ece`, `trust`, and, unless every token is right or every
+        one wrong, `nll` and `brier`.
     """
     p = {name: np.asarray(values) for name, values in predictions.items()}
-    return clustered_intervals(
+    found = clustered_intervals(
         p["row"],
         np.minimum(p["top_prob"], 1.0),
         p["top_is_gold"].astype(np.float64),
@@ -228,3 +229,4 @@ def row_intervals(
         n_bins=n_bins,
         seed=seed,
     )
+    return found | {name: (max(found[name][0], 0.0), found[name][1]) for name in ("nll", "brier") if name in found}

@@ -20,7 +20,8 @@ from first_trl.cards import license as license_module
 from first_trl.cards.render import hub_id
 from first_trl.cards.scores import score_tokens
 from first_trl.cards.wording import estimator_text, shown_arguments
-from first_trl.evaluation.token_level import token_level_report
+from first_trl.evaluation.predictions import MultipleChoiceResult, multiple_choice_report
+from first_trl.evaluation.token_level import row_intervals, token_level_report
 from first_trl.losses import ESTIMATORS
 from first_trl.training.trainer import FirstDistillTrainer
 from tests.support.predictions import predictions
@@ -188,6 +189,37 @@ def test_intervals_hold_the_truth_and_shrink():
     result = predictions(500, 0.1)
     ece = expected_calibration_error(result.predictions["top_prob"], result.predictions["top_is_gold"].astype(int))
     assert score_result(result).scores["ece"].value == ece == result.report["full_vocab"]["ece"]
+
+
+@pytest.mark.parametrize("answers", [[True] * 100, [False] * 100])
+def test_a_mean_of_rows_of_one_kind_has_no_interval(answers):
+    """A calibrated model that is .99 sure is right on all of 100 rows every third time; its true NLL is .056, not .010."""
+    right = np.array(answers)
+    p = np.where(right, 0.99, 0.01)
+    choices = np.where(np.arange(2) == 0, np.log(0.99), np.log(0.01)).repeat(100).reshape(2, 100).T
+    arrays = {
+        "id": np.arange(100).astype(str), "gold": np.where(right, 0, 1), "n_choices": np.full(100, 2),
+        "choice_logprobs": choices, "option_mass": np.ones(100), "top_prob": np.full(100, 0.99), "top_is_gold": right,
+        "gold_logprob": np.log(p), "sum_squares": np.full(100, 0.99**2 + 0.01**2), "truncated": np.zeros(100, bool),
+    }  # fmt: skip
+    scores = score_result(MultipleChoiceResult(arrays, multiple_choice_report(arrays))).scores
+    assert (scores["nll"].low, scores["brier"].low) == (None, None)
+    assert scores["nll"].value == pytest.approx(-np.log(p[0]))
+    assert row_intervals({**arrays, "row": np.arange(100) // 2}).keys() == {
+        "accuracy",
+        "mean_confidence",
+        "ece",
+        "trust",
+    }
+    # One row of the other kind gives them one, which does not reach below 0
+    mixed = arrays | {
+        "top_is_gold": np.arange(100) > 0,
+        "gold_logprob": np.log(np.where(np.arange(100) > 0, 0.99, 0.01)),
+    }
+    score = score_result(MultipleChoiceResult(mixed, multiple_choice_report(mixed))).scores["nll"]
+    assert score.low == 0.0 and 0.056 < score.high < 0.2
+    low, high = row_intervals({**mixed, "row": np.arange(100)})["brier"]
+    assert low == 0.0 and 0.02 < high < 0.1
 
 
 def test_the_licence_is_read_and_never_invented(tmp_path):
