@@ -15,6 +15,10 @@ from .errors import bin_error
 from .examples import Examples
 
 
+# Share of calibrated models with a smaller error than any from which an upper limit is read
+_LUCK = 0.16
+
+
 @dataclass(frozen=True)
 class Cells:
     """
@@ -91,6 +95,8 @@ def bootstrap_interval(
       accuracy cannot be higher) cross to the other. For each candidate the rows of the bins and their right answers are
       drawn anew, binomially with the *candidate's* accuracies: a bin whose observed outcomes are all equal is as uncertain
       as its candidate says, not certain. The limits are the errors at which the observed value reaches the tails. The
+      upper one is read from an error no smaller than what 16 % of calibrated models stay below (a power-constrained limit,
+      Cowan et al. 2011): a luckier error, or one that was fitted on these very rows, promises no more than that. The
       lower limit is 0 exactly when a calibrated model would do as badly with a probability (`p_value`) above half of
       `1 - level`, so the interval and the null test never contradict each other.
       A 95 % interval covers the true l1 error at least 92 % of the time from 20 rows on, with pure bins and with
@@ -259,9 +265,12 @@ def _invert(
         errors, tie = drawn(shrunk(threshold))
         return float(np.mean(errors >= estimate - tie)) >= tail
 
+    # Smaller than what calibrated models mostly score, an error is luck, or was fitted on these very rows
+    luckless = max(estimate, float(np.quantile(drawn(np.zeros_like(bins.gap))[0], _LUCK)))
+
     def plausible_above(threshold: float) -> bool:
         errors, tie = drawn(stretched(threshold))
-        return float(np.mean(errors <= estimate + tie)) >= tail
+        return float(np.mean(errors <= luckless + tie)) >= tail
 
     noisy = bins.variance > 0
     # Beyond this threshold every gap is gone

@@ -138,6 +138,19 @@ def test_pure_bins_are_not_certain(confidence: float, wrong: int, n: int) -> Non
     assert (report["ci_low"] > 0) == (report["p_value"] <= 0.025)
 
 
+@pytest.mark.parametrize("mode", ["top-label", "classwise"])
+def test_an_error_of_zero_is_not_certain(mode: str) -> None:
+    """As bins that were fitted on the very rows give it: all hold just as many right answers as they say."""
+    if mode == "top-label":
+        confidence = np.repeat(np.arange(1, 11) / 10, 10)
+        outcome = np.tile(np.arange(10), 10) < np.repeat(np.arange(1, 11), 10)
+    else:
+        confidence, outcome = np.full((60, 30), 1 / 30), np.tile(np.arange(30), 2)
+    report = calibration_report(confidence, outcome.astype(int), mode=mode, confidence_interval=0.95, null_test=True)
+    assert report["ece"] == pytest.approx(0, abs=1e-9) and report["ci_low"] == 0
+    assert 0.5 * report["null_mean"] < report["ci_high"] < 2 * report["null_high"]
+
+
 @pytest.mark.parametrize("method", ["basic", "bca"])
 def test_other_methods_say_where_they_cannot_hold(method: str) -> None:
     report = calibration_report([0.99] * 100, [1] * 100, confidence_interval=0.95, interval_method=method)
