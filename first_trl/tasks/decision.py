@@ -19,6 +19,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.decision import DecisionConfig
+from transformers.decision.configuration_utils import DECISION_CONFIG_NAME, DECISION_TEMPLATE_NAME
 
 from ..calibration.conditional import OptionTemperature
 from .answers import answer_token_ids_of_rows
@@ -230,6 +231,12 @@ def save_decision_config(
             stacklevel=2,
         )
     return config
+
+
+def remove_decision_config(folder: str | Path) -> None:
+    """Take away what [`save_decision_config`] wrote for stock transformers, where it no longer holds."""
+    for name in (DECISION_CONFIG_NAME, DECISION_TEMPLATE_NAME):
+        (Path(folder) / name).unlink(missing_ok=True)
 
 
 def _labels(rows: Dataset, token_ids: Sequence[Sequence[int]]) -> tuple[list[str], list[int]]:

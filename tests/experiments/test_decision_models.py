@@ -137,6 +137,24 @@ def test_a_run_of_an_earlier_version_says_what_is_missing(run, tmp_path, capsys)
     assert [card.read_text().count('pipeline("decision"') for card in cards.values()] == [0, 1]
 
 
+def test_another_evaluation_leaves_nothing_of_the_one_before(run, tmp_path):
+    """Answers scored by their whole text, then by one token again, then by neither, of the same student."""
+    shutil.copytree(run, tmp_path / "run")
+    folder = tmp_path / "run" / "students" / "sft" / "model"
+    fitted = tmp_path / "run" / "evaluate" / "sft" / "decisions.json"
+    before, token = read_decision_extras(folder), read(fitted)
+
+    def written(values: dict) -> tuple[bool, dict]:
+        fitted.write_text(json.dumps(values))
+        write_student_cards(tmp_path / "run", arms=["sft"])
+        return (folder / "decision.json").is_file(), read_decision_extras(folder)
+
+    stock, extras = written(token | {"scoring": "choices"})
+    assert not stock and extras["scoring"]["scoring"] == "choices"
+    assert written(token) == (True, before)
+    assert written({"reason": "Answers merge with the prompt."}) == (False, {})
+
+
 def test_thresholds_are_not_evaluated(tmp_path, capsys):
     words = [*SIZES, "evaluation.splits=[test, threshold]", "--output-dir", str(tmp_path), "--dry-run"]
     assert main(["run", "quickstart", *words]) == 2

@@ -15,7 +15,8 @@ from .run import Run
 def write_decision_files(run: Run, arm: str) -> DecisionFacts | None:
     """
     Write `decision.json`, `decision_template.jinja` and `first_trl_decision.json` into a student's folder: its prompt, labels,
-    temperature and thresholds. What stock transformers cannot express is said, and the rest is written.
+    temperature and thresholds. What stock transformers cannot express is said, and the rest is written; what an earlier
+    evaluation of the same student left there is taken away.
 
     Args:
         run ([`Run`]): The run.
@@ -35,18 +36,21 @@ def write_decision_files(run: Run, arm: str) -> DecisionFacts | None:
                 flush=True,
             )
         return None
-    fitted: dict[str, Any] = read_json(path)
-    if "readings" not in fitted:
-        print(f"    {arm} is no decision model of stock transformers: {fitted['reason']}", flush=True)
-        return None
     # Tasks import the tokenizer library, and cards of free text need neither
     from datasets import concatenate_datasets
     from transformers import AutoTokenizer
 
-    from ...tasks.decision import save_decision_config
+    from ...tasks.decision import remove_decision_config, save_decision_config
     from ...tasks.decision_extras import save_thresholds, write_decision_extras
 
-    folder, temperature = run.student(arm).model, saved_temperature(fitted)
+    fitted: dict[str, Any] = read_json(path)
+    folder = run.student(arm).model
+    if "readings" not in fitted:
+        remove_decision_config(folder)
+        write_decision_extras(folder, **dict.fromkeys(("temperature", "option_temperature", "scoring", "thresholds")))
+        print(f"    {arm} is no decision model of stock transformers: {fitted['reason']}", flush=True)
+        return None
+    temperature = saved_temperature(fitted)
     scored = {key: fitted.get(key, default) for key, default in (("scoring", "token"), ("length", "none"))}
     alike = [role for role in run.roles if run.task(role) == run.task("validation") and role != "validation"]
     rows = [run.folder.load_rows(role).select_columns(["prompt", "choices"]) for role in ("validation", *alike)]
@@ -60,9 +64,11 @@ def write_decision_files(run: Run, arm: str) -> DecisionFacts | None:
         save_decision_config(
             folder, run.make_task("validation"), tokenizer, concatenate_datasets(rows), temperature=temperature
         )
+        write_decision_extras(folder, scoring=None)
     except ValueError as error:
         print(f"    {arm} is no decision model of stock transformers: {error}", flush=True)
         stock = False
+        remove_decision_config(folder)
         by_options = temperature.to_dict() if isinstance(temperature, OptionTemperature) else None
         own = {"temperature": None if by_options else temperature, "option_temperature": by_options}
         write_decision_extras(folder, **own, scoring=scored if scored["scoring"] != "token" else None)
