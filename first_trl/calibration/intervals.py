@@ -59,15 +59,17 @@ def paired_difference(
     `values` minus `others` over the runs that have both.
 
     Returns:
-        `dict`: `mean`, `sd`, `low` and `high` (95 % Student-t interval; `None` with one pair), `n` pairs and `better`
-        (pairs in which `values` is strictly better); `None` when no run has both.
+        `dict`: `mean`, `sd`, `low` and `high` (95 % Student-t interval; `None` with one pair, and where all differ by the
+        same, as accuracies of few rows may: no spread is no certainty), `n` pairs and `better` (pairs in which `values` is
+        strictly better); `None` when no run has both.
     """
     differences = {run: value - others[run] for run, value in values.items() if run in others}
     if not differences:
         return None
     summary = summarize(differences)
     n, low, high = summary["n"], None, None
-    if n > 1:
+    # Differences that agree up to rounding; those of 0 are no difference at all
+    if n > 1 and (summary["sd"] > 1e-12 or abs(summary["mean"]) <= 1e-12):
         # Imported here: the calibration core needs numpy only
         from scipy.special import stdtrit
 

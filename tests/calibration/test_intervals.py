@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from first_trl.calibration import calibration_report
-from first_trl.calibration.intervals import clustered_intervals, normal_interval, wilson_interval
+from first_trl.calibration.intervals import clustered_intervals, normal_interval, paired_difference, wilson_interval
 from tests.benchmarks.cluster_coverage import LAWS as CLUSTER_LAWS
 from tests.benchmarks.cluster_coverage import coverage as cluster_coverage
 from tests.benchmarks.interval_coverage import LAWS, coverage
@@ -149,6 +149,16 @@ def test_an_error_of_zero_is_not_certain(mode: str) -> None:
     report = calibration_report(confidence, outcome.astype(int), mode=mode, confidence_interval=0.95, null_test=True)
     assert report["ece"] == pytest.approx(0, abs=1e-9) and report["ci_low"] == 0
     assert 0.5 * report["null_mean"] < report["ci_high"] < 2 * report["null_high"]
+
+
+def test_seeds_that_differ_by_the_same_are_not_certain() -> None:
+    others = {"seed-0": 0.7, "seed-1": 0.8}
+    found = paired_difference({run: value + 0.01 for run, value in others.items()}, others, higher_is_better=True)
+    assert found is not None and found["mean"] == pytest.approx(0.01) and found["better"] == 2
+    assert (found["low"], found["high"]) == (None, None)
+    # Arms that are the same have no difference, whatever the seed
+    same = paired_difference(others, others, higher_is_better=True)
+    assert same is not None and (same["low"], same["high"]) == (0, 0)
 
 
 @pytest.mark.parametrize("method", ["basic", "bca"])
