@@ -199,6 +199,15 @@ for name, lora in (("full", None), ("lora", LoraConfig(task_type="CAUSAL_LM", r=
     again = evaluate_multiple_choice(loader.from_pretrained(f"alice/{name}"), tokenizer, Dataset.from_list(rows),
                                      disable_tqdm=True)
     assert again.report["full_vocab"]["ece"] == found["ece"]
+
+# Full weights over an adapter, which transformers would take in their place
+trainer = FirstDistillTrainer("base", tiny_config("over", hub_model_id="alice/lora", max_steps=2), cache,
+                              processing_class=tokenizer)
+trainer.train()
+trainer.push_to_hub(blocking=False)
+trained = trainer.model.state_dict()
+for name, weight in AutoModelForCausalLM.from_pretrained("alice/lora").state_dict().items():
+    assert weight.equal(trained[name]), name
 """
 
 
@@ -209,6 +218,7 @@ def test_a_trainer_pushes_its_card(tmp_path):
         for name in ("full", "lora"):
             files = hub.files(f"alice/{name}", "model")
             assert files["reliability.png"].startswith(b"\x89PNG")
+        assert not [path for path in hub.files("alice/lora", "model") if path.startswith("adapter_")]
 
 
 def test_cards_alone_send_nothing(run, capsys):
