@@ -101,6 +101,13 @@ class MultipleChoiceResult:
         """Inverse of [`~MultipleChoiceResult.to_rows`]; the report is made again from the predictions."""
         if not rows:
             raise ValueError("There are no predictions.")
+        for i, row in enumerate(rows):
+            gold, n = row["gold"], len(row["choice_logprobs"])
+            if isinstance(gold, bool) or not isinstance(gold, int | np.integer) or not -1 <= gold < n:
+                raise ValueError(
+                    f"Prediction {i}: gold is {gold!r}: it must be the index of the right one of {n} choices, counted from 0, "
+                    "or -1 where none is known."
+                )
         predictions = {name: [row[name] for row in rows] for name in rows[0]}
         arrays = {name: np.array(values) for name, values in predictions.items() if name not in _RAGGED}
         arrays["gold_logprob"] = np.array(predictions["gold_logprob"], dtype=np.float64)

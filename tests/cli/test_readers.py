@@ -497,6 +497,33 @@ def test_own_predictions(tmp_path, ending):
         read_confidences(path, reading="topk")
 
 
+@pytest.mark.parametrize(
+    ("probabilities", "gold", "match"),
+    [
+        ([0.3, 0.7], [1, 1], r"row 2 \(line 2\): 'gold' adds up to 2"),
+        ([0.3, 0.5], [1, 0], r"row 2 \(line 2\): 'probabilities' adds up to 0.8"),
+        ([0.3, 0.7], 1, r"row 2 \(line 2\): 'gold' must be a list"),
+        ([0.3, 0.7], [1, 0, 0], r"row 2 \(line 2\): 2 probabilities and a gold over 3 options"),
+    ],
+)
+def test_options_that_are_no_distribution_are_refused(tmp_path, probabilities, gold, match):
+    rows = [{"options": ["a", "b"], "probabilities": [0.9, 0.1], "gold": [1.0, 0.0]}]
+    rows += [{"options": ["a", "b"], "probabilities": probabilities, "gold": gold}]
+    with pytest.raises(ValueError, match=match):
+        read_confidences(write_log(tmp_path, rows, "predictions.jsonl"))
+
+
+@pytest.mark.parametrize("gold", [True, None, 2, 0.0, "0"])
+def test_the_gold_of_a_prediction_is_an_index(gold):
+    row = {
+        "id": "1", "gold": 0, "n_choices": 2, "choice_logprobs": [-0.1, -2.4], "option_mass": 1.0, "top_prob": 0.9,
+        "top_is_gold": True, "gold_logprob": -0.1, "sum_squares": 0.82, "truncated": False,
+    }  # fmt: skip
+    assert MultipleChoiceResult.from_rows([row, row]).report["n"] == 2
+    with pytest.raises(ValueError, match=r"Prediction 1: gold is .*index of the right one of 2 choices"):
+        MultipleChoiceResult.from_rows([row, row | {"gold": gold}])
+
+
 # --- generation --------------------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from ...calibration.distribution import check_distribution
 from ...utils.tables import Table, file_kind, load_table
 from ..confidence import Confidences
 from ..predictions import MultipleChoiceResult
@@ -73,16 +74,26 @@ def read_confidences(
 
 def _option_confidences(table: Table) -> Confidences:
     """The most likely option of each question that has one right option."""
-    rows = [row for row in table.rows if max(row["gold"]) == 1.0]
+    rows = []
+    for number, row in enumerate(table.rows):
+        try:
+            for name in ("probabilities", "gold"):
+                check_distribution(row[name], f"{name!r}")
+            p, gold = (np.array(row[name], dtype=np.float64) for name in ("probabilities", "gold"))
+            if len(p) != len(gold):
+                raise ValueError(f"{len(p)} probabilities and a gold over {len(gold)} options.")
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{table.place(number)}: {error}") from None
+        if gold.max() == 1.0:
+            rows.append((p, gold))
     if not rows:
         raise ValueError(
             f"{table.path}: the gold of every question is a distribution, so no answer is right or wrong."
         )
-    answers = [np.array(row["probabilities"]) for row in rows]
     return Confidences(
         f"{file_kind(table.path)[0]} renormalized",
-        np.array([p.max() for p in answers]),
-        np.array([int(p.argmax()) == int(np.argmax(row["gold"])) for p, row in zip(answers, rows, strict=True)]),
+        np.array([p.max() for p, _ in rows]),
+        np.array([p.argmax() == gold.argmax() for p, gold in rows]),
         "renormalized",
         dropped={"gold is a distribution": len(table.rows) - len(rows)} if len(rows) < len(table.rows) else {},
     )
