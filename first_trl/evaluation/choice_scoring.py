@@ -14,6 +14,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from ..tasks.answers import choice_token_ids
 from ..tasks.encode import encode_prompts, prompt_texts, template_columns
+from ..utils.adapters import adds_virtual_tokens, begins_in_the_text
 from ..utils.processes import ALL, Share
 from .confidence import Confidences, answers_to_confidences, choice_scores, gold_indices
 from .next_token import context_length, cut_to_length, evaluation_mode
@@ -281,6 +282,7 @@ def choice_logprobs(
     mine = [batches[i] for i in share.part(range(len(batches)))]
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
+    prefix_cache = prefix_cache and not (adds_virtual_tokens(model) or begins_in_the_text(model))
     with (
         evaluation_mode(model),
         tqdm(total=sum(map(len, mine)), desc="Scoring choices", disable=disable_tqdm) as progress,

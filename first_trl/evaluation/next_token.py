@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from ..utils.adapters import adds_virtual_tokens
 from ..utils.processes import ALL, Share
 
 
@@ -121,7 +122,7 @@ def next_token_states(
     if len(rows) and lengths.min() == 0:
         raise ValueError(f"Prompt {int(lengths.argmin())} has no token: there is nothing to predict from.")
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
+    keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters and not adds_virtual_tokens(model)
     device = model.get_input_embeddings().weight.device
     order = np.argsort(-lengths, kind="stable")
     starts = share.part(range(0, len(order), batch_size))
@@ -143,8 +144,12 @@ def next_token_states(
                 kwargs["output_hidden_states"] = True
             with torch.no_grad():
                 output = model(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), **kwargs)
-            logits = output.logits
-            states = [_layer(output, layer)[torch.arange(len(index)), torch.from_numpy(last)] for layer in layers]
+            # Behind virtual tokens, where the model has some
+            text = slice(-input_ids.shape[1], None)
+            logits = output.logits if keeps_logits else output.logits[:, text]
+            states = [
+                _layer(output, layer)[:, text][torch.arange(len(index)), torch.from_numpy(last)] for layer in layers
+            ]
             del output
             position = torch.from_numpy(column if keeps_logits else last).to(logits.device)
             logits = logits[torch.arange(len(index), device=logits.device), position].float()
