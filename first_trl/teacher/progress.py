@@ -51,7 +51,7 @@ _CAPTURE_CODE = tuple(
     for name in (
         "tasks.conversation", "tasks.encode", "tasks.tokenize", "teacher.backends.committee", "teacher.backends.topk",
         "teacher.backends.transformers", "teacher.backends.vllm",
-        "teacher.capture", "teacher.conversations", "teacher.padding", "teacher.prepare", "teacher.rows",
+        "teacher.capture", "teacher.conversations", "teacher.padding", "teacher.prepare", "teacher.rows", "utils.adapters",
     )
 )  # fmt: skip
 

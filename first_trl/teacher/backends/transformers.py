@@ -18,9 +18,11 @@ import xxhash
 from accelerate.utils import is_peft_model
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ...losses.head import check_causal
+from ...utils.adapters import adds_virtual_tokens
 from ...utils.processes import process_state
 from .base import Scores
 from .topk import draw_ids, top_k_and_tail
@@ -69,10 +71,11 @@ class TransformersBackend:
         self.ranks_per_teacher = int(getattr(self.model, "tp_size", None) or 1)
         self.max_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         base = self.model.get_base_model() if is_peft_model(model) else self.model
-        self._keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
+        behind_virtual = adds_virtual_tokens(model)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters and not behind_virtual
         # A CPU rounds a product of few rows otherwise than the same rows among many (float32, up to three rows were
         # seen): there the head keeps seeing whole columns, and caches stay equal byte for byte
-        self._selects = self.model.get_output_embeddings().weight.device.type != "cpu"
+        self._selects = self.model.get_output_embeddings().weight.device.type != "cpu" and not behind_virtual
         self._most_tokens: int | None = None  # of a forward, padding included, once one did not fit
 
     def describe(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -205,7 +208,8 @@ class TransformersBackend:
             if self._keeps_logits:
                 needed, columns = np.unique(columns, return_inverse=True)
                 inputs["logits_to_keep"] = torch.from_numpy(needed).to(device)
-            return self.model(**inputs).logits, row_index, columns, None
+            logits = self.model(**inputs).logits
+            return logits if self._keeps_logits else logits[:, -longest:], row_index, columns, None
         finally:
             self.model.train(training)
 
@@ -248,16 +252,24 @@ _DIGEST_BYTES = 2**26
 # trained; what a quantisation is stands in the manifest's `backend`
 _NO_PART_OF_LOGITS = re.compile(
     r"_.*|.*_token_id|architectures|dtype|torch_dtype|transformers_version|use_cache|quantization_config|.*dropout|"
-    r".*_pdrop|id2label|label2id|output_.*|return_dict|problem_type|task_specific_params|tie_word_embeddings|"
-    r"initializer_range|chunk_size_feed_forward|is_encoder_decoder|pretraining_tp|attn_implementation|gradient_.*"
+    r".*_pdrop|id2label|label2id|output_(attentions|hidden_states|router_logits|scores)|return_dict|problem_type|"
+    r"task_specific_params|tie_word_embeddings|initializer_range|chunk_size_feed_forward|is_encoder_decoder|"
+    r"pretraining_tp|attn_implementation|gradient_checkpointing"
+)
+# The same of an adapter's settings; what they say of its layers stands in the names and shapes of the weights
+_NO_PART_OF_ADAPTER = re.compile(
+    r"_.*|auto_mapping|peft_version|base_model_name_or_path|revision|task_type|inference_mode|runtime_config|"
+    r".*dropout|init_.*|.*_init|loftq_config|eva_config|corda_config|lora_ga_config|save_projection|ensure_weight_tying|"
+    r"target_modules|target_parameters|exclude_modules|modules_to_save|layers_to_transform|layers_pattern|bias"
 )
 
 
 def weights_digest(model: PreTrainedModel) -> str:
     """
     Digest of all that decides a model's logits: every byte of every weight, the configuration (another `rope_theta`
-    is another model), and of adapters which ones are active and how strongly they are scaled. xxHash3 reads faster
-    than weights are loaded; tied weights are read once.
+    is another model), buffers that are stored nowhere (rotary frequencies, which `model.bfloat16()` rounds and
+    `from_pretrained` does not), and of adapters their settings, which ones are active and how strongly they are scaled.
+    xxHash3 reads faster than weights are loaded; tied weights are read once.
 
     Raises:
         `ValueError`: A weight is not in memory.
@@ -281,18 +293,48 @@ def weights_digest(model: PreTrainedModel) -> str:
         else:
             content = found[place]
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode() + content)
+    for name, buffer in sorted(_unsaved_buffers(model, dict(state))):
+        digest.update(f"{name}{tuple(buffer.shape)}{buffer.dtype}".encode() + _rounded_digest(buffer))
     adapters = {
         name: [
             module.disable_adapters,
             module.active_adapters,
-            module.merged_adapters,
+            getattr(module, "merged_adapters", None),
             getattr(module, "scaling", None),
         ]
         for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer)
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
     }
-    digest.update(json.dumps([_of_logits(model.config.to_dict()), adapters], sort_keys=True, default=str).encode())
+    settings = {
+        name: _of_logits(config.to_dict(), _NO_PART_OF_ADAPTER)
+        for name, config in getattr(model, "peft_config", {}).items()
+    }
+    decides = [_of_logits(model.config.to_dict()), adapters, settings]
+    digest.update(json.dumps(decides, sort_keys=True, default=_plain).encode())
     return digest.hexdigest()
+
+
+def _unsaved_buffers(model: PreTrainedModel, state: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Numbers that a model computes with and that are in no state: made from the configuration when it is loaded."""
+    for path, module in model.named_modules():
+        # Such frequencies follow the length of the text that was read last
+        follows = any(word in str(getattr(module, "rope_type", "")) for word in ("dynamic", "longrope"))
+        for name, buffer in module.named_buffers(path, recurse=False):
+            if name in state or not buffer.is_floating_point() or buffer.device.type == "meta":
+                continue
+            if not (follows and name.endswith("inv_freq")):
+                yield name, buffer
+
+
+def _rounded_digest(tensor: torch.Tensor) -> bytes:
+    """Of a few values to three digits: devices and versions compute frequencies that differ in their last bits."""
+    flat = tensor.detach().reshape(-1)
+    values = flat[:: max(1, len(flat) // 64)].cpu().double().tolist()
+    return xxhash.xxh3_128(" ".join(f"{value:.2e}" for value in values).encode()).digest()
+
+
+def _plain(value: Any) -> Any:
+    return sorted(map(str, value)) if isinstance(value, set) else str(value)
 
 
 def _place(tensor: torch.Tensor) -> tuple[Any, ...] | None:
@@ -302,13 +344,13 @@ def _place(tensor: torch.Tensor) -> tuple[Any, ...] | None:
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _of_logits(config: Any) -> Any:
+def _of_logits(config: Any, no_part: re.Pattern[str] = _NO_PART_OF_LOGITS) -> Any:
     if not isinstance(config, dict):
         return config
     return {
-        key: _of_logits(value)
+        key: _of_logits(value, no_part)
         for key, value in config.items()
-        if not (isinstance(key, str) and _NO_PART_OF_LOGITS.fullmatch(key))
+        if not (isinstance(key, str) and no_part.fullmatch(key))
     }
 
 
