@@ -1,8 +1,11 @@
 """Things that are found by name: built-in ones, and those that a user's module adds."""
 
+import hashlib
 import importlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, TypeVar
 
 from .names import nearest
@@ -83,6 +86,22 @@ class Registry(Mapping[str, Any]):
         """Raises the `ValueError` of [`~Registry.find`] without importing the object."""
         if not isinstance(name, str) or name not in self:
             raise ValueError(f"{where}There is no {self.kind} {name!r}.{nearest(str(name), self)}")
+
+    def code(self, name: str) -> str | None:
+        """
+        Digest of the source that an added object comes from: its module, with the others of its package. `None` for a
+        built-in one, which the version of this package stands for, and where there is no source.
+        """
+        if name in self.builtin:
+            return None
+        module = sys.modules.get(_place(self.find(name))[0])
+        file = Path(getattr(module, "__file__", None) or "")
+        if file.suffix != ".py" or not file.is_file():
+            return None
+        digest = hashlib.sha256()
+        for path in sorted(file.parent.glob("*.py")) if getattr(module, "__package__", None) else [file]:
+            digest.update(path.name.encode() + path.read_bytes())
+        return digest.hexdigest()[:12]
 
     def __contains__(self, name: object) -> bool:
         if name in self._places or name in self._objects:

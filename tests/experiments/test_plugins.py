@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from huggingface_hub import ModelCard
 
 from first_trl.cli import main
@@ -142,3 +143,94 @@ def test_a_plugin_beside_its_recipe_is_found_from_elsewhere(recipe, tmp_path):
 def test_names_are_checked_with_the_recipe(recipe, capsys, change, message):
     assert main(["run", recipe, change]) != 0
     assert message in capsys.readouterr().err
+
+
+CHANGING = """
+from dataclasses import dataclass
+
+from first_trl import register_task
+from first_trl.tasks import Example, Task
+from first_trl.tasks.word_tokenizer import word_tokenizer
+
+
+@register_task("same")
+@dataclass(frozen=True)
+class Same(Task):
+    name = "same"
+    splits = {name: name for name in ("train", "validation", "test")}
+
+    def rows(self, split, path, revision, seed):
+        first = ("train", "validation", "test").index(split) * 20
+        for number in range(first, first + 20):
+            yield str(number), Example(f"{number} is", " odd", (" even", " odd"), 1)
+
+    def tokenizer(self, path=None, revision=None, seed=0):
+        return word_tokenizer((*map(str, range(60)), "is", "even", "odd"))
+"""
+ONE_ARM = {
+    **{key: value for key, value in RECIPE.items() if key not in ("capture", "recalibration")},
+    "plugins": ["changing"],
+    "task": {"name": "same", "splits": {name: name for name in ("train", "validation", "test")}},
+    "capture": {"k": 4},
+    "recalibration": {"methods": []},
+}
+
+
+@pytest.fixture
+def changing(tmp_path):
+    (tmp_path / "changing.py").write_text(CHANGING)
+
+    def run(*words):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({**ONE_ARM, "arms": {"teacher": {"kind": "teacher"}}}))
+        done = python("-m", "first_trl", "run", str(path), "--output-dir", str(tmp_path / "run"), *words, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+def test_rows_of_a_task_whose_code_was_changed_are_made_again(changing, tmp_path):
+    changing("--stage", "data")
+    assert "data: done before, kept" in changing("--stage", "data")
+    (tmp_path / "changing.py").write_text(
+        CHANGING.replace('" odd", (" even", " odd"), 1', '" even", (" even", " odd"), 0')
+    )
+    assert "made again" in changing("--stage", "data")
+    assert set(Dataset.load_from_disk(str(tmp_path / "run" / "data" / "rows" / "test"))["gold"]) == {0}
+
+
+def under_other_names(text):
+    for name in ("parity", "noted", "squared_error", "uniform_mix", "sure_and_wrong"):
+        text = re.sub(rf"\b{name}\b", f"{name}_alone", text)
+    return text
+
+
+def test_what_was_made_with_changed_code_is_made_again_and_nothing_else(tmp_path, monkeypatch, capsys):
+    """Of an estimator the student, of a recalibration its fit and the student, of a metric the scores."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names = ["backend", "estimator", "metric", "recalibration", "task"]
+    for name in names:  # each alone, so that one can be changed
+        text = (ROOT / "tests" / "support" / "plugins" / f"{name}.py").read_text()
+        (tmp_path / f"alone_{name}.py").write_text(under_other_names(text))
+    path = tmp_path / "alone.yaml"
+    recipe = {**RECIPE, "plugins": [f"alone_{name}" for name in names]}
+    path.write_text(under_other_names(yaml.safe_dump(recipe)))
+
+    def made():
+        assert main(["run", str(path), "--output-dir", str(tmp_path / "run")]) == 0
+        said = capsys.readouterr().out
+        return {line.split(":")[0].strip() for line in said.splitlines() if line.endswith(": running")}
+
+    with registered_only_here():
+        assert {"data", "teacher", "cache", "recalibration", "students/mixed", "evaluate/mixed"} <= made()
+        trained = {"students/mixed", "evaluate/mixed", "report"}
+        expected = {
+            "metric": {"evaluate/teacher", "evaluate/mixed", "report"},
+            "estimator": trained,
+            "recalibration": {"recalibration", *trained},
+        }
+        for name, units in expected.items():
+            with (tmp_path / f"alone_{name}.py").open("a") as file:
+                file.write("\n# changed\n")
+            assert made() == units, name

@@ -19,7 +19,7 @@ from ...teacher.backends import VLLMBackend
 from ...teacher.capture import add_teacher_topk
 from ...teacher.option_probs import OptionBackend
 from ...vocabulary import TARGET_PROBS
-from ..recipe import Recipe
+from ..recipe import CaptureSpec, Recipe
 from ..run_folder import cache_unit, read_json, teacher_unit
 from .context import RunContext
 from .probe import check_served, probe_rows, token_logprobs, write_probe
@@ -55,11 +55,17 @@ def capture_units(run: RunContext) -> Iterator[Unit]:
                 "capture": [spec.k, spec.logprob_dtype, spec.num_draws, spec.vllm_url is not None, spec.vllm_model],
                 # Left out where it is the default, so that runs from before it could be named go on
                 **({"target": spec.target} if spec.target != "vocabulary" else {}),
-                **({"backend": [spec.backend, spec.backend_options]} if spec.backend not in _OWN_BACKENDS else {}),
+                **_plugin_backend(spec),
                 "teacher": run.keys[teacher_unit(teacher.name, fold)],
                 "data": {role: run.role_keys[role] for role in roles},
             }
             yield Unit(cache_unit(teacher.name, fold), inputs, partial(_capture, run, teacher, fold))
+
+
+def _plugin_backend(spec: CaptureSpec) -> dict[str, Any]:
+    if spec.backend is None or spec.backend in _OWN_BACKENDS:
+        return {}
+    return {"backend": [spec.backend, spec.backend_options, BACKENDS.code(spec.backend)]}
 
 
 def _capture(run: RunContext, teacher: Teacher, fold: int | None, folder: Path) -> None:

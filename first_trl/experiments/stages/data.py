@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from datasets import Dataset
 
+from ...plugins import TASKS
 from ...tasks import Task, get_task, tokenize_rows
 from ...tasks.answers import check_answers
 from ...tasks.base import TaskSplit
@@ -34,7 +35,9 @@ def data_units(run: RunContext) -> list[Unit]:
         "tokenizer": [path_fingerprint(tokenizer), revision],
     }
     keys = {
-        role: content_key({**common, "split": spec, "files": path_fingerprint(_path(run, spec))})
+        role: content_key(
+            {**common, "split": spec, "files": path_fingerprint(_path(run, spec)), **_code(spec.task or task.name)}
+        )
         for role, spec in task.splits.items()
     }
     used = used_roles(recipe)
@@ -56,6 +59,11 @@ def data_units(run: RunContext) -> list[Unit]:
     if _with_choices(recipe):
         inputs["with_choices"] = sorted(_with_choices(recipe))
     return [Unit(DATA, inputs, partial(_write, run))]
+
+
+def _code(task: str) -> dict[str, Any]:
+    code = TASKS.code(task)
+    return {} if code is None else {"code": code}
 
 
 def _with_choices(recipe: Recipe) -> set[str]:

@@ -88,7 +88,7 @@ def evaluation_units(run: RunContext) -> Iterator[Unit]:
 
 def _plugin_metrics() -> dict[str, Any]:
     # Left out where there are none: what was evaluated without them holds
-    return {"metrics": sorted(METRICS)} if METRICS else {}
+    return {"metrics": {name: METRICS.code(name) for name in sorted(METRICS)}} if METRICS else {}
 
 
 def _model_key(run: RunContext, name: str) -> Key:

@@ -9,6 +9,7 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from ...cache.folder import forget_recalibrations, load_manifest, store_recalibration
+from ...plugins import RECALIBRATIONS
 from ...recalibration import RecalibrationFit, fit_recalibration
 from ...utils.files import write_json
 from ...utils.processes import Share
@@ -82,6 +83,10 @@ def recalibration_units(run: RunContext) -> Iterator[Unit]:
             "cache": [run.keys[cache_unit(teacher.name, fold)] for fold in teacher.parts],
             "seed": run.recipe.seed,
         }
+        # A method's values mean what its code makes of them
+        code = {fit.method: RECALIBRATIONS.code(fit.method) for fit in wanted}
+        if any(code.values()):
+            inputs["code"] = code
         yield Unit(recalibration_unit(teacher.name), inputs, partial(_fit, run, teacher))
 
 

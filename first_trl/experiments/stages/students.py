@@ -8,6 +8,7 @@ from typing import Any
 
 from datasets import concatenate_datasets
 
+from ...plugins import ESTIMATORS, RECALIBRATIONS
 from ..run_folder import base_unit, cache_unit, student_unit
 from .capture import load_cache
 from .context import RunContext
@@ -36,6 +37,9 @@ def student_units(run: RunContext) -> Iterator[Unit]:
         }
         if arm.kind == "distill":
             teacher = teacher_of(run.recipe, arm)
+            code = [ESTIMATORS.code(arm.estimator), RECALIBRATIONS.code(arm.recalibration)]
+            if any(code):
+                inputs["code"] = code
             inputs["cache"] = [run.keys[cache_unit(teacher.name, fold)] for fold in teacher.parts]
             value = fitted_value(run, arm)
             if value is not None:
