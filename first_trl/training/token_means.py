@@ -123,7 +123,13 @@ class TokenMeansMixin:
                 dataset = _BlankEndStream(dataset, batch_size * ranks)
             else:
                 dataset = _BlankEndRows(self._remove_unused_columns(dataset, description), batch_size * ranks)
-        return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)  # type: ignore[misc]
+        drop_last = self.args.dataloader_drop_last
+        # For steps of one size; what is held out has no steps, and would lose rows
+        self.args.dataloader_drop_last = drop_last and training
+        try:
+            return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def _get_eval_sampler(self: Any, eval_dataset: Any) -> Any:
         # Rows sorted by length would put blank rows between the others

@@ -55,6 +55,7 @@ LAYOUTS = {
     "4": {"per_device_eval_batch_size": 4},
     "padding free": {"per_device_eval_batch_size": 3, "padding_free": True, "max_length": None},
     "packed": {"per_device_eval_batch_size": 2, "packing": True, "max_length": 40},
+    "whole batches alone in training": {"per_device_eval_batch_size": 3, "dataloader_drop_last": True},
 }
 
 
