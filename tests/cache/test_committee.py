@@ -81,6 +81,37 @@ def test_mean_and_mutual_information_are_those_of_numpy(committee, rows):
     assert min(seen) > 0.05 and max(seen) < math.log(3)
 
 
+@pytest.mark.parametrize("active", [["first"], ["first", "third"]])
+def test_a_given_model_goes_on_with_the_adapters_it_had(active, rows):
+    def config():
+        return LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+
+    model = get_peft_model(tiny_llama(), config(), adapter_name="first")
+    model.add_adapter("second", config())
+    model.add_adapter("third", config())
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_()
+    model.set_adapter("first")
+    model.base_model.set_adapter(active)
+    trained = [p.requires_grad for p in model.parameters()]
+    with torch.no_grad():
+        before = model(torch.tensor([[3, 4, 5]])).logits
+    capture(CommitteeBackend([(model, "first"), (model, "second")]), rows.select(range(2)))
+    assert model.active_adapters == active and [p.requires_grad for p in model.parameters()] == trained
+    with torch.no_grad():
+        assert torch.equal(model(torch.tensor([[3, 4, 5]])).logits, before)
+
+
+def test_a_model_and_an_adapter_on_that_very_model_are_refused():
+    base = tiny_llama()
+    adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="the adapter acts in both"):
+        CommitteeBackend([base, adapted])
+
+
 @pytest.mark.parametrize("teacher", [tiny_llama, tiny_gpt2])
 def test_one_member_is_the_plain_teacher(teacher, rows, tmp_path):
     alone, plain = (capture(given, rows, tmp_path / name) for name, given in (("a", [teacher()]), ("b", teacher())))

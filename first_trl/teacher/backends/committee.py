@@ -4,13 +4,15 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import is_peft_model
 from transformers import AutoTokenizer
 from transformers.utils import cached_file, find_adapter_config_file
 
@@ -76,6 +78,12 @@ class CommitteeBackend(TransformersBackend):
             own = {} if revision is None else {"revision": revision}
             self.members.append(_load(member, dtype, {**model_init_kwargs, **own}, bases))
         engines = [member.backend for member in self.members]
+        bases_of_others = {id(e.model.get_base_model()) for e in engines if is_peft_model(e.model)}
+        if any(id(engine.model) in bases_of_others for engine in engines):
+            raise ValueError(
+                "A teacher is the very model that another one's adapter was put on, so that the adapter acts in both. Load "
+                "the model once more for the one without."
+            )
         # Heads of one family are padded to different sizes: what a member does not have, it gives no probability
         self.head_size = max(engine.head_size or 0 for engine in engines)
         self.max_length = min((engine.max_length for engine in engines if engine.max_length), default=None)
@@ -89,10 +97,11 @@ class CommitteeBackend(TransformersBackend):
 
     def describe(self) -> tuple[dict[str, Any], dict[str, Any]]:
         entries, engines = [], []
-        for member in self.members:
-            teacher, backend = member.activate().describe()
-            entries.append({**teacher, "name": _public(member.name)})
-            engines.append(backend)
+        with self._adapters_kept():
+            for member in self.members:
+                teacher, backend = member.activate().describe()
+                entries.append({**teacher, "name": _public(member.name)})
+                engines.append(backend)
         digests = [entry["weights_digest"] for entry in entries]
         twice = next((digest for digest in digests if digests.count(digest) > 1), None)
         if twice is not None:
@@ -119,7 +128,32 @@ class CommitteeBackend(TransformersBackend):
         kinds["dtype"] = [", ".join(kinds["dtype"])]
         return teacher, {key: values[0] if len(values) == 1 else values for key, values in kinds.items()}
 
+    @contextmanager
+    def _adapters_kept(self) -> Iterator[None]:
+        """A model that was given goes on with the adapters that were active, and trains what it trained."""
+        models = {id(member.backend): member.backend.model for member in self.members if member.adapter is not None}
+        active = [model.active_adapters for model in models.values()]
+        before = [list(found() if callable(found) else found) for found in active]
+        trained = [[p.requires_grad for p in model.parameters()] for model in models.values()]
+        try:
+            yield
+        finally:
+            for model, names, flags in zip(models.values(), before, trained, strict=True):
+                if is_peft_model(model):
+                    model.set_adapter(names[0])
+                if len(names) > 1 or not is_peft_model(model):
+                    # Several at once go through the tuner of a PEFT model
+                    (model.base_model if is_peft_model(model) else model).set_adapter(names)
+                for parameter, flag in zip(model.parameters(), flags, strict=True):
+                    parameter.requires_grad = flag
+
     def _forward(
+        self, rows: list[np.ndarray], row_index: np.ndarray, columns: np.ndarray
+    ) -> tuple[torch.Tensor, np.ndarray, np.ndarray, np.ndarray | None]:
+        with self._adapters_kept():
+            return self._mean(rows, row_index, columns)
+
+    def _mean(
         self, rows: list[np.ndarray], row_index: np.ndarray, columns: np.ndarray
     ) -> tuple[torch.Tensor, np.ndarray, np.ndarray, np.ndarray | None]:
         mean = entropy = torch.empty(0)
