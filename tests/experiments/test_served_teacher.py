@@ -65,3 +65,23 @@ def test_the_served_teacher_must_be_the_trained_one(serve, tmp_path, capsys, mon
     assert call(serve(trained).url, *again) == 0, capsys.readouterr().err
     assert asked == [3]
     assert (run / "teacher" / "probe.json").is_file() and (run / "cache" / "manifest" / "train.json").is_file()
+
+
+def test_a_served_teacher_that_is_not_fine_tuned_must_be_the_one_of_the_run(serve, tmp_path, capsys):
+    run = tmp_path / "run"
+
+    def call(url, *options):
+        tuned = ("teacher.sft=null", f"capture.vllm_url={url}", "--output-dir", str(run))
+        return main(["run", "quickstart", *TINY, *tuned, *options])
+
+    for stage in ("data", "pretrain"):
+        assert call("http://127.0.0.1:9", "--stage", stage) == 0
+    base, student = (
+        AutoModelForCausalLM.from_pretrained(run / "base" / role / "model") for role in ("teacher", "student")
+    )
+    capsys.readouterr()
+    assert call(serve(student).url, "--stage", "capture") == 2
+    said = capsys.readouterr().err
+    assert "does not hold the teacher of the recipe" in said and "base/teacher/model" in said
+    assert not (run / "cache" / "manifest").exists()
+    assert call(serve(base).url, "--stage", "capture") == 0, capsys.readouterr().err

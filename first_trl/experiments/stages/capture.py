@@ -106,7 +106,9 @@ def _option_backend(run: RunContext, role: str, backend: Any, rows: Dataset) -> 
 
 def _served_teacher(run: RunContext, teacher: Teacher, url: str, **options: Any) -> VLLMBackend:
     folder = run.folder.teacher(teacher.name).model
-    how = f"vllm serve {folder if teacher.sft is not None else run.recipe.teacher.name_or_path} --max-logprobs 20"
+    spec = run.recipe.teacher
+    plain = spec.name_or_path if spec.used_as_it_is else run.folder.base("teacher").model
+    how = f"vllm serve {folder if teacher.sft is not None else plain} --max-logprobs 20"
     if teacher.sft is not None and run.recipe.teacher.lora is not None:
         how = (
             f"vllm serve {run.recipe.teacher.name_or_path} --max-logprobs 20 --enable-lora --lora-modules "
@@ -121,6 +123,11 @@ def _served_teacher(run: RunContext, teacher: Teacher, url: str, **options: Any)
         ) from None
     if teacher.sft is not None:
         _check_served(run, teacher, server, url, how)
+    elif not run.recipe.teacher.used_as_it_is or any(arm.kind == "teacher" for arm in run.recipe.arms.values()):
+        # Where the run loads the teacher anyway: what it evaluates and what students learn from are one model
+        rows = probe_rows(run.folder.load_tokens("train"))
+        own = token_logprobs(place(base_model(run, "teacher")), rows)
+        check_served({"input_ids": rows, "base_logprobs": own, "logprobs": own}, server, url, how)
     return server
 
 
@@ -131,7 +138,7 @@ def _check_served(run: RunContext, teacher: Teacher, server: VLLMBackend, url: s
         before = token_logprobs(place(base_model(run, "teacher")), probe)
         write_probe(path, probe, before, token_logprobs(teacher_model(run, teacher), probe))
     run.workspace.state.wait_for_everyone()
-    check_served(path, server, url, how)
+    check_served(read_json(path), server, url, how)
 
 
 def _selection_note(chosen: dict[str, Any]) -> str:

@@ -8,7 +8,6 @@ import torch
 
 from ...teacher.backends import VLLMBackend
 from ...utils.files import write_json
-from ..run_folder import read_json
 
 
 _ROWS, _TOKENS = 8, 128
@@ -41,12 +40,11 @@ def write_probe(path: Path, rows: list[list[int]], base: list[list[float]], trai
     write_json(path, {"input_ids": rows, "base_logprobs": base, "logprobs": trained})
 
 
-def check_served(path: Path, server: VLLMBackend, url: str, how: str) -> None:
+def check_served(probe: dict[str, Any], server: VLLMBackend, url: str, how: str) -> None:
     """
     Raises `ValueError` unless the server's log-probabilities are those of the trained teacher: near them, and nearer
-    to them than to those of its base.
+    to them than to those of its base; of a teacher that is used as it is, both are the same.
     """
-    probe = read_json(path)
     longest = server.max_length or _TOKENS
     rows = [row[:longest] for row in probe["input_ids"]]
     served = np.concatenate(server.token_logprobs(rows))
@@ -58,6 +56,11 @@ def check_served(path: Path, server: VLLMBackend, url: str, how: str) -> None:
     change = trained - base
     way = float((served - base) @ change / (change @ change)) if change.any() else 1.0
     if not (to_trained <= _TOLERANCE and way > 0.8):
+        if not change.any():
+            raise ValueError(
+                f"The server at {url} does not hold the teacher of the recipe: on {len(rows)} training rows its "
+                f"log-probabilities differ by {to_trained:.2g} nats a token. Serve this one:\n  {how}"
+            )
         raise ValueError(
             f"The server at {url} does not hold the teacher that this run has trained: on {len(rows)} training rows its "
             f"log-probabilities differ from the trained teacher's by {to_trained:.2g} nats a token, from those of the "
