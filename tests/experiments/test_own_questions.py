@@ -1,6 +1,7 @@
 """Questions of one's own in a run: copies, answers of several tokens, and what a dry run says of data it cannot read."""
 
 import json
+import os
 
 import pytest
 from datasets import load_from_disk
@@ -168,7 +169,7 @@ def test_both_fine_tunings_project_the_answers_alone():
 
 
 def test_answers_corrected_in_place_are_read_again(parts, model, tmp_path, capsys):
-    """The same file, of the same size: no row of a run is the one from before, and nothing else is made anew."""
+    """The same file, of the same size and time: what counts is what it says."""
     run = ["run", *words(parts, model, SPLITS), "--stage", "data", "--output-dir", str(tmp_path / "run")]
 
     def gold(role):
@@ -178,8 +179,12 @@ def test_answers_corrected_in_place_are_read_again(parts, model, tmp_path, capsy
 
     assert gold("test") == ([0, 0, 0], True)
     assert gold("test") == ([0, 0, 0], False)
-    write(parts, [question(i, "C") for i in (8, 12, 13)], "test.csv")
+    before = (parts / "test.csv").stat()
+    path = write(parts, [question(i, "C") for i in (8, 12, 13)], "test.csv")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert gold("test") == ([2, 2, 2], True)
+    os.utime(path, ns=(0, 0))
+    assert gold("test") == ([2, 2, 2], False)
 
 
 TWO_TOKENS = "the answer ' cork A' is 2 tokens"

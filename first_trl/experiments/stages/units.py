@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from accelerate import PartialState
 
 from ...utils.files import plain, write_json
@@ -195,10 +196,22 @@ def content_key(value: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
+# Larger files are weights as a rule, and would take seconds to read
+_READ_BYTES = 2**26
+
+
 def path_fingerprint(path: str | None) -> Any:
-    """Names, sizes and times of the files behind a local path; the name alone for what is on the Hub."""
+    """
+    Names and contents of the files behind a local path, of large ones size and time; the name alone for what is on the Hub.
+    """
     root = Path(path or "").expanduser()
     if path is None or not root.exists():
         return path
     files = sorted(file for file in root.rglob("*") if file.is_file()) if root.is_dir() else [root]
-    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return [(str(file), file.stat().st_size, _content_or_time(file)) for file in files]
+
+
+def _content_or_time(file: Path) -> str | int:
+    """Times say little: archives, images and version control set them."""
+    status = file.stat()
+    return status.st_mtime_ns if status.st_size > _READ_BYTES else xxhash.xxh3_64_hexdigest(file.read_bytes())
