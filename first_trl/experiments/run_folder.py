@@ -16,6 +16,7 @@ Words of a run, one meaning each:
 recipe.yaml                         the recipe of this run, with every default
 data/                               counts.json, rows/ROLE, tokens/ROLE
 base/teacher, base/student          models before fine-tuning, where the run makes them
+base/teacher.json, .../student.json commit of one that comes from the Hub as it is, and that stays the run's
 teacher[-NAME][/fold-I]             fine-tuned teachers
 cache[-NAME][/fold-I]               their caches
 recalibration[-NAME]/FIT.json       fitted rescales
@@ -252,6 +253,10 @@ class RunFolder:
 
     def base(self, role: str) -> TrainingFolder:
         return TrainingFolder(self.root / base_unit(role))
+
+    def commit(self, role: str) -> Path:
+        """Commit of a model of the Hub that is used as it is; delete it to let the run take the newest."""
+        return self.base(role).path.with_suffix(".json")
 
     def teacher(self, teacher: str = "", fold: int | None = None) -> TrainingFolder:
         return TrainingFolder(self.root / teacher_unit(teacher, fold))

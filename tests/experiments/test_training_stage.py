@@ -10,8 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from first_trl.experiments.run_folder import TrainingFolder
-from first_trl.experiments.stages.training import check_reporting, train_sft, training_arguments
+from first_trl.experiments.recipe import ModelSpec
+from first_trl.experiments.run_folder import RunFolder, TrainingFolder
+from first_trl.experiments.stages.teachers import base_model
+from first_trl.experiments.stages.training import check_reporting, load_trained, train_sft, training_arguments
 from first_trl.training.config import FirstDistillConfig
 from tests.support.tiny import tiny_llama, tiny_rows, tiny_tokenizer
 
@@ -110,3 +112,45 @@ def test_a_logger_that_is_missing_is_named(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=r"unknown logger 'tensorbord'.*tensorboard"):
             check("tensorbord")
     check_reporting("none")
+
+
+def on_the_hub(cache, seed):
+    """Another commit of a model, as a download leaves it, and the name's newest."""
+    commit = f"{seed:040x}"
+    folder = cache / "models--someone--base"
+    (folder / "refs").mkdir(parents=True, exist_ok=True)
+    (folder / "refs" / "main").write_text(commit)
+    tiny_llama(seed).save_pretrained(folder / "snapshots" / commit)
+    return commit
+
+
+def test_a_model_of_the_hub_stays_the_commit_that_a_run_began_with(tmp_path):
+    """An adapter that was trained on one is no model together with another."""
+    where = {"cache_dir": str(tmp_path / "hub"), "local_files_only": True}
+    spec = ModelSpec(name_or_path="someone/base", init_kwargs=where)
+
+    def base(role="student", folder="run", spec=spec):
+        run = SimpleNamespace(
+            recipe=SimpleNamespace(student=spec, teacher=spec, seed=0),
+            folder=RunFolder(tmp_path / folder),
+            is_main=True,
+        )
+        return base_model(run, role)
+
+    def begins_like(model, seed):
+        return torch.equal(model.lm_head.weight, tiny_llama(seed).lm_head.weight)
+
+    on_the_hub(tmp_path / "hub", 1)
+    rows, folder = Dataset.from_list(tiny_rows()), TrainingFolder(tmp_path / "trained")
+    training = {"max_steps": 2, "learning_rate": 1e-2, "gradient_checkpointing": False, "disable_tqdm": True}
+    lora = {"r": 2, "target_modules": ["q_proj"]}
+    train_sft(recipe("none"), base(), tiny_tokenizer(), rows, training, folder, lora=lora)
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        trained = load_trained(folder, spec, base)(ids).logits
+        second = on_the_hub(tmp_path / "hub", 2)
+        assert torch.equal(load_trained(folder, spec, base)(ids).logits, trained)
+    assert begins_like(base(), 1)
+    # Asked for by name, or by another run, it is another one
+    named = ModelSpec(name_or_path="someone/base", init_kwargs={**where, "revision": second})
+    assert begins_like(base(spec=named), 2) and begins_like(base("teacher", "other run"), 2)

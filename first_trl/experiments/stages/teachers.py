@@ -2,17 +2,18 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from peft import PeftModel
+from transformers.utils.hub import resolve_revision
 
 from ...utils.files import write_json
 from ..recipe import ArmSpec, ModelSpec, Recipe, TeacherSpec
-from ..run_folder import TrainingFolder, base_unit, teacher_unit
+from ..run_folder import TrainingFolder, base_unit, read_json, teacher_unit
 from .context import RunContext
 from .probe import probe_rows, token_logprobs, write_probe
 from .training import load_trained, make_model, place, train_sft
@@ -112,12 +113,33 @@ def _make_base(run: RunContext, role: str, path: Path) -> None:
 
 
 def base_model(run: RunContext, role: str) -> Any:
-    """Teacher or student before fine-tuning."""
+    """
+    Teacher or student before fine-tuning. From the Hub it is the same commit all through a run: what was trained on one
+    must not be evaluated, or compared, with another that the name stands for since.
+    """
     spec = getattr(run.recipe, role)
     if spec.used_as_it_is:
+        path = run.folder.commit(role)
+        asked = {"name": spec.name_or_path, "revision": spec.init_kwargs.get("revision")}
+        known = read_json(path) if path.is_file() else {}
+        pinned = {key: known.get(key) for key in asked} == asked
+        commit = known["commit"] if pinned else _commit_now(spec)
+        if commit and not pinned and run.is_main:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {**asked, "commit": commit})
+        if commit:
+            spec = replace(spec, init_kwargs={**spec.init_kwargs, "revision": commit})
         return make_model(spec, None, run.recipe.seed, role)
     # By its whole path: adapters keep it, and are loaded from other working folders too
     return load_trained(TrainingFolder(run.folder.base(role).path.resolve()), spec, lambda: None)
+
+
+def _commit_now(spec: ModelSpec) -> str | None:
+    """Commit of a model of the Hub; `None` for a local one, or where nothing tells."""
+    where = {
+        key: spec.init_kwargs[key] for key in ("cache_dir", "local_files_only", "token") if key in spec.init_kwargs
+    }
+    return getattr(resolve_revision(spec.name_or_path, spec.init_kwargs.get("revision"), **where), "resolved", None)
 
 
 # teachers
