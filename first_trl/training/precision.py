@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import TrainerCallback
 
@@ -47,8 +48,9 @@ def cast_to_master_weights(
     if deepspeed or optimizer is None or optimizer in BIT16_OPTIMIZERS:
         return 0
     trainable = {id(p): p for p in model.parameters() if p.requires_grad and p.dtype in _BIT16}
-    # Adapters cast what they are given to their own type
-    adapters = {id(p) for module in model.modules() if isinstance(module, BaseTunerLayer) for p in module.parameters()}
+    # Adapters cast what they are given to their own type, all but a norm that is trained in place of the model's own
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, LNTuningLayer)]
+    adapters = {id(p) for layer in layers for p in layer.parameters()}
     if not autocast and not trainable.keys() <= adapters:
         for parameter in model.parameters():
             if parameter.dtype in _BIT16:

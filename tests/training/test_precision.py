@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LNTuningConfig, LoraConfig
 from trl import SFTConfig
 
 from first_trl import FirstDistillTrainer
@@ -108,6 +108,21 @@ def test_adapters_are_float32_over_a_16_bit_base(adapter, autocast, cache, token
     trainer.train()
     after = dict(trainer.model.named_parameters())
     assert all((after[name] != tensor).any() for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_norms_alone(autocast, cache, tokenizer, tmp_path):
+    trainer = FirstDistillTrainer(
+        tiny_llama(seed=1).bfloat16(),
+        tiny_config(tmp_path, max_steps=3, learning_rate=1e-5, bf16=autocast),
+        cache,
+        processing_class=tokenizer,
+        peft_config=LNTuningConfig(task_type="CAUSAL_LM", target_modules=["norm"]),
+    )
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    after = dict(trainer.model.named_parameters())
+    assert before and all((after[name] != weight).all() for name, weight in before.items())
 
 
 def test_half_of_a_model_frozen(cache, tokenizer, tmp_path):
