@@ -60,6 +60,32 @@ def cast_to_master_weights(
     return sum(parameter.numel() for parameter in trainable.values())
 
 
+def restore_frequencies(model: torch.nn.Module) -> int:
+    """
+    Makes the rotary frequencies of a model again that a cast of the whole model (`model.bfloat16()`) rounded, in place:
+    they are stored nowhere, so that the trained model would be loaded with others. At position 1,000 angles are off by up
+    to two radians.
+
+    Args:
+        model (`torch.nn.Module`):
+            Model, with its adapters.
+
+    Returns:
+        `int`: Number of modules whose frequencies were rounded.
+    """
+    count = 0
+    for module in model.modules():
+        own = dict(module.named_buffers(recurse=False))
+        rounded = [name for name, buffer in own.items() if name.endswith("inv_freq") and buffer.dtype in _BIT16]
+        config: Any = getattr(module, "config", None)
+        if rounded and config is not None:
+            exact = dict(type(module)(config).named_buffers(recurse=False))
+            for name in rounded:
+                setattr(module, name, exact[name].to(own[name].device))
+            count += 1
+    return count
+
+
 class MasterWeightsMixin:
     """Float32 master weights, and a warning where updates are rounded away, for a subclass of [`~trl.SFTTrainer`]."""
 
@@ -70,6 +96,11 @@ class MasterWeightsMixin:
         optimizer = None if own_optimizer else str(getattr(trainer.args.optim, "value", trainer.args.optim))
         deepspeed = bool(trainer.is_deepspeed_enabled)
         autocast = trainer.accelerator.mixed_precision != "no"
+        if restore_frequencies(trainer.model):
+            logger.warning_once(
+                "A cast of the student had rounded its rotary frequencies, which are stored nowhere; it is trained with the "
+                "exact ones that it is loaded with. `from_pretrained(..., dtype=...)` does not round them."
+            )
         count = cast_to_master_weights(trainer.model, optimizer, autocast=autocast, deepspeed=deepspeed)
         if count:
             logger.warning_once(

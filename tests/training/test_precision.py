@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LNTuningConfig, LoraConfig
+from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
 from first_trl import FirstDistillTrainer
@@ -123,6 +124,30 @@ def test_norms_alone(autocast, cache, tokenizer, tmp_path):
     trainer.train()
     after = dict(trainer.model.named_parameters())
     assert before and all((after[name] != weight).all() for name, weight in before.items())
+
+
+@pytest.mark.parametrize("kind", ["distill", "sft"])
+@pytest.mark.parametrize("rope_type", ["default", "dynamic"])
+def test_a_model_that_was_cast_is_trained_as_it_is_loaded(kind, rope_type, tokenizer, tmp_path):
+    """A cast of the whole model rounds its rotary frequencies, and nobody stores them."""
+    rows = tiny_rows(longest=400)
+    rope = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 2.0}
+    student = tiny_llama(seed=1, head_dim=64, max_position_embeddings=512, rope_parameters=rope).bfloat16()
+    cache = tiny_cache(tiny_llama(max_position_embeddings=512), tokenizer, rows, k=5)
+    if kind == "distill":
+        args = tiny_config(tmp_path, max_length=None)
+        trainer = FirstDistillTrainer(student, args, cache, processing_class=tokenizer)
+    else:
+        args = sft_config(tmp_path, max_steps=1, max_length=None)
+        trainer = FirstSFTTrainer(
+            student, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+        )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "model"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="float32")
+    ids = torch.tensor([max((row["input_ids"] for row in rows), key=len)])
+    with torch.no_grad():
+        torch.testing.assert_close(trainer.model.eval()(ids).logits, loaded(ids).logits, atol=1e-4, rtol=0)
 
 
 def test_half_of_a_model_frozen(cache, tokenizer, tmp_path):
