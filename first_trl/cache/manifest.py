@@ -100,8 +100,8 @@ class Manifest:
                 "format_version", "head_size", "k", "logprob_dtype", "num_draws", "draw_seed", "backend", "split",
             )
         }  # fmt: skip
-        # Names and paths are provenance, not identity: the same weights in another folder are the same teacher.
-        identity["teacher"] = {key: self.teacher.get(key) for key in ("revision", "weights_digest")}
+        # Names, commits and paths are provenance, not identity: the same weights in another folder are the same teacher
+        identity["teacher"] = {"weights_digest": self.teacher.get("weights_digest")}
         identity["tokenizer"] = {key: self.tokenizer.get(key) for key in ("fingerprint", "chat_template")}
         identity["source"] = {key: self.source.get(key) for key in ("fingerprint", "rows")}
         return identity

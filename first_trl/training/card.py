@@ -183,8 +183,7 @@ def _cache_repo(page: str | None, dataset_name: str | None) -> tuple[str | None,
 
 def _base_text(name_or_path: str, base: str | None, model: Any) -> str:
     if base is not None:
-        commit = getattr(model.config, "_commit_hash", None)
-        return f"at commit `{commit}`" if commit else ""
+        return ""  # models no longer tell of which commit they are
     if name_or_path:
         return f"a local model, `{public_name(name_or_path)}`"
     return f"a `{model.config.model_type}` without a name"

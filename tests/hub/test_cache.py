@@ -61,6 +61,37 @@ assert main(["cache", "verify", "pulled"]) == 0
 """
 
 
+TEACHER = """
+from datasets import Dataset
+from huggingface_hub import HfApi
+from transformers import AutoModelForCausalLM
+from first_trl import add_teacher_topk
+from first_trl.cache.folder import load_manifest
+from tests.support.tiny import tiny_llama, tiny_rows, tiny_tokenizer
+
+tiny_llama(0).push_to_hub("alice/teacher")
+first = HfApi().model_info("alice/teacher").sha
+rows, tokenizer = Dataset.from_list(tiny_rows(4)), tiny_tokenizer()
+add_teacher_topk(rows, "alice/teacher", tokenizer, output_dir="cache")
+add_teacher_topk(rows, AutoModelForCausalLM.from_pretrained("alice/teacher"), tokenizer, output_dir="of-object")
+tiny_llama(1).push_to_hub("alice/teacher")
+add_teacher_topk(rows, "alice/teacher", tokenizer, output_dir="pinned", model_init_kwargs={"revision": first})
+manifests = [load_manifest(folder) for folder in ("cache", "of-object", "pinned")]
+assert [manifest.teacher["revision"] for manifest in manifests] == [first, None, first]
+assert len({manifest.id for manifest in manifests}) == 1
+try:
+    add_teacher_topk(rows, "alice/teacher", tokenizer, output_dir="cache")
+except ValueError as error:
+    print("refused:", error)
+"""
+
+
+def test_a_cache_says_of_which_commit_its_teacher_was(tmp_path: Path) -> None:
+    """The commit is told, and the weights decide: those of another commit are another teacher."""
+    with HubServer(tmp_path / "hub") as hub:
+        assert "holds a capture of other inputs" in run_client(TEACHER, hub).stdout
+
+
 @pytest.mark.parametrize(
     "env",
     [pytest.param({}, id="xet"), pytest.param({"HF_HUB_DISABLE_XET": "1"}, id="lfs", marks=pytest.mark.slow)],

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 from peft import PeftModel
-from transformers.utils.hub import resolve_revision
 
+from ...utils.commits import hub_commit
 from ...utils.files import write_json
 from ..recipe import ArmSpec, ModelSpec, Recipe, TeacherSpec
 from ..run_folder import TrainingFolder, base_unit, read_json, teacher_unit
@@ -123,7 +123,7 @@ def base_model(run: RunContext, role: str) -> Any:
         asked = {"name": spec.name_or_path, "revision": spec.init_kwargs.get("revision")}
         known = read_json(path) if path.is_file() else {}
         pinned = {key: known.get(key) for key in asked} == asked
-        commit = known["commit"] if pinned else _commit_now(spec)
+        commit = known["commit"] if pinned else hub_commit(spec.name_or_path, **spec.init_kwargs)
         if commit and not pinned and run.is_main:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, {**asked, "commit": commit})
@@ -132,14 +132,6 @@ def base_model(run: RunContext, role: str) -> Any:
         return make_model(spec, None, run.recipe.seed, role)
     # By its whole path: adapters keep it, and are loaded from other working folders too
     return load_trained(TrainingFolder(run.folder.base(role).path.resolve()), spec, lambda: None)
-
-
-def _commit_now(spec: ModelSpec) -> str | None:
-    """Commit of a model of the Hub; `None` for a local one, or where nothing tells."""
-    where = {
-        key: spec.init_kwargs[key] for key in ("cache_dir", "local_files_only", "token") if key in spec.init_kwargs
-    }
-    return getattr(resolve_revision(spec.name_or_path, spec.init_kwargs.get("revision"), **where), "resolved", None)
 
 
 # teachers

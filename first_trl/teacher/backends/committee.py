@@ -109,7 +109,7 @@ class CommitteeBackend(TransformersBackend):
             raise ValueError(
                 f"Teachers {' and '.join(which)} are the same model: it would count twice. Leave one out."
             )
-        identity = json.dumps([[entry["revision"], entry["weights_digest"]] for entry in entries])
+        identity = json.dumps(digests)
         models = {id(member.backend): member.backend.model for member in self.members}.values()
         names = ", ".join(entry["name"] for entry in entries)
         teacher = {

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ...losses.head import check_causal
 from ...utils.adapters import adds_virtual_tokens
+from ...utils.commits import hub_commit
 from ...utils.processes import process_state
 from .base import Scores
 from .topk import draw_ids, top_k_and_tail
@@ -56,7 +57,9 @@ class TransformersBackend:
     notes: list[str] = []
 
     def __init__(self, model: Any, dtype: Any = "auto", **model_init_kwargs: Any) -> None:
+        self._named: tuple[str, str | None] | None = None
         if isinstance(model, str):
+            self._named = model, hub_commit(model, **model_init_kwargs)
             placed = "device_map" in model_init_kwargs or "tp_plan" in model_init_kwargs
             model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **model_init_kwargs)
             if not placed:
@@ -87,7 +90,8 @@ class TransformersBackend:
         teacher = {
             # A local path is nobody else's business once the cache is shared
             "name": Path(name).name if os.path.isdir(name) else name,
-            "revision": getattr(config, "_commit_hash", None),
+            # Not of an adapter, whose model has its base's name
+            "revision": self._named[1] if self._named and self._named[0] == name else None,
             "weights_digest": weights_digest(self.model),
             "parameters": self.model.num_parameters(),
         }
