@@ -16,6 +16,7 @@ from typing import Any, Literal
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from ..utils.versions import versioned
 from ..vocabulary import HAS_GOLD, IGNORE_INDEX
 from .encode import encode_pairs, encode_prompts, filler_token_id, front_tokens
 
@@ -129,7 +130,7 @@ def tokenize_rows(
     kept_columns = [column for column in ("id", "group") if column in dataset.column_names]
     ids = List(Value("int32"))
     tokenized = dataset.map(
-        _tokenize_batch,
+        versioned(_tokenize_batch, "first_trl.tasks.conversation", "first_trl.tasks.encode"),
         batched=True,
         with_indices=True,
         remove_columns=[column for column in dataset.column_names if column not in kept_columns],

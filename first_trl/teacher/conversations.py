@@ -18,6 +18,7 @@ from ..tasks.conversation import (
     without_nulls,
 )
 from ..tasks.encode import encode_texts
+from ..utils.versions import versioned
 from .padding import ASSISTANT_MASKS, COMPLETION_MASK
 
 
@@ -43,7 +44,7 @@ def writable_columns(dataset: Dataset, num_proc: int | None) -> Dataset:
     if not names:
         return dataset
     return dataset.map(
-        _as_json,
+        versioned(_as_json, "first_trl.tasks.conversation"),
         batched=True,
         num_proc=num_proc,
         features=Features({**dataset.features, **{name: Value("string") for name in names}}),
@@ -112,7 +113,7 @@ def tokenize_conversations(
     columns = dataset.column_names
     field = "prompt" if "prompt" in columns else next((name for name in MESSAGES if name in columns), text_field)
     rows = dataset.map(
-        _tokenize,
+        versioned(_tokenize, "first_trl.tasks.conversation", "first_trl.tasks.encode"),
         batched=True,
         batch_size=100,
         with_indices=True,

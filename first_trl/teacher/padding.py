@@ -6,6 +6,7 @@ import numpy as np
 from datasets import Dataset
 
 from ..cache.schema import INPUT_IDS, LABELS
+from ..utils.versions import versioned
 from ..vocabulary import HAS_GOLD, IGNORE_INDEX, TEACHER_HAS_GOLD
 
 
@@ -108,7 +109,7 @@ def remove_padding(dataset: Dataset, num_proc: int | None) -> Dataset:
     if "position_ids" in dataset.column_names:
         dataset = dataset.remove_columns("position_ids")
     return dataset.map(
-        _trim, batched=True, num_proc=num_proc, features=dataset.features, fn_kwargs={"names": per_token},
+        versioned(_trim), batched=True, num_proc=num_proc, features=dataset.features, fn_kwargs={"names": per_token},
         desc="Removing padding",
     )  # fmt: skip
 

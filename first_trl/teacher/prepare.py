@@ -11,6 +11,7 @@ from .._trl_compat import get_training_chat_template, has_generation_markers, pr
 from ..cache.schema import INPUT_IDS, LABELS, refuse_transform
 from ..tasks.conversation import CHAT_TEMPLATE_KWARGS, check_template_arguments, writes_the_date
 from ..tasks.encode import encode_prompts, filler_token_id
+from ..utils.versions import versioned
 from ..vocabulary import IGNORE_INDEX, TEACHER_HAS_GOLD
 from .conversations import (
     DIVERGED,
@@ -214,7 +215,7 @@ def _prepare_prompts(dataset: Dataset, answered: list[int], processing_class: An
     prompts = dataset.select(order[len(answered) :])
     ids = List(Value("int64"))
     rows = prompts.map(
-        _tokenize_prompts,
+        versioned(_tokenize_prompts, "first_trl.tasks.conversation", "first_trl.tasks.encode"),
         batched=True,
         with_indices=True,
         num_proc=options["num_proc"],

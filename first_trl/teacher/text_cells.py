@@ -6,6 +6,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Features, Value
 
 from ..utils.tables import as_text, label_name
+from ..utils.versions import versioned
 
 
 def text_columns(dataset: Dataset, required: list[str], optional: list[str]) -> Dataset:
@@ -61,7 +62,7 @@ def _as_text(dataset: Dataset, name: str, feature: Any) -> Dataset:
             )
     features = Features({**dataset.features, name: Value("string")})
     return dataset.map(
-        _cells_as_text,
+        versioned(_cells_as_text, as_text.__module__),
         batched=True,
         with_indices=True,
         features=features,

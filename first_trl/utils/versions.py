@@ -1,11 +1,13 @@
 """Versions of the libraries that a training runs on."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 
 __version__ = "0.1.0"
@@ -42,3 +44,27 @@ def code_version(modules: Iterable[str]) -> str:
         text = path.read_bytes() if path is not None and path.suffix == ".py" and path.is_file() else b""
         digest.update(name.encode() + (text or __version__.encode()))
     return digest.hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Versioned:
+    """
+    A function for `Dataset.map`, with the version of its code. datasets names a result on disk after the function and its
+    arguments, and an imported function by its name alone: another version of the code would be given what an earlier one
+    made.
+
+    Args:
+        function (`Callable`): What `map` calls.
+        version (`str`): From [`code_version`].
+    """
+
+    function: Callable[..., Any]
+    version: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+def versioned(function: Callable[..., Any], *modules: str) -> Versioned:
+    """`function` with the version of its own module and of the `modules` that it calls."""
+    return Versioned(function, code_version((function.__module__, *modules)))

@@ -7,11 +7,17 @@ import pytest
 from datasets import Dataset, load_from_disk
 
 from first_trl.cache.schema import cache_features
+from first_trl.tasks import tokenize_rows
 from first_trl.teacher import progress
+from first_trl.teacher.conversations import writable_columns
+from first_trl.teacher.padding import remove_padding
+from first_trl.teacher.prepare import prepare_rows
+from first_trl.teacher.text_cells import text_columns
 from first_trl.training import alignment
 from first_trl.training.alignment import align, count_cuts, entry_columns
+from first_trl.utils import versions
 from first_trl.utils.versions import code_version
-from tests.support.tiny import tiny_rows
+from tests.support.tiny import tiny_rows, tiny_tokenizer
 
 
 TOPK = entry_columns("topk")
@@ -155,6 +161,31 @@ def test_rows_that_another_version_of_the_code_aligned_are_aligned_again(tmp_pat
     assert len(before) == 2 and names() == before
     monkeypatch.setattr(alignment, "code_version", lambda modules: "another")
     assert not names() & before
+
+
+ANSWERED = {"prompt": "w1 w2 ?", "completion": " w3"}
+MADE_OF = {
+    "tokenised": (lambda rows: tokenize_rows(rows, tiny_tokenizer()).dataset, ANSWERED),
+    "tokenised for a capture": (lambda rows: prepare_rows(rows, tiny_tokenizer()), ANSWERED),
+    "prompts alone": (lambda rows: prepare_rows(rows, tiny_tokenizer()), {"prompt": "w1 w2 ?"}),
+    "numbers": (lambda rows: text_columns(rows, ["completion"], []), {"completion": 4}),
+    "tools": (lambda rows: writable_columns(rows, None), {"tools": [{"name": "a"}]}),
+    "padded": (
+        lambda rows: remove_padding(rows, None), {"input_ids": [0, 5], "labels": [-100, 5], "attention_mask": [0, 1]}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MADE_OF)
+def test_rows_that_another_version_of_the_code_made_are_made_again(kind, tmp_path, monkeypatch):
+    """Whatever is stored on disk between the user's rows and the teacher."""
+    make, row = MADE_OF[kind]
+    Dataset.from_list([row]).save_to_disk(tmp_path / "rows")
+    before = make(load_from_disk(tmp_path / "rows"))
+    assert make(load_from_disk(tmp_path / "rows"))._fingerprint == before._fingerprint
+    monkeypatch.setattr(versions, "code_version", lambda modules: "another")
+    after = make(load_from_disk(tmp_path / "rows"))
+    assert after._fingerprint != before._fingerprint and after[:] == before[:]
 
 
 def test_the_version_of_code_is_its_text(tmp_path, monkeypatch):
