@@ -1,5 +1,7 @@
 """The Triton kernels, in Triton's interpreter, against the definition in float64: loss, statistics and every gradient."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from first_trl.losses import kernels
 from first_trl.losses.tiles import TorchTile, kernel_of
 from first_trl.plugins import ESTIMATORS
+from tests.benchmarks.logit_traffic import torch_path, triton_path
 from tests.support.sparse_kl import make_problem
 
 
@@ -96,6 +99,15 @@ def test_rows_of_a_larger_tile():
     kernels.write_gradient(part, part, ids, torch.zeros(3, 2), torch.ones(3), found.tail_max)
     assert torch.equal(tile[0], before[0]) and torch.equal(tile[4:], before[4:])
     assert torch.equal(tile[1:4, 90:], before[1:4, 90:])
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="loads are counted in Triton's interpreter")
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_a_logit_is_read_twice_and_written_once(softcap, monkeypatch):
+    # A block reads the kept ids too, which the shorter blocks of the other tests would make count
+    monkeypatch.setattr(kernels, "_BLOCK", 4096)
+    assert triton_path(2, 4096, softcap) == pytest.approx(kernels.BYTES_PER_LOGIT, rel=0.02)
+    assert torch_path(2, 4096, softcap) > 5 * kernels.BYTES_PER_LOGIT
 
 
 def test_extreme_logits_stay_finite():

@@ -26,6 +26,24 @@ def test_a_training_runs_where_models_are_placed(device, tmp_path, monkeypatch):
     assert seen["bf16"] == (device == "xpu")
 
 
+@pytest.mark.parametrize("found", [True, False])
+def test_models_are_placed_on_whatever_accelerator_there_is(found, monkeypatch):
+    """On a machine without CUDA, as those with MPS or XPU are."""
+    seen = []
+
+    def state(**options):
+        seen.append(options["cpu"])
+        return SimpleNamespace(num_processes=1, is_main_process=True)
+
+    monkeypatch.setattr(processes, "PartialState", state)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: found)
+    for name in ("WORLD_SIZE", "ACCELERATE_USE_CPU"):
+        monkeypatch.delenv(name, raising=False)
+    processes.process_state()
+    assert seen == [not found]
+
+
 @pytest.mark.parametrize(
     "told, found, warned", [("false", False, 1), ("False", True, 0), ("true", False, 0), (None, False, 0)]
 )
