@@ -15,6 +15,7 @@ from datasets import Dataset, load_dataset
 from safetensors.torch import load_file
 
 from first_trl import answer_pipeline
+from first_trl.cache.folder import load_manifest
 from first_trl.calibration import expected_calibration_error
 from first_trl.cli import main
 from first_trl.experiments.smoke.rows import DATA as SMOKE_DATA
@@ -151,12 +152,20 @@ def test_temperature_by_novelty_leaves_accuracy_and_says_how_new_rows_are(run):
 def test_a_finished_run_is_extended_without_training(run, recipe, capsys, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(run, folder)
+    assert "not all made alike" not in (run / "report" / "report.md").read_text()
+    path = folder / "students" / "sft" / "unit.json"
+    marker = json.loads(path.read_text())
+    marker["made_with"] |= {"transformers": "5.0.0", "processes": 2}
+    path.write_text(json.dumps(marker))
     extra = "arms.first_novelty={kind: novelty_scaling, of: first, novelty: {feature: distance_and_max_probability}}"
     assert main(["run", recipe, *TINY, extra, "--output-dir", str(folder)]) == 0
     redone = {
         line.split(":")[0].strip() for line in capsys.readouterr().out.splitlines() if line.endswith(": running")
     }
     assert redone == {"states/first", "evaluate/first_novelty", "report"}
+    # Nothing is made again after an upgrade, and the report says which units it mixes
+    (mixed,) = (line for line in (folder / "report" / "report.md").read_text().splitlines() if "made alike" in line)
+    assert "transformers" in mixed and " and 5.0.0" in mixed and "processes 1 and 2" in mixed and "torch" not in mixed
 
 
 def test_the_fitted_value_reaches_the_student(run):
@@ -164,6 +173,18 @@ def test_the_fitted_value_reaches_the_student(run):
     stored = json.loads((run / "cache" / "manifest" / "train.json").read_text())
     assert stored["recalibration"]["probability_temperature"]["recalibration"] == fit["recalibration"]
     assert len(fit["curve"]) > 10
+
+
+def test_fits_that_a_recipe_no_longer_names_leave_the_cache(run, recipe, tmp_path):
+    """Its manifest is what others train from, and what is pushed."""
+    cache = tmp_path / "copy" / "cache"
+    shutil.copytree(run, cache.parent)
+    assert set(load_manifest(cache).recalibration) == {"probability_temperature", "logit_temperature"}
+    command = ["run", recipe, *TINY, "--stage", "recalibrate", "--output-dir", str(cache.parent)]
+    assert main([*command, "recalibration.methods=[probability_temperature]"]) == 0
+    assert set(load_manifest(cache).recalibration) == {"probability_temperature"}
+    assert main([*command, "recalibration.methods=[]", "arms={sft: {kind: sft}}"]) == 0
+    assert load_manifest(cache).recalibration == {}
 
 
 def test_a_second_run_trains_nothing(run, recipe, capsys):
