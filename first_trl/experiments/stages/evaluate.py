@@ -181,24 +181,24 @@ def _true_posterior(rows: Dataset, tokenizer: Any, *, n_bins: int) -> MultipleCh
     every = np.arange(len(gold))
     with np.errstate(divide="ignore"):
         logprobs = np.log(probabilities)
+    tokens = None if tokenizer is None else np.array(answer_token_ids_of_rows(tokenizer, rows))
     predictions = {
         "id": np.array(rows["id"]),
         "gold": gold,
         "n_choices": np.full(len(gold), probabilities.shape[1]),
+        **({} if tokens is None else {"choice_tokens": tokens}),
         "choice_logprobs": logprobs,
         "option_mass": probabilities.sum(axis=1),
         "answer": answer,
+        **({} if tokens is None else {"top_token": tokens[every, answer]}),
         "top_prob": probabilities[every, answer],
         "top_is_gold": answer == gold,
         "gold_logprob": logprobs[every, gold],
         "sum_squares": (probabilities**2).sum(axis=1),
         "truncated": np.zeros(len(gold), bool),
     }
-    if tokenizer is None:
+    if tokens is None:
         predictions["choice_scores"] = logprobs
-    else:
-        tokens = np.array(answer_token_ids_of_rows(tokenizer, rows))
-        predictions |= {"choice_tokens": tokens, "top_token": tokens[every, answer]}
     return MultipleChoiceResult(predictions, multiple_choice_report(predictions, n_bins=n_bins))
 
 
