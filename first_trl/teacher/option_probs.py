@@ -48,7 +48,8 @@ def add_option_probs(
             The teacher's tokenizer.
         asked ([`~datasets.Dataset`], *optional*):
             The same questions as the teacher reads them, in the same order: another template, a conversation, letters instead
-            of texts. Choice `i` there is choice `i` here. By default the teacher reads the rows themselves.
+            of texts. Choice `i` there is choice `i` here. By default the teacher reads the rows themselves. `id` (else
+            `question`), `options` and `gold` are compared where both have them; a warning says that none tells the order.
         scoring (`str`, *optional*, defaults to `"token"`):
             `"token"`: each choice is one token of the teacher. `"choices"`: the probability of its whole text.
         length (`str`, *optional*, defaults to `"none"`):
@@ -196,12 +197,19 @@ def _with_column(dataset: Dataset, name: str, values: list[Any], feature: Any) -
 def _check_same(dataset: Dataset, asked: Dataset) -> None:
     if len(dataset) != len(asked):
         raise ValueError(f"`asked` has {len(asked)} rows for {len(dataset)}: it must ask the same questions.")
-    for column in ("id", "options"):
-        if column not in dataset.column_names or column not in asked.column_names:
-            continue
+    both = {*dataset.column_names} & {*asked.column_names}
+    # `asked` may put a question in other words
+    known = [name for name in ("id", "question") if name in both][:1]
+    for column in [*known, *(name for name in ("options", "gold") if name in both)]:
         for i, (ours, theirs) in enumerate(zip(dataset[column], asked[column], strict=True)):
-            if ours != theirs:
+            unknown = column == "gold" and {ours, theirs} & {None, -1}
+            if ours != theirs and not unknown:
                 raise ValueError(f"Row {i} has the {column} {ours!r}, and {theirs!r} in `asked`: use the same order.")
+    if not known and any(ours != theirs for ours, theirs in zip(dataset["prompt"], asked["prompt"], strict=True)):
+        warnings.warn(
+            "Nothing tells whether the rows of `asked` are in the order of the dataset: give both an `id` or a "
+            "`question`, which are compared."
+        )
     for i, (mine, other) in enumerate(zip(dataset["choices"], asked["choices"], strict=True)):
         if len(mine) != len(other):
             raise ValueError(

@@ -107,6 +107,25 @@ def test_other_questions_are_refused(teacher, tokenizer, rows):
         add_option_probs(rows, teacher, tokenizer, permutations=3)
 
 
+@pytest.mark.parametrize("column", ["question", "gold"])
+def test_rows_without_ids_in_another_order_are_refused(column, teacher, tokenizer, rows):
+    rows = rows.select_columns(["prompt", "choices", column]).add_column("options", [["yes", "no"]] * 12)
+    with pytest.raises(ValueError, match=f"Row 0 has the {column} .* use the same order"):
+        add_option_probs(rows, teacher, tokenizer, asked=rows.select(range(11, -1, -1)))
+
+
+def test_an_order_that_nothing_tells_is_warned_of(teacher, tokenizer, rows, recwarn):
+    bare = rows.select_columns(["prompt", "choices"])
+    # As the answer of one side is unknown, and an `id` stands for a question in other words
+    for asked in (bare, rows.map(lambda row: {"gold": -1, "question": "", "prompt": f"a {row['prompt']}"})):
+        ours = rows if asked is not bare else bare
+        assert add_option_probs(ours, teacher, tokenizer, asked=asked, disable_tqdm=True)["target_probs"][0]
+    assert not [warning for warning in recwarn if "`asked`" in str(warning.message)]
+    other = bare.map(lambda row: {"prompt": f"a {row['prompt']}"})
+    with pytest.warns(UserWarning, match="Nothing tells whether the rows of `asked` are in the order"):
+        add_option_probs(bare, teacher, tokenizer, asked=other, disable_tqdm=True)
+
+
 def other_tokenizer(tokenizer, seed=0):
     """The words of a tokenizer under other ids, among words that it does not know; and its ids in theirs."""
     words = list(tokenizer.get_vocab())
