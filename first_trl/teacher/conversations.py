@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, LargeList, List, Value
 
 from ..cache.schema import INPUT_IDS
 from ..tasks.conversation import (
@@ -31,29 +31,39 @@ DIVERGED, EMPTY = "_diverged", "_empty"
 def writable_columns(dataset: Dataset, num_proc: int | None) -> Dataset:
     """
     Tools, and columns in which an object has no key (`parameters: {}`), as JSON text: Arrow would give all tools the
-    same keys, and Parquet cannot store an object without any.
+    same keys, and Parquet cannot store an object without any. Conversations stay conversations, since a text would be
+    read as the prompt itself: such objects get a key that is null, which readers leave out.
     """
-    names = [
-        name
-        for name in dataset.column_names
-        if (type_ := dataset.data.schema.field(name).type) is not None
-        and (_has_empty_struct(type_) or (name == "tools" and not _is_text(type_) and not pa.types.is_null(type_)))
-    ]
-    # What is read as a conversation is stored as text only once it was read
-    names = [name for name in names if INPUT_IDS in dataset.column_names or name not in _READ_AS_OBJECTS]
-    if not names:
+    types = {name: dataset.data.schema.field(name).type for name in dataset.column_names}
+    empty = [name for name, type_ in types.items() if type_ is not None and _has_empty_struct(type_)]
+    # Before they are read they are as they came
+    kept = [name for name in empty if name in _READ_AS_OBJECTS]
+    keyed = Features(
+        {**dataset.features, **{name: _with_key(dataset.features[name]) for name in kept if INPUT_IDS in types}}
+    )
+    names = [name for name in empty if name not in kept]
+    if "tools" in types and not _is_text(types["tools"]) and not pa.types.is_null(types["tools"]):
+        names = [*dict.fromkeys([*names, "tools"])]
+    if not names and keyed == dataset.features:
         return dataset
     return dataset.map(
         versioned(_as_json, "first_trl.tasks.conversation"),
         batched=True,
         num_proc=num_proc,
-        features=Features({**dataset.features, **{name: Value("string") for name in names}}),
+        features=Features({**keyed, **{name: Value("string") for name in names}}),
         fn_kwargs={"names": names},
-        desc=f"Writing {', '.join(names)} as JSON text",
+        desc=f"Writing {', '.join([*names, *kept])} as Parquet can",
     )
 
 
 _READ_AS_OBJECTS = ("prompt", "completion", CHAT_TEMPLATE_KWARGS, *MESSAGES)
+
+
+def _with_key(feature: Any) -> Any:
+    """The feature, with a key in objects that have none."""
+    if isinstance(feature, dict):
+        return {name: _with_key(value) for name, value in feature.items()} or {"_": Value("string")}
+    return type(feature)(_with_key(feature.feature)) if isinstance(feature, List | LargeList) else feature
 
 
 def _is_text(type_: pa.DataType) -> bool:

@@ -3,10 +3,12 @@
 import json
 import warnings
 
+import numpy as np
 import pytest
 from datasets import Dataset
 
-from first_trl import add_teacher_topk
+from first_trl import add_teacher_topk, evaluate_multiple_choice, load_teacher_cache
+from first_trl.cache.choices import restrict_to_choices
 from first_trl.tasks import encode_prompts
 from first_trl.tasks.conversation import render
 from tests.support.families import CHAT, MARKED, TOOLS, family_tokenizer
@@ -102,6 +104,33 @@ def test_tools_without_parameters(as_text, tmp_path):
     }
     for text in captured_texts(TOOLS, [row, row], tmp_path):
         assert json.dumps(tool) in text
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_a_conversation_with_empty_objects_is_read_from_its_cache(answered, tmp_path):
+    """Parquet stores no object without a key, and a text in its place would be asked as the prompt."""
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "mill", "arguments": {}}}]}
+    turns = [{"role": "user", "content": "Which?"}, call, {"role": "user", "content": "And?", "metadata": {}}]
+    row = {"prompt": turns, "choices": ["A", "B"]} | (
+        {"completion": [{"role": "assistant", "content": "A"}]} if answered else {}
+    )
+    tokenizer = family_tokenizer(template=CALLS.replace("<|im_end|>\n", "<|im_end|>"))
+    teacher = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=512)
+    rows = Dataset.from_list([row, {**row, "prompt": turns[:1]}])
+    add_teacher_topk(rows, teacher, tokenizer, k=len(tokenizer), output_dir=tmp_path, disable_tqdm=True)
+    cache = load_teacher_cache(tmp_path)
+    asked = encode_prompts(tokenizer, cache["prompt"][:])
+    assert '"arguments": {}' in tokenizer.decode(asked[0]) and asked == encode_prompts(tokenizer, rows["prompt"][:])
+    assert [ids[: len(prompt)] for ids, prompt in zip(cache["input_ids"], asked, strict=True)] == asked
+    found, wanted = (
+        evaluate_multiple_choice(teacher, tokenizer, data.add_column("gold", [0, 0]), disable_tqdm=True)
+        for data in (cache, rows)
+    )
+    np.testing.assert_array_equal(found.predictions["choice_logprobs"], wanted.predictions["choice_logprobs"])
+    shares = np.exp(wanted.predictions["choice_logprobs"])
+    for row, share in zip(restrict_to_choices(cache, tokenizer), shares / shares.sum(1, keepdims=True), strict=True):
+        order = row["teacher_choice_index"][0]
+        np.testing.assert_allclose(np.exp(row["teacher_topk_logprobs"][0]), share[order], rtol=1e-3)
 
 
 @pytest.mark.parametrize("column", ["messages", "conversations"])
