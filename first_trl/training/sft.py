@@ -1,5 +1,6 @@
 """Fine-tuning on labels: what the teacher and the baselines of a study are trained with."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,10 +8,12 @@ from accelerate.utils import is_peft_model
 from torch.utils.data import DataLoader
 from trl import SFTTrainer
 
-from .._trl_compat import get_dataset_column_names
-from ..cache.schema import INPUT_IDS
+from .._trl_compat import get_dataset_column_names, prepare_as_sft_trainer
+from ..cache.schema import INPUT_IDS, LABELS
 from ..losses.head import check_causal
+from ..tasks.conversation import CHAT_TEMPLATE_KWARGS, answered_text, render, row_arguments
 from ..tasks.encode import encode_texts
+from ..vocabulary import IGNORE_INDEX
 from .collator import LabelTargetCollator, label_targets
 from .fused_head import FusedHeadMixin, head_size, refuse_resized
 from .options import TrainerOptions, check_options
@@ -34,6 +37,9 @@ class TokenDropoutSFTTrainer(TokenDropoutMixin, SFTTrainer):
 
     Raises:
         `ValueError`: A text would be read with a doubled begin token.
+
+    Warns:
+        When conversations are trained on as another text, or with other labels, than a teacher is captured on.
     """
 
     def __init__(
@@ -48,7 +54,10 @@ class TokenDropoutSFTTrainer(TokenDropoutMixin, SFTTrainer):
     ) -> Any:
         if formatting_func is None:
             _check_front(dataset, getattr(processing_class, "tokenizer", processing_class), args, dataset_name)
-        return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        prepared = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        if formatting_func is None and not hasattr(processing_class, "tokenizer"):
+            _check_conversations(dataset, processing_class, args, self.chat_template, dataset_name)
+        return prepared
 
 
 def _check_front(dataset: Any, tokenizer: Any, args: Any, dataset_name: str) -> None:
@@ -71,6 +80,53 @@ def _check_front(dataset: Any, tokenizer: Any, args: Any, dataset_name: str) -> 
                 f"{_start(tokenizer, expected)} when a teacher is captured or a student asked. Tokenise the rows with "
                 f"`tokenize_rows`, or leave special tokens that the tokenizer adds out of the texts."
             )
+
+
+def _check_conversations(
+    dataset: Any, tokenizer: Any, args: Any, chat_template: str | None, dataset_name: str
+) -> None:
+    """Warns where conversations are not read as a capture reads them. Some rows are looked at: one template wrote all."""
+    columns = get_dataset_column_names(dataset)
+    name = next((name for name in ("prompt", "messages", "conversations") if name in columns), None)
+    some = dataset.take(20)
+    if name is None or INPUT_IDS in columns or isinstance(next(iter(some))[name], str):
+        return
+    trained = prepare_as_sft_trainer(
+        some,
+        tokenizer,
+        completion_only_loss=args.completion_only_loss is not False and "completion" in columns,
+        chat_template=chat_template,
+        dataset_num_proc=None,
+        dataset_text_field=args.dataset_text_field,
+        assistant_only_loss=args.assistant_only_loss,
+        max_length=None,
+        truncation_mode=args.truncation_mode,
+    )
+    for number, (row, read) in enumerate(zip(some, trained, strict=True)):
+        try:
+            own = row_arguments(None, row.get(CHAT_TEMPLATE_KWARGS))
+            options = {"tools": row.get("tools"), "chat_template": chat_template, "chat_template_kwargs": own}
+            if name == "prompt":
+                head, tail, _ = answered_text(tokenizer, row["prompt"], row["completion"], **options)
+            else:
+                head, tail = render(tokenizer, row[name], **options), ""
+        except ValueError:  # a capture refuses the row
+            continue
+        (expected,), start = encode_texts(tokenizer, [head + tail]), 0
+        if name == "prompt" and args.completion_only_loss is not False:
+            start = len(encode_texts(tokenizer, [head])[0])
+        labels = list(read[LABELS])
+        if list(read[INPUT_IDS]) != expected:
+            what, here, there = "is trained on as the text", tokenizer.decode(read[INPUT_IDS]), str(head + tail)
+        elif not args.assistant_only_loss and labels != [IGNORE_INDEX] * start + expected[start:]:
+            what, here, there = "has the labels", tokenizer.decode([t for t in labels if t != IGNORE_INDEX]), tail
+        else:
+            continue
+        warnings.warn(
+            f"Row {number} of the {dataset_name} dataset {what} {here!r}, and where a teacher is captured, {there!r}. Train on "
+            "the rows that `first_trl.teacher.prepare.prepare_rows(dataset, tokenizer)` makes of them, as the capture does."
+        )
+        return
 
 
 def _start(tokenizer: Any, ids: list[int]) -> str:

@@ -1,6 +1,7 @@
 """The fused loss of labels makes the gradients of TRL's trainer."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
+from first_trl.teacher.prepare import prepare_rows
 from first_trl.training.sft import FirstSFTTrainer
+from tests.support.families import CHAT, MARKED, THINKING, TOOLS, family_tokenizer
 from tests.support.tiny import GradientRecorder, tiny_gpt2, tiny_llama, tiny_rows, tiny_tokenizer
 
 
@@ -89,3 +92,62 @@ def test_adapters(tokenizer, tmp_path):
 def test_another_loss_is_refused(options, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="`fused_loss=True` is the negative log-likelihood of the labels"):
         train(FirstSFTTrainer, tiny_llama(), tokenizer, tmp_path, fused_loss=True, **options)
+
+
+TURN, ANSWER = [{"role": "user", "content": "Which river?"}], [{"role": "assistant", "content": "A"}]
+TOOLS_OF_ROWS = [[{"name": "river", "takes": {"a": 1}}], [{"name": "mill", "takes": {"b": 2}}]]
+UNLIKE = {
+    "an empty thinking block": (THINKING, [{"prompt": TURN, "completion": ANSWER}], "Row 0 .* has the labels"),
+    "roles": (CHAT, [{"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}], "human"),
+    "parts": (
+        CHAT,
+        [{"messages": [{"role": role, "content": [{"type": "text", "text": "A"}]} for role in ("user", "assistant")]}],
+        "'type'",
+    ),
+    "nulls": (TOOLS, [{"messages": TURN + ANSWER, "tools": tools} for tools in TOOLS_OF_ROWS], "null"),
+}
+ALIKE = {
+    "prompt": (CHAT, [{"prompt": TURN, "completion": ANSWER}], {}),
+    "messages": (THINKING, [{"messages": TURN + ANSWER}], {}),
+    "everything": (THINKING, [{"prompt": TURN, "completion": ANSWER}], {"completion_only_loss": False}),
+    "switched": (
+        THINKING,
+        [{"prompt": TURN, "completion": ANSWER, "chat_template_kwargs": {"enable_thinking": False}}],
+        {},
+    ),
+    "assistant": (MARKED, [{"messages": TURN + ANSWER}], {"assistant_only_loss": True}),
+    "cut": (CHAT, [{"messages": TURN + ANSWER}], {"max_length": 4}),
+    "tools": (TOOLS, [{"messages": TURN + ANSWER, "tools": TOOLS_OF_ROWS[0]}], {}),
+}
+
+
+def trainer_of(rows, tokenizer, folder, **options):
+    student = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=256)
+    args = SFTConfig(str(folder), **{"use_cpu": True, "bf16": False, "report_to": "none", **options})
+    return FirstSFTTrainer(student, args=args, train_dataset=rows, processing_class=tokenizer)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", UNLIKE)
+def test_conversations_that_a_teacher_is_captured_on_otherwise_are_told(name, stream, tmp_path):
+    template, rows, message = UNLIKE[name]
+    tokenizer, rows = family_tokenizer(template=template), Dataset.from_list(rows)
+    given = rows.to_iterable_dataset() if stream else rows
+    with pytest.warns(UserWarning, match=f"(?s){message}.*and where a teacher is captured.*prepare_rows"):
+        trainer_of(given, tokenizer, tmp_path, max_steps=1)
+    same = prepare_rows(rows, tokenizer)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*where a teacher is captured")
+        trainer = trainer_of(same, tokenizer, tmp_path)
+    assert (
+        trainer.train_dataset.select_columns(["input_ids", "labels"])[:]
+        == same.select_columns(["input_ids", "labels"])[:]
+    )
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_conversations_that_are_read_alike_are_not(name, tmp_path):
+    template, rows, options = ALIKE[name]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*where a teacher is captured")
+        trainer_of(Dataset.from_list(rows), family_tokenizer(template=template), tmp_path, **options)
