@@ -308,6 +308,16 @@ def writes_the_date(processing_class: Any, chat_template_kwargs: Mapping[str, An
     return len(texts) > 1
 
 
+def reads_documents(processing_class: Any, chat_template_kwargs: Mapping[str, Any] | None = None) -> bool:
+    """Whether the chat template has a place for documents, and these arguments bring none."""
+    options = check_template_arguments(chat_template_kwargs)
+    try:
+        template = _template(processing_class, options.get("chat_template"), None)
+    except ValueError:
+        return False
+    return re.search(r"\bdocuments\b", template) is not None and "documents" not in options
+
+
 def template_starts(processing_class: Any) -> tuple[str, ...]:
     """What the tokenizer's chat template writes in front of a conversation; a text that begins so was written by it."""
     if getattr(processing_class, "chat_template", None) is None:

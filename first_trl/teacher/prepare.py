@@ -9,7 +9,7 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from .._trl_compat import get_training_chat_template, has_generation_markers, prepare_as_sft_trainer
 from ..cache.schema import INPUT_IDS, LABELS, refuse_transform
-from ..tasks.conversation import CHAT_TEMPLATE_KWARGS, check_template_arguments, writes_the_date
+from ..tasks.conversation import CHAT_TEMPLATE_KWARGS, check_template_arguments, reads_documents, writes_the_date
 from ..tasks.encode import encode_prompts, filler_token_id
 from ..utils.versions import versioned
 from ..vocabulary import IGNORE_INDEX, TEACHER_HAS_GOLD
@@ -106,7 +106,13 @@ def prepare_rows(
             f"Cannot tokenise a dataset with columns {columns}: give `input_ids` and `labels`, `prompt` and "
             f"`completion`, `messages`, or a text column `{dataset_text_field}`."
         )
-    if is_from_template(dataset, dataset_text_field) and writes_the_date(processing_class, arguments):
+    from_template = is_from_template(dataset, dataset_text_field)
+    if from_template and "documents" in columns and reads_documents(processing_class, arguments):
+        warnings.warn(
+            "The column `documents` is not read, and the chat template has a place for documents: the teacher answers without "
+            "them. Put them into the column `chat_template_kwargs`, as `{'documents': [...]}` in each row, or remove the column."
+        )
+    if from_template and writes_the_date(processing_class, arguments):
         warnings.warn(
             "The chat template writes the date of the day into every conversation: a student is asked on other days than its "
             "teacher was, and an interrupted capture cannot go on tomorrow. Set the date in `chat_template_kwargs`, by the "

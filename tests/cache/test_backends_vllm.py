@@ -15,6 +15,7 @@ from first_trl.cache.manifest import read_manifest
 from first_trl.cache.schema import flatten_cache
 from first_trl.cli import main
 from first_trl.teacher.backends.vllm import VLLMBackend
+from tests.support.families import CHAT, family_tokenizer
 from tests.support.tiny import tiny_llama, tiny_rows, tiny_tokenizer
 from tests.support.vllm.protocol import ProtocolServer
 from tests.support.vllm.server import VLLMServer, free_port, vllm_python
@@ -86,6 +87,26 @@ def test_prompts_without_an_answer(serve):
         for a, b in zip(served[name], local[name], strict=True):
             np.testing.assert_allclose(a, b, atol=1e-4)
     assert read_manifest(served).counts["rows_without_gold"] == 3
+
+
+def test_the_ids_of_conversations_and_rendered_texts_are_sent_as_they_are(serve, tmp_path):
+    """A server that was sent texts would put a second begin token in front of them."""
+    tokenizer = family_tokenizer(template=f"<|begin|>{CHAT}", front=True)
+    turn = [{"role": "user", "content": "Which river?"}]
+    rendered = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    talks = [{"prompt": turn, "completion": [{"role": "assistant", "content": "A"}]}]
+    texts = [{"prompt": text, "completion": " A"} for text in (rendered, "Which river?")]
+    teacher = model(vocab_size=len(tokenizer))
+    for i, rows in enumerate((talks, texts)):
+        server = serve(teacher)
+        options = {"logprob_dtype": "float32", "disable_tqdm": True}
+        served, local = (
+            add_teacher_topk(Dataset.from_list(rows), engine, tokenizer, output_dir=tmp_path / f"{name}{i}", **options)
+            for name, engine in (("served", VLLMBackend(server.url)), ("local", teacher))
+        )
+        sent = [prompt for request in server.requests for prompt in request["prompt"]]
+        assert all(ids in sent and ids.count(tokenizer.bos_token_id) == 1 for ids in served["input_ids"])
+        same_values(served, local)
 
 
 def test_padded_ids_are_replaced_by_the_next_ones(serve):

@@ -106,6 +106,21 @@ def test_tools_without_parameters(as_text, tmp_path):
         assert json.dumps(tool) in text
 
 
+def test_documents_that_no_template_is_given_are_told(tmp_path):
+    template = "{% for d in documents or [] %}<|im_start|>system\n{{ d['text'] }}<|im_end|>\n{% endfor %}" + CHAT
+    documents = [{"text": "Old mill"}]
+    row = {"prompt": [{"role": "user", "content": "Which?"}]}
+    with pytest.warns(UserWarning, match="column `documents` is not read.*without them. Put them into"):
+        (without,) = captured_texts(template, [{**row, "documents": documents}], tmp_path / "column")
+    assert "Old mill" not in without
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*`documents`")
+        own = {**row, "chat_template_kwargs": {"documents": documents}}
+        (read,) = captured_texts(template, [own], tmp_path / "own")
+        captured_texts(CHAT, [{**row, "documents": documents}], tmp_path / "no place")
+    assert "<|im_start|>system\nOld mill<|im_end|>" in read
+
+
 @pytest.mark.parametrize("answered", [True, False])
 def test_a_conversation_with_empty_objects_is_read_from_its_cache(answered, tmp_path):
     """Parquet stores no object without a key, and a text in its place would be asked as the prompt."""
