@@ -119,10 +119,16 @@ def encode_pairs(
 
 
 def encode_texts(processing_class: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of texts, with the special tokens in front once and none behind."""
+    """
+    Token ids of texts, with the special tokens in front once and none behind.
+
+    Raises:
+        `ValueError`: The tokenizer splits special tokens that a chat template wrote.
+    """
     if not texts:
         return []
     encoded = processing_class([str(text) for text in texts], add_special_tokens=False)["input_ids"]
+    _check_whole(processing_class, texts, encoded)
     front = front_tokens(processing_class, texts)
     if not front:
         return [list(ids) for ids in encoded]
@@ -137,6 +143,28 @@ def encode_texts(processing_class: PreTrainedTokenizerBase, texts: Sequence[str]
         else front + list(ids)
         for text, ids in zip(texts, encoded, strict=True)
     ]
+
+
+def _check_whole(processing_class: Any, texts: Sequence[str], encoded: Sequence[Sequence[int]]) -> None:
+    """Raises `ValueError` where the special tokens that a chat template wrote fell into letters."""
+    if not getattr(processing_class, "split_special_tokens", False):
+        return
+    starts = template_starts(processing_class)
+    source = "".join([*starts, str(processing_class.chat_template)])
+    if "eos_token" in source:
+        source += str(processing_class.eos_token)
+    # A token that stands in a message alone is meant to be split
+    tokens = ((i, str(token)) for i, token in processing_class.added_tokens_decoder.items() if token.special)
+    special = {i: token for i, token in tokens if token in source}
+    for text, ids in zip(texts, encoded, strict=True):
+        if not isinstance(text, Rendered) and not (starts and text.startswith(starts)):
+            continue
+        split = next((token for i, token in special.items() if token in text and i not in ids), None)
+        if split is not None:
+            raise ValueError(
+                f"the chat template writes {split!r}, and the tokenizer splits it into letters, which is not how a model "
+                "learned to read it. Set `tokenizer.split_special_tokens = False`."
+            )
 
 
 def front_tokens(processing_class: PreTrainedTokenizerBase, texts: Sequence[str] = ("a",)) -> list[int]:

@@ -223,9 +223,10 @@ def _tokenize_row(
         template = tokenizer.get_chat_template(chat_template, None) if tokenizer.chat_template else ""
         encoded["messages"] = read_messages(row[field], template)
     text = render(tokenizer, row[field], tools=tools, chat_template=chat_template, chat_template_kwargs=arguments)
+    encoded[INPUT_IDS] = encode_texts(tokenizer, [text])[0]
     if assistant_only_loss:
         return encoded | _marked(tokenizer, row[field], tools, chat_template, arguments)
-    return encoded | {INPUT_IDS: encode_texts(tokenizer, [text])[0]}
+    return encoded
 
 
 def _says_nothing(completion: Any) -> bool:

@@ -11,7 +11,7 @@ from first_trl import add_teacher_topk, evaluate_multiple_choice, load_teacher_c
 from first_trl.cache.choices import restrict_to_choices
 from first_trl.tasks import encode_prompts
 from first_trl.tasks.conversation import render
-from tests.support.families import CHAT, MARKED, TOOLS, family_tokenizer
+from tests.support.families import CHAT, MARKED, PLAIN, TOOLS, family_tokenizer
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 
@@ -282,6 +282,37 @@ def test_an_end_token_that_falls_into_letters_is_refused(change, row, tmp_path):
         ValueError, match=r"Row 0 of the dataset: the end-of-sequence token .* the tokenizer splits it"
     ):
         add_teacher_topk(Dataset.from_list([row]), teacher, tokenizer, k=2, output_dir=tmp_path, disable_tqdm=True)
+
+
+ANSWER = [{"role": "assistant", "content": "A"}]
+SPLIT = {
+    "messages": (lambda turn, _: {"messages": turn + ANSWER}, {}),
+    "marked": (lambda turn, _: {"messages": turn + ANSWER}, {"assistant_only_loss": True}),
+    "answered": (lambda turn, _: {"prompt": turn, "completion": ANSWER}, {}),
+    "open": (lambda turn, _: {"prompt": turn}, {}),
+    "rendered": (lambda _, text: {"prompt": text}, {}),
+}
+
+
+@pytest.mark.parametrize("front", [False, True])
+@pytest.mark.parametrize("form", SPLIT)
+def test_a_template_whose_tokens_fall_into_letters_is_refused(form, front, tmp_path):
+    tokenizer = family_tokenizer(template=MARKED, front=front)
+    turn = [{"role": "user", "content": "Which?"}]
+    row, options = SPLIT[form]
+    row = row(turn, tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+    tokenizer.split_special_tokens = True
+    teacher = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=128)
+    options = {"k": 2, "output_dir": tmp_path, "disable_tqdm": True} | options
+    with pytest.raises(ValueError, match=r"writes '<\|im_start\|>', and the tokenizer splits it into letters"):
+        add_teacher_topk(Dataset.from_list([row]), teacher, tokenizer, **options)
+    # Such a token that somebody writes into a message may be split
+    plain = family_tokenizer(template=PLAIN, front=front)
+    plain.split_special_tokens = True
+    (ids,) = encode_prompts(plain, [[{"role": "user", "content": "Which <|im_start|>?"}]])
+    assert plain.convert_tokens_to_ids("<|im_start|>") not in ids
+    tokenizer.split_special_tokens = False
+    assert len(add_teacher_topk(Dataset.from_list([row]), teacher, tokenizer, **options)) == 1
 
 
 def talk(*texts):
