@@ -153,10 +153,16 @@ class OptionBackend:
         found = add_option_probs(asked, engine.model, processing_class, scoring=self.scoring, **options)
         self._entries: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
         columns = (rows[INPUT_IDS], rows[CHOICE_IDS], found[TARGET_PROBS])
-        for input_ids, tokens, shares in zip(*columns, strict=True):
+        for number, (input_ids, tokens, shares) in enumerate(zip(*columns, strict=True)):
             with np.errstate(divide="ignore"):
                 logprobs = np.maximum(np.log(shares), LOG_ZERO)
             order = np.lexsort((tokens, -logprobs))
+            before = self._entries.get(tuple(input_ids))
+            if before is not None and set(before[0].tolist()) != set(tokens):
+                raise ValueError(
+                    f"Row {number} has the tokens of an earlier row and other choices, which nothing tells apart. Show the "
+                    "options in the student's prompt, or remove one of the rows."
+                )
             self._entries[tuple(input_ids)] = np.array(tokens, np.int32)[order], logprobs[order].astype(np.float32)
 
     def describe(self) -> tuple[dict[str, Any], dict[str, Any]]:

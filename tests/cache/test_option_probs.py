@@ -9,6 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from first_trl import add_option_probs, add_teacher_topk, evaluate_option_order, evaluate_whole_answers, get_task
 from first_trl.tasks.word_tokenizer import word_tokenizer
+from first_trl.teacher.backends import TransformersBackend
+from first_trl.teacher.option_probs import OptionBackend
 from tests.support.tiny import VOCAB, run, tiny_config, tiny_llama, tiny_tokenizer
 
 
@@ -105,6 +107,18 @@ def test_other_questions_are_refused(teacher, tokenizer, rows):
         add_option_probs(rows, teacher, tokenizer, asked=fewer)
     with pytest.raises(ValueError, match="`permutations` needs `task`"):
         add_option_probs(rows, teacher, tokenizer, permutations=3)
+
+
+def test_the_same_tokens_with_other_choices_are_refused(teacher, tokenizer, rows):
+    """Both rows would get the distribution of the later one."""
+    asked = rows.select([0, 1])
+    student = Dataset.from_dict(
+        {"input_ids": [[3, 4]] * 2, "labels": [[-100, 4]] * 2, "choice_ids": [[4, 5], [4, 6, 7, 8]]}
+    )
+    with pytest.raises(ValueError, match="Row 1 has the tokens of an earlier row and other choices"):
+        OptionBackend(TransformersBackend(teacher), tokenizer, student, asked, disable_tqdm=True)
+    apart = student.map(lambda row, i: {"input_ids": [3 + i, 4]}, with_indices=True)
+    OptionBackend(TransformersBackend(teacher), tokenizer, apart, asked, disable_tqdm=True)
 
 
 @pytest.mark.parametrize("column", ["question", "gold"])
