@@ -63,8 +63,8 @@ def prepare_rows(
             Processes of the `map` calls.
 
     Returns:
-        [`~datasets.Dataset`] with `input_ids` and `labels` and the other columns as they were; tools, and objects
-        without a key, as JSON text.
+        [`~datasets.Dataset`] with `input_ids` and `labels` and the other columns as they were; tools, and
+        columns with objects without a key, as JSON text. Such objects of a conversation get a key that is null.
     """
     if not isinstance(dataset, Dataset):
         raise ValueError(
