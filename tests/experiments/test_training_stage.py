@@ -124,8 +124,10 @@ def on_the_hub(cache, seed):
     return commit
 
 
-def test_a_model_of_the_hub_stays_the_commit_that_a_run_began_with(tmp_path):
+def test_a_model_of_the_hub_stays_the_commit_that_a_run_began_with(tmp_path, monkeypatch):
     """An adapter that was trained on one is no model together with another."""
+    # transformers looks for an adapter of that name on the Hub all the same, for minutes
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     where = {"cache_dir": str(tmp_path / "hub"), "local_files_only": True}
     spec = ModelSpec(name_or_path="someone/base", init_kwargs=where)
 
