@@ -14,9 +14,9 @@ Words of a run, one meaning each:
 
 ```
 recipe.yaml                         the recipe of this run, with every default
+commits.json                        commits of what comes from the Hub as it is, and that stay the run's
 data/                               counts.json, rows/ROLE, tokens/ROLE
 base/teacher, base/student          models before fine-tuning, where the run makes them
-base/teacher.json, .../student.json commit of one that comes from the Hub as it is, and that stays the run's
 teacher[-NAME][/fold-I]             fine-tuned teachers
 cache[-NAME][/fold-I]               their caches
 recalibration[-NAME]/FIT.json       fitted rescales
@@ -228,6 +228,11 @@ class RunFolder:
         path = self.marker(unit)
         return dict(read_json(path)) if path.is_file() else {}
 
+    @property
+    def commits(self) -> Path:
+        """Commits of the models, tokenizers and datasets of the Hub; a run in another folder takes the newest."""
+        return self.root / "commits.json"
+
     # data
 
     @property
@@ -253,10 +258,6 @@ class RunFolder:
 
     def base(self, role: str) -> TrainingFolder:
         return TrainingFolder(self.root / base_unit(role))
-
-    def commit(self, role: str) -> Path:
-        """Commit of a model of the Hub that is used as it is; delete it to let the run take the newest."""
-        return self.base(role).path.with_suffix(".json")
 
     def teacher(self, teacher: str = "", fold: int | None = None) -> TrainingFolder:
         return TrainingFolder(self.root / teacher_unit(teacher, fold))

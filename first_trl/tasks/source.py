@@ -47,7 +47,7 @@ def read_rows(
     """
     local = Path(path).expanduser()
     if not local.exists():
-        if _looks_local(path):
+        if looks_local(path):
             raise ValueError(
                 f"There is no file or folder {path!r}. Give an existing file ({ENDINGS}), a "
                 "folder that holds one per split, or the id of a dataset on the Hub."
@@ -60,7 +60,8 @@ def read_rows(
         yield from _file_rows(file, csv_header)
 
 
-def _looks_local(path: str) -> bool:
+def looks_local(path: str) -> bool:
+    """Whether a path cannot be the id of a dataset on the Hub."""
     return (
         path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path or file_kind(path)[1:] != (None, None)
     )

@@ -155,4 +155,5 @@ def test_a_model_of_the_hub_stays_the_commit_that_a_run_began_with(tmp_path, mon
     assert begins_like(base(), 1)
     # Asked for by name, or by another run, it is another one
     named = ModelSpec(name_or_path="someone/base", init_kwargs={**where, "revision": second})
-    assert begins_like(base(spec=named), 2) and begins_like(base("teacher", "other run"), 2)
+    assert begins_like(base(spec=named), 2) and begins_like(base(folder="other run"), 2)
+    assert begins_like(base("teacher"), 1), "the same model is the student's and the teacher's"

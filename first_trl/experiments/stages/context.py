@@ -5,7 +5,10 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from ...tasks import get_task
+from ...tasks import Task, get_task
+from ...tasks.source import looks_local
+from ...utils.commits import hub_commit
+from ...utils.files import write_json
 from ..recipe import Recipe
 from ..run_folder import DATA, RunFolder, read_json
 from .units import Key, Unit, Workspace
@@ -47,10 +50,11 @@ class RunContext:
         recipe = self.recipe
         name, revision = recipe.tokenizer_source
         if model == "teacher" and recipe.capture.target == "options" and recipe.teacher.name_or_path is not None:
-            options = {"revision": recipe.teacher.init_kwargs.get("revision")}
-            return AutoTokenizer.from_pretrained(recipe.teacher.name_or_path, **options)
+            name, revision = recipe.teacher.name_or_path, recipe.teacher.init_kwargs.get("revision")
+            return AutoTokenizer.from_pretrained(name, revision=run_commit(self, name, revision))
         task = get_task(recipe.task.name, **recipe.task.options)
-        tokenizer = task.tokenizer(path=recipe.task.path, revision=recipe.task.revision, seed=recipe.seed)
+        data = self.data_revision(task, recipe.task.path, recipe.task.revision)
+        tokenizer = task.tokenizer(path=recipe.task.path, revision=data, seed=recipe.seed)
         if recipe.tokenizer is None and tokenizer is not None:
             return tokenizer
         if name is None:
@@ -58,7 +62,14 @@ class RunContext:
                 f"Task {recipe.task.name!r} brings no tokenizer, and the model it would come from is made from scratch: name one with the "
                 "recipe's `tokenizer` key."
             )
-        return AutoTokenizer.from_pretrained(name, revision=revision)
+        return AutoTokenizer.from_pretrained(name, revision=run_commit(self, name, revision))
+
+    def data_revision(self, task: Task, path: str | None, revision: str | None) -> str | None:
+        """Revision for [`~Task.load`]: where the rows come from the Hub, the same commit all through a run."""
+        source = path or task.hub_id
+        if source is None or looks_local(source):
+            return revision
+        return run_commit(self, source, revision, repo_type="dataset")
 
     def has_choices(self, role: str) -> bool:
         """Whether the rows of a role are multiple choice; others are free text."""
@@ -71,3 +82,28 @@ class RunContext:
         if DATA not in self.done or not all(self.folder.rows(role).is_dir() for role in roles):
             return None
         return all("posterior" in self.folder.load_rows(role).column_names for role in roles)
+
+
+def run_commit(run: Any, name: str, revision: str | None, **options: Any) -> str | None:
+    """
+    Commit that a revision of a repository of the Hub stands for all through a run: what was made of one must not be
+    continued, or compared, with another that the name stands for since.
+
+    Args:
+        run ([`RunContext`]): The run, which keeps it.
+        name (`str`): Id of a repository, or a folder.
+        revision (`str`, *optional*): As the recipe asks for.
+        options: As of [`hub_commit`].
+
+    Returns:
+        `str`: the commit, or the revision asked for where nothing tells it.
+    """
+    path = run.folder.commits
+    known = read_json(path) if path.is_file() else {}
+    key = f"{options.get('repo_type', 'model')} {name}" + (f"@{revision}" if revision else "")
+    if key not in known and (commit := hub_commit(name, revision, **options)):
+        known[key] = commit
+        if run.is_main:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, known)
+    return known.get(key, revision)

@@ -118,11 +118,11 @@ def _path(run: RunContext, spec: SplitSpec) -> str | None:
 
 
 def _load(run: RunContext, spec: SplitSpec) -> TaskSplit:
-    task = run.recipe.task
-    return task_of(run.recipe, spec).load(
+    task, path = task_of(run.recipe, spec), _path(run, spec)
+    return task.load(
         spec.split,
-        path=_path(run, spec),
-        revision=task.revision if spec.task is None else None,
+        path=path,
+        revision=run.data_revision(task, path, run.recipe.task.revision if spec.task is None else None),
         limit=spec.limit,
         seed=run.recipe.seed,
     )

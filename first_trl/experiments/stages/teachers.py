@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 from peft import PeftModel
 
-from ...utils.commits import hub_commit
 from ...utils.files import write_json
 from ..recipe import ArmSpec, ModelSpec, Recipe, TeacherSpec
-from ..run_folder import TrainingFolder, base_unit, read_json, teacher_unit
-from .context import RunContext
+from ..run_folder import TrainingFolder, base_unit, teacher_unit
+from .context import RunContext, run_commit
 from .probe import probe_rows, token_logprobs, write_probe
 from .training import load_trained, make_model, place, train_sft
 from .units import Unit, path_fingerprint
@@ -113,21 +112,11 @@ def _make_base(run: RunContext, role: str, path: Path) -> None:
 
 
 def base_model(run: RunContext, role: str) -> Any:
-    """
-    Teacher or student before fine-tuning. From the Hub it is the same commit all through a run: what was trained on one
-    must not be evaluated, or compared, with another that the name stands for since.
-    """
+    """Teacher or student before fine-tuning."""
     spec = getattr(run.recipe, role)
     if spec.used_as_it_is:
-        path = run.folder.commit(role)
-        asked = {"name": spec.name_or_path, "revision": spec.init_kwargs.get("revision")}
-        known = read_json(path) if path.is_file() else {}
-        pinned = {key: known.get(key) for key in asked} == asked
-        commit = known["commit"] if pinned else hub_commit(spec.name_or_path, **spec.init_kwargs)
-        if commit and not pinned and run.is_main:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, {**asked, "commit": commit})
-        if commit:
+        asked = {"revision": None, **spec.init_kwargs}
+        if commit := run_commit(run, spec.name_or_path, **asked):
             spec = replace(spec, init_kwargs={**spec.init_kwargs, "revision": commit})
         return make_model(spec, None, run.recipe.seed, role)
     # By its whole path: adapters keep it, and are loaded from other working folders too
