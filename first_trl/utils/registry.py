@@ -1,5 +1,6 @@
 """Things that are found by name: built-in ones, and those that a user's module adds."""
 
+import ast
 import hashlib
 import importlib
 import sys
@@ -89,8 +90,9 @@ class Registry(Mapping[str, Any]):
 
     def code(self, name: str) -> str | None:
         """
-        Digest of the source that an added object comes from: its module, with the others of its package. `None` for a
-        built-in one, which the version of this package stands for, and where there is no source.
+        Digest of the source that an added object comes from: its module, with the others of its package and the files
+        beside it that these import. `None` for a built-in one, which the version of this package stands for, and where
+        there is no source.
         """
         if name in self.builtin:
             return None
@@ -99,7 +101,7 @@ class Registry(Mapping[str, Any]):
         if file.suffix != ".py" or not file.is_file():
             return None
         digest = hashlib.sha256()
-        for path in sorted(file.parent.glob("*.py")) if getattr(module, "__package__", None) else [file]:
+        for path in sorted(_sources(file, getattr(module, "__package__", None))):
             digest.update(path.name.encode() + path.read_bytes())
         return digest.hexdigest()[:12]
 
@@ -136,3 +138,35 @@ def load_installed() -> None:
 def _place(thing: Any) -> tuple[str, str]:
     named = thing if hasattr(thing, "__qualname__") else type(thing)
     return named.__module__, named.__qualname__
+
+
+def _sources(file: Path, package: str | None) -> set[Path]:
+    root = file.parents[len(package.split(".")) if package else 0]
+    todo = list(file.parent.glob("*.py")) if package else [file]
+    found: set[Path] = set()
+    while todo:
+        path = todo.pop()
+        if path in found or not path.is_file():
+            continue
+        found.add(path)
+        for base, *parts in _imports(path, root):
+            # Of `a.b.c` the packages on the way too; what is no file beside it is another library, or a name in a module
+            places = [Path(base, *parts[:end]) for end in range(1, len(parts) + 1)]
+            todo += [file for place in places for file in (place.with_name(f"{place.name}.py"), place / "__init__.py")]
+    return found
+
+
+def _imports(path: Path, root: Path) -> Iterator[list[Any]]:
+    """Folder and dotted parts of what a file imports, but for what is installed with the file and has versions."""
+    installed = root.name in ("site-packages", "dist-packages")
+    try:
+        nodes = list(ast.walk(ast.parse(path.read_bytes())))
+    except SyntaxError:  # a file of a package that nobody imports
+        return
+    for node in nodes:
+        level = node.level if isinstance(node, ast.ImportFrom) else 0
+        within = f"{node.module}." if isinstance(node, ast.ImportFrom) and node.module else ""
+        for alias in node.names if isinstance(node, ast.Import | ast.ImportFrom) else ():
+            parts = (within + alias.name).split(".")
+            if level or not (installed or parts[0] == __name__.split(".")[0]):
+                yield [path.parents[level - 1] if level else root, *parts]

@@ -200,6 +200,24 @@ def test_rows_of_a_task_whose_code_was_changed_are_made_again(changing, tmp_path
     assert set(Dataset.load_from_disk(str(tmp_path / "run" / "data" / "rows" / "test"))["gold"]) == {0}
 
 
+def test_files_that_a_plugin_imports_from_beside_it_are_part_of_its_code(changing, tmp_path):
+    """Also those that they import in turn; other files are not, nor what is installed."""
+    (tmp_path / "changing.py").write_text(
+        CHANGING.replace('" odd", (" even", " odd"), 1', "*ANSWER").replace(
+            "@register_task", "import numpy\n\nfrom shared.answers import ANSWER\n\n\n@register_task"
+        )
+    )
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "answers.py").write_text("from .gold import GOLD\n\nANSWER = GOLD\n")
+    (tmp_path / "shared" / "gold.py").write_text('GOLD = " odd", (" even", " odd"), 1\n')
+    changing("--stage", "data")
+    (tmp_path / "other.py").write_text("something = 'else'\n")
+    assert "data: done before, kept" in changing("--stage", "data")
+    (tmp_path / "shared" / "gold.py").write_text('GOLD = " even", (" even", " odd"), 0\n')
+    assert "made again" in changing("--stage", "data")
+    assert set(Dataset.load_from_disk(str(tmp_path / "run" / "data" / "rows" / "test"))["gold"]) == {0}
+
+
 def under_other_names(text):
     for name in ("parity", "noted", "squared_error", "uniform_mix", "sure_and_wrong"):
         text = re.sub(rf"\b{name}\b", f"{name}_alone", text)
