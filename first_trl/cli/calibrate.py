@@ -85,7 +85,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "full_vocab, choice, renormalized or topk of our own predictions (default: full_vocab and renormalized)"
     )  # fmt: skip
     reading.add_argument("--filter", help="filter of a harness log (default: all)")
-    reading.add_argument("--target-delimiter", default=" ", help="of the harness task (default: one space)")
+    reading.add_argument(
+        "--target-delimiter", help="of the harness task (default: as in results_*.json beside the log, else one space)"
+    )
     reading.add_argument("--confidence-column", default="confidence", help="of a table (default: %(default)s)")
     reading.add_argument("--correct-column", default="correct", help="of a table (default: %(default)s)")
     reading.add_argument("--correct-value", help="value of that column that means right (default: 1 or true)")

@@ -266,6 +266,23 @@ def test_another_delimiter_is_noticed_by_the_logged_accuracy(tmp_path):
     assert not samples.confidences("acc_norm", target_delimiter="").correct[0]
 
 
+@pytest.mark.parametrize(("delimiter", "chat"), [("", False), ("\n", False), (" ", True), (" ", False)])
+def test_the_delimiter_is_the_one_that_the_harness_tells_of(tmp_path, delimiter, chat):
+    """Where the most likely choice is the same with another one, nothing else tells."""
+    task, time = "arc_easy", "2026-01-31T12-00-00.000000"
+    row = sample(0, ([-1.0, -30.0], [0, 0], [" abcd", " ef"], 0), metrics=False) | {"target": "0", "acc_norm": 1.0}
+    texts = [f"{'' if chat else delimiter}{choice}" for choice in (" abcd", " ef")]
+    row["arguments"] = {f"gen_args_{j}": {"arg_0": "Q", "arg_1": text} for j, text in enumerate(texts)}
+    results = {"configs": {task: {"target_delimiter": delimiter}}, "chat_template": "{{ messages }}" if chat else None}
+    log = tmp_path / f"samples_{task}_{time}.jsonl"
+    log.write_text(json.dumps(row) + "\n")
+    (tmp_path / f"results_{time}.json").write_text(json.dumps(results))
+    right = choice_scores([-1.0, -30.0], definition="length_normalized", lengths=[5, 3])[0]
+    (from_log,) = read_confidences(log, reading="acc_norm")
+    (in_process,) = read_harness_results({**results, "samples": {task: [row]}})[task]
+    assert from_log.confidence.tolist() == in_process.confidences("acc_norm").confidence.tolist() == [right]
+
+
 def broken(change):
     row = sample(0, DOCS[0])
     change(row)

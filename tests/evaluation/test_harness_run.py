@@ -33,6 +33,7 @@ output_type: multiple_choice
 doc_to_text: "Question: {{{{question}}}}\\nAnswer:"
 doc_to_choice: "{{{{choices}}}}"
 doc_to_target: "{{{{gold}}}}"
+target_delimiter: "\\n"
 metric_list:
   - metric: acc
     aggregation: mean

@@ -18,7 +18,7 @@ def read_confidences(
     *,
     reading: str | None = None,
     filter: str | None = None,
-    target_delimiter: str = " ",
+    target_delimiter: str | None = None,
     **table_options: Any,
 ) -> list[Confidences]:
     """
@@ -39,7 +39,7 @@ def read_confidences(
             [`~first_trl.evaluation.predictions.MultipleChoiceResult.confidences`] for our own predictions.
         filter (`str`, *optional*):
             Only this filter of a harness log.
-        target_delimiter (`str`, *optional*, defaults to `" "`):
+        target_delimiter (`str`, *optional*):
             Of the harness task, see [`~first_trl.evaluation.readers.harness.HarnessSamples.confidences`].
         **table_options:
             Passed to [`read_table`].

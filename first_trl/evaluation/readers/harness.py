@@ -6,9 +6,11 @@ A log line is one (document, filter). Numbers in it are strings, the number of c
 """
 
 import ast
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,6 +41,7 @@ class HarnessSamples:
         continuations (`list[list[str]]`): what was scored, as sent to the model.
         gold (`list[list[int]]`): indices of the choices that count as right.
         logged (`list[dict]`): metrics of the sample as logged.
+        target_delimiter (`str`): what the task puts between question and choice, where the harness tells; else a space.
     """
 
     task: str
@@ -49,6 +52,7 @@ class HarnessSamples:
     continuations: list[list[str]]
     gold: list[list[int]]
     logged: list[Mapping[str, Any]]
+    target_delimiter: str = " "
 
     def __len__(self) -> int:
         return len(self.doc_ids)
@@ -59,7 +63,7 @@ class HarnessSamples:
         return [name for name in READINGS if name == "acc" or all(name in metrics for metrics in self.logged)]
 
     def confidences(
-        self, reading: str = "acc", *, definition: str | None = None, target_delimiter: str = " "
+        self, reading: str = "acc", *, definition: str | None = None, target_delimiter: str | None = None
     ) -> Confidences:
         """
         Confidences under one reading of the samples.
@@ -71,8 +75,8 @@ class HarnessSamples:
             definition (`str`, *optional*):
                 `"choice"` with `reading="acc"` gives the probability of the answer itself, without renormalising over
                 the choices. That of the reading by default.
-            target_delimiter (`str`, *optional*, defaults to `" "`):
-                What the task puts between question and choice; not counted in lengths.
+            target_delimiter (`str`, *optional*):
+                What the task puts between question and choice; not counted in lengths. By default that of the samples.
 
         Raises:
             `ValueError`: when the log lacks what the reading needs, or disagrees with the metric logged for a sample.
@@ -85,6 +89,7 @@ class HarnessSamples:
                 f"The answers of {reading!r} are those of the definition {READINGS[reading]!r}, not {definition!r}."
             )
         scores = []
+        target_delimiter = self.target_delimiter if target_delimiter is None else target_delimiter
         for i in range(len(self)):
             try:
                 lengths = _lengths(self.continuations[i], reading, target_delimiter)
@@ -137,12 +142,30 @@ def read_harness_log(path: str | os.PathLike[str], *, filter: str | None = None)
 
 
 def table_harness_samples(table: Table, *, filter: str | None = None) -> list[HarnessSamples]:
-    """[`read_harness_log`] for rows that were read already."""
+    """
+    [`read_harness_log`] for rows that were read already. The harness writes what it ran beside them, into
+    `results_<time>.json`.
+    """
     places = [f"{table.path}, sample {number}" for number in range(1, len(table.rows) + 1)]
     # samples_<task>_<2026-01-31T12-00-00.000000>.jsonl
     stem = file_kind(table.path)[0].removeprefix("samples_")
-    task = stem.rsplit("_", 1)[0] if "_" in stem and "T" in stem.rsplit("_", 1)[1] else stem
-    return _by_filter(task, table.rows, places, filter)
+    task, _, time = stem.rpartition("_")
+    if not task or "T" not in time:
+        return _by_filter(stem, table.rows, places, filter)
+    results = Path(table.path).with_name(f"results_{time}.json")
+    try:
+        delimiter = _delimiter(json.loads(results.read_text(encoding="utf-8")), task) if results.is_file() else " "
+    except ValueError as error:
+        raise ValueError(f"{results} is no JSON ({error}). Mend it, or move it away from the log.") from None
+    return _by_filter(task, table.rows, places, filter, delimiter)
+
+
+def _delimiter(results: Mapping[str, Any], task: str) -> str:
+    config = results.get("configs", {}).get(task, {})
+    prefix = config.get("gen_prefix") or ""
+    if results.get("chat_template") and (not prefix or prefix[-1].isspace()):
+        return ""  # the answer begins a turn
+    return str(config.get("target_delimiter", " "))
 
 
 def read_harness_results(results: Mapping[str, Any], *, filter: str | None = None) -> dict[str, list[HarnessSamples]]:
@@ -155,13 +178,19 @@ def read_harness_results(results: Mapping[str, Any], *, filter: str | None = Non
     if not results.get("samples"):
         raise ValueError("The results hold no samples: call `simple_evaluate(..., log_samples=True)`.")
     return {
-        task: _by_filter(task, samples, [f"{task}, sample {i}" for i in range(len(samples))], filter)
+        task: _by_filter(
+            task, samples, [f"{task}, sample {i}" for i in range(len(samples))], filter, _delimiter(results, task)
+        )
         for task, samples in results["samples"].items()
     }
 
 
 def _by_filter(
-    task: str, samples: Sequence[Mapping[str, Any]], places: Sequence[str], wanted: str | None
+    task: str,
+    samples: Sequence[Mapping[str, Any]],
+    places: Sequence[str],
+    wanted: str | None,
+    delimiter: str = " ",
 ) -> list[HarnessSamples]:
     if not samples:
         raise ValueError(f"{task}: there are no samples.")
@@ -174,11 +203,13 @@ def _by_filter(
         groups.setdefault(str(sample.get("filter", "none")), []).append((sample, place))
     if wanted is not None and wanted not in groups:
         raise ValueError(f"{task} has no filter {wanted!r}; it has {sorted(groups)}.")
-    return [_read_group(task, name, rows) for name, rows in groups.items() if wanted in (None, name)]
+    return [_read_group(task, name, rows, delimiter) for name, rows in groups.items() if wanted in (None, name)]
 
 
-def _read_group(task: str, filter_name: str, rows: Iterable[tuple[Mapping[str, Any], str]]) -> HarnessSamples:
-    read = HarnessSamples(task, filter_name, [], [], [], [], [], [])
+def _read_group(
+    task: str, filter_name: str, rows: Iterable[tuple[Mapping[str, Any], str]], delimiter: str
+) -> HarnessSamples:
+    read = HarnessSamples(task, filter_name, [], [], [], [], [], [], delimiter)
     seen: dict[Any, str] = {}
     targets: list[Any] = []
     places: list[str] = []
