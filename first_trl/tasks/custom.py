@@ -116,7 +116,9 @@ class Custom(MultipleChoice):
         question = required(row, "question")
         if not isinstance(question, str):
             raise ValueError(f"the question is {question!r}, not a text")
-        example = self.fill(question, texts, gold, group=optional_text(row, "group"))
+        # pandas writes 1.0 for 1 where other rows leave the column empty, and in another file the group is 1
+        group = re.sub(r"^(-?\d+)\.0$", r"\1", optional_text(row, "group"))
+        example = self.fill(question, texts, gold, group=group)
         return replace(example, target_probs=soft)
 
 

@@ -2,10 +2,12 @@
 
 import json
 
+import pandas as pd
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from first_trl.tasks import get_task
+from first_trl.tasks.overlap import drop_overlap
 
 
 ROWS = [
@@ -255,3 +257,15 @@ def test_class_labels_of_a_dataset_on_the_hub(task, monkeypatch):
     rows = Dataset.from_dict({"question": ["Q1?", "Q2?"], "A": ["x"] * 2, "B": ["y"] * 2, "answer": [1, 0]}, features)
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: rows)
     assert task.load("train", path="me/questions").dataset["gold"][:] == [1, 0]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_numbered_group_is_the_same_beside_an_empty_cell(tmp_path, kind):
+    """pandas makes floats of a column of integers where one is missing."""
+    for split, groups in {"train": [1, 2, None], "test": [1, 12, 3]}.items():
+        questions = [f"{split} {i}" for i in range(3)]
+        table = pd.DataFrame({"question": questions, "A": "x", "B": "y", "answer": "A", "group": groups})
+        getattr(table, f"to_{kind}")(tmp_path / f"{split}.{kind}", index=False)
+    train, test = (get_task("custom").load(split, path=str(tmp_path)).dataset for split in ("train", "test"))
+    assert (train["group"][:], test["group"][:]) == (["1", "2", ""], ["1", "12", "3"])
+    assert drop_overlap(train, test, by="group")[1] == 1
