@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from first_trl import FirstDistillTrainer, add_teacher_topk, fit_recalibration, verify_teacher_cache
 from first_trl.training.sft import FirstSFTTrainer
@@ -155,6 +155,27 @@ def test_lora_trains_only_the_adapter_and_reloads(estimator, tokenizer, cache, t
         torch.testing.assert_close(reloaded(input_ids=ids).logits, trained, rtol=0, atol=0)
         with reloaded.disable_adapter():
             assert not torch.allclose(reloaded(input_ids=ids).logits, trained)
+
+
+@pytest.mark.parametrize("trainer_class", [FirstDistillTrainer, FirstSFTTrainer])
+def test_full_weights_saved_over_an_adapter_are_the_ones_that_are_loaded(trainer_class, tokenizer, cache, tmp_path):
+    """`from_pretrained` takes the adapter and its base where a folder has both."""
+    tiny_llama(1).save_pretrained(tmp_path / "base")
+    rows = cache if trainer_class is FirstDistillTrainer else cache.select_columns(["input_ids", "labels"])
+    for peft_config in (LoraConfig(target_modules="all-linear"), None):
+        trainer = trainer_class(
+            AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+            tiny_config(tmp_path / "out"),
+            train_dataset=rows,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+        )
+        trainer.train()
+        trainer.save_model()
+        assert (tmp_path / "out" / "adapter_config.json").is_file() == (peft_config is not None)
+    trained = trainer.model.state_dict()
+    for name, weight in AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict().items():
+        assert weight.equal(trained[name]), name
 
 
 def test_modules_to_save_trains_a_copy_of_the_head(tokenizer, cache, tmp_path):
