@@ -15,6 +15,9 @@ from .resampling import Cells, clustered_inversion
 
 LEVEL = 0.95
 _Z = 1.959964  # 97.5 % point of the normal distribution
+# Right and wrong rows, of each, that tell what the other kind costs: with one or two wrong ones of 500, an interval of the
+# mean NLL never covered that of a model that is right in 99 %
+FEWEST_OF_A_KIND = 3
 
 
 def wilson_interval(share: float, n: float, z: float = _Z) -> tuple[float, float]:
@@ -158,7 +161,8 @@ def clustered_intervals(
     clusters of one.
 
     Means get Student-t intervals of the clusters' sums, with one degree of freedom less than there are clusters; `values` get
-    none where every row is right or every row wrong, which does not tell what the other kind would cost. Accuracy
+    none where fewer than three clusters (of two: fewer than both) have a right row, or a wrong one, which does not tell
+    what that kind costs. Accuracy
     (Wilson 1927) and ECE (the `"inversion"` interval of [`calibration_report`]) take account of the design effect, which is
     how much more a mean varies over these clusters than over as many rows that stand alone (Kish 1965), the ECE bin by
     bin. It is drawn towards that of clusters right or wrong as a whole, with the weight of half a wrong cluster, because
@@ -195,7 +199,9 @@ def clustered_intervals(
         return np.bincount(row, weights=deviation, minlength=n_clusters).astype(np.float64)
 
     intervals = {}
-    told = correct.min() < correct.max()
+    told = all(
+        np.count_nonzero(influence(kind)) >= min(FEWEST_OF_A_KIND, n_clusters) for kind in (correct, 1.0 - correct)
+    )
     for name, value in {"mean_confidence": confidence, **(values if told else {})}.items():
         mean = float(value.mean())
         half = t * math.sqrt(n_clusters / (n_clusters - 1) * float((influence(value - mean) ** 2).sum())) / n

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..calibration import CalibrationWarning, calibration_report
-from ..calibration.intervals import normal_interval, wilson_interval
+from ..calibration.intervals import FEWEST_OF_A_KIND, normal_interval, wilson_interval
 from ..evaluation.predictions import MultipleChoiceResult, brier_scores
 from ..plugins import report_metrics
 from ..vocabulary import METRICS, Metric, number
@@ -63,7 +63,7 @@ def score_result(result: MultipleChoiceResult, *, seed: int = 0) -> Scored:
 
     ECE: by inverting the bootstrap (see [`calibration_report`]). Accuracy: Wilson. Trust: from the worst ends of these two
     together to the best ones. NLL and Brier: mean of the rows plus or minus 1.96 standard errors, not below 0; none where
-    every row is right or every row wrong, which does not tell what the other kind would cost.
+    fewer than three rows are right, or wrong, which does not tell what that kind costs.
     """
     report = result.report
     n_bins = int(report["full_vocab"]["calibration"]["config"]["n_bins"])
@@ -140,6 +140,6 @@ def null_of_report(report: Mapping[str, Any]) -> dict[str, float]:
 
 def _mean(values: np.ndarray, correct: np.ndarray) -> Score:
     mean, limits = float(values.mean()), normal_interval(values)
-    if limits is None or correct.min() == correct.max():
+    if limits is None or np.bincount(correct, minlength=2).min() < FEWEST_OF_A_KIND:
         return Score(mean)
     return Score(mean, max(limits[0], 0.0), limits[1])

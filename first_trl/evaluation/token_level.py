@@ -215,8 +215,8 @@ def row_intervals(
             Of the draws.
 
     Returns:
-        `dict`: lower and upper limit of `accuracy`, `mean_confidence`, `ece`, `trust`, and, unless every token is right or every
-        one wrong, `nll` and `brier`.
+        `dict`: lower and upper limit of `accuracy`, `mean_confidence`, `ece`, `trust`, and, where three rows or more have right
+            and wrong tokens, `nll` and `brier`.
     """
     p = {name: np.asarray(values) for name, values in predictions.items()}
     found = clustered_intervals(

@@ -211,15 +211,18 @@ def test_a_mean_of_rows_of_one_kind_has_no_interval(answers):
         "ece",
         "trust",
     }
-    # One row of the other kind gives them one, which does not reach below 0
-    mixed = arrays | {
-        "top_is_gold": np.arange(100) > 0,
-        "gold_logprob": np.log(np.where(np.arange(100) > 0, 0.99, 0.01)),
-    }
-    score = score_result(MultipleChoiceResult(mixed, multiple_choice_report(mixed))).scores["nll"]
-    assert score.low == 0.0 and 0.056 < score.high < 0.2
-    low, high = row_intervals({**mixed, "row": np.arange(100)})["brier"]
-    assert low == 0.0 and 0.02 < high < 0.1
+    # Three rows of the other kind give them one, which does not reach below 0; two do not
+    for others in (2, 3):
+        kind = np.arange(100) >= others
+        mixed = arrays | {"top_is_gold": kind, "gold_logprob": np.log(np.where(kind, 0.99, 0.01))}
+        score = score_result(MultipleChoiceResult(mixed, multiple_choice_report(mixed))).scores["nll"]
+        found = row_intervals({**mixed, "row": np.arange(100)})
+        assert (score.low is None) == ("brier" not in found) == (others == 2)
+    assert score.low == 0.0 and 0.056 < score.high < 0.4
+    low, high = found["brier"]
+    assert low == 0.0 and 0.02 < high < 0.2
+    # However many tokens they have
+    assert "nll" not in row_intervals({**mixed, "row": np.maximum(np.arange(100) - 1, 0)})
 
 
 def test_the_licence_is_read_and_never_invented(tmp_path):
