@@ -172,6 +172,26 @@ def test_another_model_at_the_same_address_is_refused(serve, tmp_path):
         add_teacher_topk(rows(), VLLMBackend(server.url), tokenizer(), **call)
 
 
+def test_a_model_that_differs_on_the_rows_alone_is_noticed_by_one_of_them(serve, tmp_path):
+    """As another fine-tuning of the same base, reloaded under its name while a capture goes on."""
+    near = model()
+    with torch.no_grad():
+        near.get_input_embeddings().weight[100:] += 1.0  # ids that no probe of arbitrary ones has
+    server = serve(model())
+    backend = VLLMBackend(server.url, concurrency=1)
+    backend.watch([3, 100, 5, 101, 7, 102])
+    server.script = [None, None, lambda: setattr(server, "model", near)]
+    with pytest.raises(ValueError, match="Another model answers at"):
+        add_teacher_topk(
+            rows(), backend, tokenizer(), max_rows_per_batch=2, shard_size=2, output_dir=tmp_path / "near"
+        )
+    server.model = model()
+    cache = add_teacher_topk(
+        rows(), backend, tokenizer(), output_dir=tmp_path / "near", max_rows_per_batch=2, shard_size=2
+    )
+    same_values(cache, add_teacher_topk(rows(), VLLMBackend(server.url), tokenizer(), output_dir=tmp_path / "plain"))
+
+
 def shard_bytes(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.glob("data/*"))}
 

@@ -103,6 +103,7 @@ class VLLMBackend:
         context = entry.get("max_model_len")
         self.max_length = None if context is None else int(context) - 1
         self._version = str(self._request("/version").get("version"))
+        self._watched: tuple[list[int], list[float]] | None = None
         self._probe: list[float] | None = None
         self._probe = _own_logprobs(_PROBE, self._complete([_PROBE], 1)[0])
         self.notes = [
@@ -126,6 +127,13 @@ class VLLMBackend:
         """Raises `ValueError` unless the server answers the probe as it did when the capture began."""
         self._check_probe(teacher.get("probe_logprobs") or [])
 
+    def watch(self, row: list[int]) -> None:
+        """
+        Send this row with every request from now on, beside the probe: on arbitrary ids, two fine-tunings of a model, such
+        as an adapter and that of an earlier epoch, may be too near each other to be told apart.
+        """
+        self._watched = row, self.token_logprobs([row])[0]
+
     def token_logprobs(self, prompts: list[list[int]]) -> list[list[float]]:
         """Log-probability of every token but the first of each prompt, in nats."""
         answers = self._complete(prompts, 1)
@@ -145,8 +153,11 @@ class VLLMBackend:
                 "`num_draws=0`, or capture with the transformers backend."
             )
         prompts = [row.tolist() for row in rows]
-        answers = self._complete([*prompts, _PROBE], k)
+        row, before = self._watched or (None, None)
+        answers = self._complete([*prompts, *([] if row is None else [row]), _PROBE], k)
         self._check_probe(_own_logprobs(_PROBE, answers.pop()))
+        if row is not None and before is not None:
+            self._check_same(_own_logprobs(row, answers.pop()), before)
         scores = []
         for prompt, wanted, answer in zip(prompts, positions, answers, strict=True):
             entries = [_top_k(answer[t], k, k, num_tokens) for t in wanted]
@@ -182,7 +193,10 @@ class VLLMBackend:
 
     def _check_probe(self, expected: list[float]) -> None:
         assert self._probe is not None
-        if len(expected) != len(self._probe) or np.abs(np.subtract(expected, self._probe)).mean() > _PROBE_TOLERANCE:
+        self._check_same(expected, self._probe)
+
+    def _check_same(self, found: list[float], expected: list[float]) -> None:
+        if len(found) != len(expected) or np.abs(np.subtract(found, expected)).mean() > _PROBE_TOLERANCE:
             raise ValueError(
                 f"Another model answers at {self._url} than the one this capture began with: its log-probabilities of "
                 "a fixed probe differ. Start the first teacher again, or capture into another folder."
