@@ -22,7 +22,7 @@ from ..cache.schema import (
 from ..losses.inputs import check_targets
 from ..plugins import estimator_target
 from ..recalibration import Recalibration
-from ..vocabulary import IGNORE_INDEX, TEACHER_HAS_GOLD
+from ..vocabulary import IGNORE_INDEX, NO_ENTRY, TEACHER_HAS_GOLD
 from .alignment import DRAW_LENGTHS
 
 
@@ -108,6 +108,9 @@ class DataCollatorForDistillation(DataCollatorForLanguageModeling):
             log_target, tail_log_target = self.recalibration.apply(
                 logprobs.reshape(positions, k), tail, estimator=self.estimator, top_k=self.top_k
             )
+            # Smoothing can take all that rank 1 has: an entry of probability 0 is no padding
+            filled = logprobs.reshape(positions, k)[:, : log_target.shape[1]] == NO_ENTRY
+            log_target = np.where(filled, log_target, np.maximum(log_target, LOG_ZERO))
         ids = ids.reshape(positions, -1 if k else 1)[:, : log_target.shape[1]]
         if CHOICE_INDEX in examples[0] and positions:
             ids, log_target, tail_log_target = self._over_choices(examples, ids, log_target, tail_log_target)

@@ -90,7 +90,8 @@ def dense_loss(model, cache, recalibration, args):
             + sparse_kl_reference(
                 logits[[t - 1 for t in positions]],
                 torch.tensor(row["teacher_topk_ids"]),
-                torch.from_numpy(target),
+                # An entry of probability 0 is an entry: `-inf` would make padding of it
+                torch.from_numpy(target).clamp(min=-100.0),
                 tail_log_target=None if tail is None else torch.from_numpy(tail),
                 labels=torch.tensor([row["labels"][t] for t in positions]),
                 estimator=args.estimator,
@@ -150,6 +151,12 @@ OBJECTIVES = {
     "authors' code, mixed": {"estimator": "probability_softmax", "ce_weight": 0.3},
     "authors' code, smoothed": {"recalibration": "log_label_smoothing", "recalibration_value": 0.5},
     "smoothed": {"estimator": "bucket", "recalibration": "label_smoothing", "recalibration_value": 0.1},
+    "all of rank 1 smoothed away, bucket": {
+        "estimator": "bucket", "recalibration": "label_smoothing", "recalibration_value": 0.5,
+    },
+    "all of rank 1 smoothed away, renormalized": {
+        "estimator": "renormalized", "recalibration": "label_smoothing", "recalibration_value": 0.5,
+    },
 }  # fmt: skip
 
 
