@@ -26,6 +26,7 @@ from .schema import (
     CHOICE_INDEX,
     INPUT_IDS,
     LABELS,
+    MUTUAL_INFORMATION,
     SOFT_LABELS,
     TEACHER_COLUMNS,
     CacheBatch,
@@ -52,6 +53,7 @@ class _Row(NamedTuple):
     cache_id: str
     has_gold: bool
     soft: np.ndarray | None = None
+    information: np.ndarray | None = None
 
 
 class _Lists(NamedTuple):
@@ -87,7 +89,7 @@ def restrict_to_choices(cache: Dataset, processing_class: Any = None) -> Dataset
         cache ([`~datasets.Dataset`]):
             Teacher cache with `prompt` and `choices` (texts, as they stand behind the prompt), or with `choice_ids` (token
             ids, `list[int]`). Answers have one token each. Soft labels in it (`target_probs` or `target_votes`) are
-            carried along, for `soft_label_weight` of the trainer.
+            carried along, for `soft_label_weight` of the trainer, and so is the disagreement of a committee.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The tokenizer of the cache; needed where there are no `choice_ids`.
 
@@ -103,7 +105,10 @@ def restrict_to_choices(cache: Dataset, processing_class: Any = None) -> Dataset
     choice_ids = _choice_ids(cache, processing_class)
     soft = _Lists.of(_soft_labels(cache, choice_ids)) if has_soft_labels(cache.column_names) else None
     columns = [name for name in CACHE_COLUMNS if name in cache.column_names]
-    found = _map(cache.select_columns(columns), partial(_restricted, soft=soft), choice_ids, soft is not None)
+    extra = {} if soft is None else {SOFT_LABELS: List(List(Value("float32")))}
+    if MUTUAL_INFORMATION in columns:
+        extra[MUTUAL_INFORMATION] = List(Value("float32"))
+    found = _map(cache.select_columns(columns), partial(_restricted, soft=soft), choice_ids, extra)
     total = sum(map(len, choice_ids))
     absent = sum(
         int((batch.logprobs == np.float32(LOG_ZERO)).sum())
@@ -169,16 +174,16 @@ def add_soft_labels(dataset: Dataset, processing_class: Any) -> Dataset:
     cache_id = f"soft-labels:{tokenizer_fingerprint(processing_class)}"
     columns = [name for name in (INPUT_IDS, LABELS, HAS_GOLD, TEACHER_HAS_GOLD) if name in dataset.column_names]
     make = partial(_soft_rows, soft=soft, cache_id=cache_id)
-    return _map(dataset.select_columns(columns), make, choice_ids, False)
+    return _map(dataset.select_columns(columns), make, choice_ids, {})
 
 
-def _map(dataset: Dataset, make: Any, choice_ids: list[list[int]], mixed: bool) -> Dataset:
+def _map(dataset: Dataset, make: Any, choice_ids: list[list[int]], extra: dict[str, Any]) -> Dataset:
     """The rows that `make` builds of every table, as a dataset."""
     features = Features(
         {
             **cache_features("float32", has_gold=True),
             CHOICE_INDEX: List(List(Value("int32"))),
-            **({SOFT_LABELS: List(List(Value("float32")))} if mixed else {}),
+            **extra,
         }
     )
     found = dataset.with_format("arrow").map(
@@ -238,7 +243,14 @@ def _make_table(
                         tail,
                         row.cache_id,
                         row_digest(
-                            row.input_ids, row.labels, ids, logprobs, tail, row.cache_id, has_gold=row.has_gold
+                            row.input_ids,
+                            row.labels,
+                            ids,
+                            logprobs,
+                            tail,
+                            row.cache_id,
+                            has_gold=row.has_gold,
+                            mutual_information=row.information,
                         ),
                     ),
                     strict=True,
@@ -249,6 +261,8 @@ def _make_table(
             share = np.zeros(width, np.float32)
             share[: len(order)] = row.soft[order]
             values[SOFT_LABELS] = [share]
+        if row.information is not None:
+            values[MUTUAL_INFORMATION] = row.information
         for name, value in values.items():
             columns[name].append(value)
     return pa.table({name: pa.array(columns[name], schema.field(name).type) for name in schema.names})
@@ -274,9 +288,11 @@ def _restricted(
             )
         found = np.maximum(found - np.logaddexp.reduce(found), LOG_ZERO)
         own = None if soft is None else np.array(soft.row(number))
+        # The answer is the first of the positions
+        information = None if batch.mutual_information is None else batch.mutual_information[entry : entry + 1]
         rows.append(
             _Row(
-                batch.input_ids[text], labels, choices, found, batch.cache_ids[i], bool(batch.has_gold[i]), own
+                batch.input_ids[text], labels, choices, found, batch.cache_ids[i], bool(batch.has_gold[i]), own, information
             )
         )  # fmt: skip
     return rows

@@ -76,6 +76,35 @@ def test_weights_stay_on_their_positions_when_rows_are_cut_and_shuffled(cache, t
     assert any(not torch.allclose(gradient, without[name], rtol=1e-3) for name, gradient in one.items())
 
 
+def test_targets_over_the_choices_are_weighted_too(tokenizer, tmp_path):
+    """By what the teachers disagree at the answer; the end token behind it has another weight, and is not trained on."""
+    rows = [
+        {"prompt": f"w{5 + i} w6 w{9 + i}", "completion": " w3", "choices": [" w3", " w4", " w8"], "gold": 0}
+        for i in range(8)
+    ]
+    cache = add_teacher_topk(
+        Dataset.from_list(rows),
+        [tiny_llama(3), tiny_llama(4)],
+        tokenizer,
+        k=24,
+        logprob_dtype="float32",
+        disable_tqdm=True,
+    )
+    expected, student = 0.0, tiny_llama(0)
+    for row in cache:
+        entries = dict(zip(row["teacher_topk_ids"][0], row["teacher_topk_logprobs"][0], strict=True))
+        target = torch.tensor([entries[token] for token in (3, 4, 8)]).log_softmax(-1)
+        at = next(t for t, label in enumerate(row["labels"]) if label != -100)
+        with torch.no_grad():
+            own = student(torch.tensor([row["input_ids"]])).logits[0, at - 1].log_softmax(-1)[[3, 4, 8]]
+        divergence = (target.exp() * (target - own)).sum().item()
+        expected += np.exp(-4.0 * row["teacher_mutual_information"][0]) * divergence / len(rows)
+    args = tiny_config(tmp_path, restrict_to_choices=True, disagreement_weight=4.0)
+    _, recorder = run(student, args, cache, tokenizer)
+    assert recorder.logs[0]["loss"] == pytest.approx(expected, rel=1e-4)
+    assert expected < 0.99 * recorder.logs[0]["kl"]
+
+
 def test_a_cache_of_one_teacher_is_refused(rows, tokenizer, tmp_path):
     single = add_teacher_topk(rows, tiny_llama(3), tokenizer, k=6, disable_tqdm=True)
     with pytest.raises(ValueError, match=r"`disagreement_weight=1\.0` weighs by `teacher_mutual_information`"):
