@@ -16,11 +16,12 @@ from safetensors.numpy import load_file, save_file
 
 from ..calibration.partition import LOG_BETAS, PartitionTable
 from ..utils.processes import Share
-from ..vocabulary import HAS_GOLD, IGNORE_INDEX
+from ..vocabulary import IGNORE_INDEX
 from .multiple_choice import MultipleChoiceRows, read_multiple_choice_rows
 from .next_token import next_token_states
 from .posthoc import partition_table
 from .predictions import MultipleChoiceResult, fill_rows, multiple_choice_report
+from .supervised import answered
 
 
 # Entries of which the predictions hold the mass
@@ -216,7 +217,6 @@ def _width(model: Any) -> int:
 
 def _tokenised_rows(dataset: Dataset) -> MultipleChoiceRows:
     prompts, tokens = [], []
-    has_gold = dataset[HAS_GOLD] if HAS_GOLD in dataset.column_names else [True] * len(dataset)
     for i, (ids, labels) in enumerate(zip(dataset["input_ids"], dataset["labels"], strict=True)):
         first = next((at for at, label in enumerate(labels) if label != IGNORE_INDEX and at > 0), None)
         if first is None:
@@ -225,7 +225,7 @@ def _tokenised_rows(dataset: Dataset) -> MultipleChoiceRows:
             )
         prompts.append(list(ids[:first]))
         tokens.append([int(labels[first])])
-    gold = np.where(np.array(has_gold), 0, -1)
+    gold = np.where(answered(dataset), 0, -1)
     names = dataset["id"] if "id" in dataset.column_names else range(len(dataset))
     ids = np.array([str(name) for name in names])
     return MultipleChoiceRows(ids, gold, prompts, tokens, np.zeros(len(dataset), bool))

@@ -12,7 +12,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from ..utils.processes import ALL, Share
-from ..vocabulary import HAS_GOLD, IGNORE_INDEX
+from ..vocabulary import HAS_GOLD, IGNORE_INDEX, TEACHER_HAS_GOLD
 from .next_token import context_length, evaluation_mode
 
 
@@ -69,7 +69,7 @@ def read_supervised_rows(
         raise ValueError(f"`max_length` must be at least 2 (one token to read, one to predict), got {limit}.")
     n_tokens = min(model.get_output_embeddings().weight.shape[0], len(processing_class))
     names = dataset["id"] if "id" in dataset.column_names else range(len(dataset))
-    has_gold = dataset[HAS_GOLD] if HAS_GOLD in dataset.column_names else [True] * len(dataset)
+    has_gold = answered(dataset)
     input_ids, rows, positions, tokens, truncated = [], [], [], [], []
     n_cut = 0
     for i, (ids, labels) in enumerate(zip(dataset["input_ids"], dataset["labels"], strict=True)):
@@ -114,6 +114,15 @@ def read_supervised_rows(
         np.concatenate(positions),
         np.concatenate(tokens),
     )
+
+
+def answered(dataset: Dataset) -> np.ndarray:
+    """Whether the label of each row is an answer, of tokenised rows and of a teacher cache; null means that it is."""
+    found = np.ones(len(dataset), bool)
+    for name in (HAS_GOLD, TEACHER_HAS_GOLD):
+        if name in dataset.column_names:
+            found &= [flag is not False for flag in dataset.with_format(None)[name]]
+    return found
 
 
 def supervised_logits(

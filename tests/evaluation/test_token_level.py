@@ -5,10 +5,11 @@ import copy
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from first_trl import add_teacher_topk
 from first_trl.calibration.temperature import fit_temperature
 from first_trl.evaluation.posthoc import fit_posthoc_temperature
 from first_trl.evaluation.supervised import read_supervised_rows, supervised_logits
@@ -138,6 +139,20 @@ def test_first_tokens_masks_and_prompts_without_answer_are_not_scored(tokenizer)
     assert (report["n"], report["n_rows"], report["n_unlabelled"], report["n_truncated"]) == (4, 4, 2, 0)
     assert report["unit"] == "token"
     assert result.predictions["id"].tolist() == ["0", "0", "2", "2"]
+
+
+def test_fillers_of_a_teacher_cache_are_not_scored(tokenizer):
+    """Its column has another name, and null, as behind other rows that have none, means that there is an answer."""
+    answers = [{"prompt": "w3 w9", "completion": " w4 w6"}, {"prompt": "w5 w7", "completion": None}]
+    cache = add_teacher_topk(Dataset.from_list(answers), tiny_llama(), tokenizer, k=2, disable_tqdm=True)
+    both = concatenate_datasets(
+        [
+            cache.select_columns(["input_ids", "labels", "teacher_has_gold"]),
+            cache.select([0]).select_columns(["input_ids", "labels"]),
+        ]
+    )
+    result = evaluate_token_level(tiny_llama(1), tokenizer, both, disable_tqdm=True)
+    assert result.predictions["row"].tolist() == [0, 0, 0, 2, 2, 2] and result.report["n_unlabelled"] == 1
 
 
 def test_long_rows_lose_their_end_and_are_counted(tokenizer):
