@@ -220,7 +220,7 @@ class AnswerPipeline(Pipeline):
                 example = layout.reorder(given, order)
                 asked.append({**self._encode(example.prompt, example.choices, **scored), "order": order})
             shown = layout.reorder(given, range(len(given["options"])))
-            return {"row": {"asked": asked, "choices": list(shown.choices)}}
+            return {"row": {"asked": asked, "choices": list(shown.choices), "reordered": bool(several)}}
         if permutations:
             raise ValueError("`permutations` needs rows with `question` and `options`, whose prompts `layout` writes.")
         prompt: Any = row
@@ -247,6 +247,7 @@ class AnswerPipeline(Pipeline):
             "row": {
                 "asked": [self._encode(prompt, choices, **scored)],
                 "choices": None if not choices else list(choices),
+                "reordered": False,
             }
         }
 
@@ -298,7 +299,7 @@ class AnswerPipeline(Pipeline):
             scores = iter(_token_scores(self.model, flat, batch_size, temperature))
         answered = [
             {
-                "choices": row["choices"],
+                **row,
                 "temperature": temperature,
                 "asked": [{**asked, **next(scores)} for asked in row["asked"]],
             }
@@ -316,9 +317,10 @@ class AnswerPipeline(Pipeline):
         """Answer and confidence of one prompt."""
         assert self.tokenizer is not None
         choices, asked = outputs["row"]["choices"], outputs["row"]["asked"]
-        row = asked[0]
+        # One order that was drawn is not the one given either
+        row, reordered = asked[0], outputs["row"]["reordered"]
         if isinstance(abstain_below, str):
-            if len(asked) > 1 or row["tokens"] is None:
+            if reordered or row["tokens"] is None:
                 raise ValueError(
                     f"abstain_below={abstain_below!r} is about answers in the order given: the threshold was fitted on such. "
                     "Leave `permutations` out and give `choices`, or give a number."
@@ -341,7 +343,7 @@ class AnswerPipeline(Pipeline):
                 for values in (np.exp(logprobs), shares)
             )
             mass = math.fsum(probabilities)
-            if confidence == "full_vocab" and len(asked) == 1 and "top_token" in row:
+            if confidence == "full_vocab" and not reordered and "top_token" in row:
                 index = row["tokens"].index(row["top_token"]) if row["top_token"] in row["tokens"] else None
                 sure = float(np.exp(row["top_logprob"]))
             else:

@@ -4,6 +4,7 @@ from itertools import permutations
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 
 from first_trl import answer_pipeline, get_task
@@ -110,6 +111,25 @@ def test_the_average_is_that_of_the_orders(model, tokenizer):
     # One order is the layout's prompt itself
     plain = pipe({"prompt": LAYOUT.reorder(row, range(3)).prompt, "choices": [" A", " B", " C"]}, permutations=0)
     assert pipe(row, permutations=0) == plain
+
+
+def test_one_drawn_order_is_read_in_the_order_given(tokenizer):
+    model = tiny_llama(2, vocab_size=len(tokenizer))
+    with torch.no_grad():  # a letter is the most likely of all tokens
+        model.get_output_embeddings().weight[tokenizer.convert_tokens_to_ids(list("ABC"))] *= 6
+    pipe = answer_pipeline(model, tokenizer=tokenizer, layout=LAYOUT, permutations=1)
+    given = ["cork", "anvil", "brick"]
+    for i in range(6):
+        found = []
+        for order in permutations(range(3)):
+            row = {"question": f"which item{i} floats ?", "options": [given[j] for j in order]}
+            answer = pipe(row)
+            assert answer == pipe(row, confidence="choice")
+            assert answer["confidence"] == answer["choices"][answer["index"]] == max(answer["choices"])
+            found.append((row["options"][answer["index"]], answer["confidence"]))
+        assert len(set(found)) == 1
+    with pytest.raises(ValueError, match="about answers in the order given"):
+        pipe(row, abstain_below="max_error=0.05")
 
 
 @pytest.mark.parametrize(
