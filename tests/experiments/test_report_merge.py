@@ -271,6 +271,20 @@ def test_a_missing_arm_is_named_and_does_not_win(study: Path) -> None:
     assert row(text, "`test`, seeds 0, 1, 2 in this order.", "FIRST")[0] == "60.0 / – / 80.0"
 
 
+def test_nothing_wins_where_no_arm_has_every_seed(study: Path) -> None:
+    edit(study / "seed-0", lambda data: [data["results"].pop(name) for name in ("first", "sft_ts")])
+    edit(study / "seed-2", lambda data: [data["results"].pop(name) for name in ("direct", "sft")])
+    (cell,) = merge_runs([study]).cells
+    # Means over seeds 1 and 2 against means over seeds 0 and 1
+    assert cell.best["test"] == {}
+    # A role that one run lacks altogether has fewer seeds
+    for name in ("first", "sft_ts", "teacher", "bayes"):
+        edit(study / "seed-2", lambda data, name=name: data["results"][name].pop("ood"))
+    edit(study / "seed-0", lambda data: data["results"].update(first=data["results"]["direct"]))
+    (cell,) = merge_runs([study]).cells
+    assert cell.best["ood"]["full_vocab"]["accuracy"]["arms"] == ["first"]
+
+
 def test_numbers_that_a_run_lacks_are_missing_not_zero(study: Path) -> None:
     def drop(data: dict[str, Any]) -> None:
         data["results"]["first"]["test"]["full_vocab"]["ece"] = None

@@ -183,9 +183,10 @@ def _best(arms: Mapping[str, Any], results: Mapping[str, Any], role: str) -> dic
                 for name, arm in arms.items()
                 if not arm["reference"] and not arm["swept"] and metric.key in _reading(results, name, role, reading)
             }
-            # A mean over fewer seeds is a mean over other, perhaps easier, worlds
-            full = max((column["n"] for column in columns.values()), default=0)
-            columns = {name: column for name, column in columns.items() if column["n"] == full}
+            # A mean over fewer seeds, or over others, is a mean over other, perhaps easier, worlds
+            every = [_reading(results, name, role, reading).get(metric.key) or {"values": {}} for name in arms]
+            full = {run for summary in every for run in summary["values"]}
+            columns = {name: column for name, column in columns.items() if column["values"].keys() == full}
             if len(columns) < 2:
                 continue
             top = (max if higher else min)(column["mean"] for column in columns.values())
