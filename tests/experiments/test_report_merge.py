@@ -285,6 +285,14 @@ def test_nothing_wins_where_no_arm_has_every_seed(study: Path) -> None:
     assert cell.best["ood"]["full_vocab"]["accuracy"]["arms"] == ["first"]
 
 
+def test_settings_that_only_later_seeds_have_must_agree(tmp_path: Path) -> None:
+    for seed, rate in enumerate((None, 1e-4, 1e-2)):
+        arms = {"sft": KINDS["sft"], **({} if rate is None else {"first": {**KINDS["first"], "learning_rate": rate}})}
+        write_run(tmp_path / f"seed-{seed}", seed, arms=arms)
+    with pytest.raises(ValueError, match=r"seed-1 was run with arms.first.learning_rate = 0.0001, seed-2 with 0.01"):
+        merge_runs([tmp_path])
+
+
 def test_numbers_that_a_run_lacks_are_missing_not_zero(study: Path) -> None:
     def drop(data: dict[str, Any]) -> None:
         data["results"]["first"]["test"]["full_vocab"]["ece"] = None

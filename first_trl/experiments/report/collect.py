@@ -146,7 +146,7 @@ def check_runs(runs: Sequence[FinishedRun]) -> None:
         `ValueError`: Different recipes, bins, settings or arms, or one cell and seed twice.
     """
     first = runs[0]
-    cells: dict[str, FinishedRun] = {}
+    cells: dict[str, list[FinishedRun]] = {}
     seen: dict[tuple[str, int], FinishedRun] = {}
     for run in runs:
         if run.data["recipe"] != first.data["recipe"]:
@@ -163,12 +163,17 @@ def check_runs(runs: Sequence[FinishedRun]) -> None:
         where = f" of {title}" if title else ""
         if (other := seen.setdefault((title, run.seed), run)) is not run:
             raise ValueError(f"{other.name} and {run.name} are both seed {run.seed}{where}: give one of them.")
-        reference = cells.setdefault(title, run)
-        if reference is not run:
-            _check_pair(reference, run)
+        others = cells.setdefault(title, [])
+        # All of them: what the first does not state may differ between later ones
+        for other in others:
+            _check_settings(other, run)
+        others.append(run)
+        shared = (others[0].data["results"].keys() & run.data["results"].keys()) - {BAYES}
+        if not shared and run is not others[0]:
+            raise ValueError(f"{others[0].name} and {run.name} have no arm in common: there is nothing to average.")
 
 
-def _check_pair(reference: FinishedRun, run: FinishedRun) -> None:
+def _check_settings(reference: FinishedRun, run: FinishedRun) -> None:
     """Two seeds of one cell."""
     changed = _first_change(
         {key: value for key, value in reference.recipe.items() if key not in _FREE},
@@ -183,9 +188,6 @@ def _check_pair(reference: FinishedRun, run: FinishedRun) -> None:
             f"{reference.name} was run with {key} = {one!r}, {run.name} with {two!r}: these are different "
             "experiments. Put the key into the recipe's `grid`, or merge them apart."
         )
-    shared = (reference.data["results"].keys() & run.data["results"].keys()) - {BAYES}
-    if not shared:
-        raise ValueError(f"{reference.name} and {run.name} have no arm in common: there is nothing to average.")
 
 
 def _first_change(one: Mapping[str, Any], two: Mapping[str, Any], where: str = "") -> tuple[str, Any, Any] | None:
