@@ -1,5 +1,6 @@
 """Merged reports: every number by hand, every refusal, and the same bytes for the same runs."""
 
+import gzip
 import json
 import re
 import shlex
@@ -291,6 +292,22 @@ def test_settings_that_only_later_seeds_have_must_agree(tmp_path: Path) -> None:
         write_run(tmp_path / f"seed-{seed}", seed, arms=arms)
     with pytest.raises(ValueError, match=r"seed-1 was run with arms.first.learning_rate = 0.0001, seed-2 with 0.01"):
         merge_runs([tmp_path])
+
+
+def test_arms_of_one_label_are_told_apart(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in range(3):
+        edit(study / f"seed-{seed}", lambda data: data["labels"].update(first="STUDENT", direct="STUDENT"))
+    assert main(["report", str(study)]) == 0
+    capsys.readouterr()
+    results = study / "report" / "results.csv.gz"
+    assert main(["report", "--from", str(results), "--metric", "ece", "--role", "test"]) == 0
+    table = capsys.readouterr().out
+    assert "| STUDENT (first) | 3.0 ± 1.0 |" in table and "| STUDENT (direct) | 11.0 ± 1.0 |" in table
+    # Of one that was written before
+    text = gzip.decompress(results.read_bytes()).decode().replace("STUDENT (first)", "STUDENT (direct)")
+    results.write_bytes(gzip.compress(text.encode()))
+    assert main(["report", "--from", str(results)]) == 2
+    assert "is there twice" in capsys.readouterr().err
 
 
 def test_numbers_that_a_run_lacks_are_missing_not_zero(study: Path) -> None:

@@ -27,6 +27,12 @@ def key_title(key: str, method: str | None = None) -> str:
     return _KEY_SYMBOLS.get(key, key.replace("_", " "))
 
 
+def distinct_labels(labels: Mapping[str, str]) -> dict[str, str]:
+    """Arm -> label, with the name of the arm where another one has the same label."""
+    given = list(labels.values())
+    return {name: f"{label} ({name})" if given.count(label) > 1 else label for name, label in labels.items()}
+
+
 def describe_arms(runs: Sequence[FinishedRun]) -> dict[str, dict[str, Any]]:
     """
     Every arm that some run of a cell has, in the order of the tables, the true posterior last.
@@ -56,6 +62,9 @@ def describe_arms(runs: Sequence[FinishedRun]) -> dict[str, dict[str, Any]]:
             "baseline": False,
             "missing": [run.name for run in runs if run not in has],
         }
+    labels = distinct_labels({name: arm["label"] for name, arm in arms.items()})
+    for name, arm in arms.items():
+        arm["label"] = labels[name]
     for sweep in find_sweeps(arms):
         for point in sweep["points"]:
             arms[point["arm"]]["swept"] = True

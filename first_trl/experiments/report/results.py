@@ -60,7 +60,7 @@ def read_results(path: str | Path) -> list[Score]:
     rows = list(csv.reader(io.StringIO(text)))
     if not rows or tuple(rows[0]) != _COLUMNS:
         raise ValueError(f"{path} must have the columns {', '.join(_COLUMNS)}. Make it with `first-trl report DIR`.")
-    scores = []
+    scores: dict[tuple[str, ...], Score] = {}
     for number, row in enumerate(rows[1:], start=2):
         try:
             values = [float(text) if text else None for text in row[len(_KEYS) :]]
@@ -68,8 +68,12 @@ def read_results(path: str | Path) -> list[Score]:
         except ValueError:
             raise ValueError(f"{path}, line {number}: {row} is no row of results.") from None
         cell, run, role, arm = row[: len(_KEYS)]
-        scores.append(Score(cell, run, role, arm, found))
-    return scores
+        if scores.setdefault((cell, run, role, arm), Score(cell, run, role, arm, found)).values is not found:
+            raise ValueError(
+                f"{path}, line {number}: the arm {arm!r} of {run!r} on {role!r} is there twice. Two arms may have one label: "
+                "make the file again with `first-trl report DIR`."
+            )
+    return list(scores.values())
 
 
 def results_table(

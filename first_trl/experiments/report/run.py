@@ -10,7 +10,7 @@ from ...plugins import method_symbol
 from ...utils.files import write_json
 from ...vocabulary import BAYES, BAYES_LABEL, FEW_ROWS
 from ..run_folder import ReportFolder
-from .arms import find_sweeps
+from .arms import distinct_labels, find_sweeps
 from .figures import curve_figure, mass_figure, novelty_figure, risk_coverage_figure, save_figure
 from .markdown import to_markdown
 from .run_content import RunContent, write_run_parts
@@ -59,7 +59,7 @@ def write_report(
         novelty (`dict`, *optional*): Arm -> its fitted temperature by novelty, and how new the evaluated rows are.
         extra (`dict`, *optional*): Further entries of `report.json`, for merged reports and cards.
     """
-    labels = {name: _label(recipe, name) for name in arms}
+    labels = distinct_labels({name: _label(recipe, name) for name in arms})
     figures: dict[str, str] = {}
     report = ReportFolder(folder)
 

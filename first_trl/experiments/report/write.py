@@ -150,11 +150,10 @@ def _pooled(
             left_out.append(arm["label"])
             continue
         confidence, right = (np.concatenate(columns) for columns in zip(*found, strict=True))
-        label = arm["label"] if arm["label"] not in panels else f"{arm['label']} ({name})"
         with warnings.catch_warnings():
             # What it warns of is said about the single runs
             warnings.simplefilter("ignore")
-            panels[label] = calibration_report(confidence, right, n_bins=merged.n_bins)
+            panels[arm["label"]] = calibration_report(confidence, right, n_bins=merged.n_bins)
     return panels, left_out
 
 
