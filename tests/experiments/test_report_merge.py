@@ -272,6 +272,18 @@ def test_a_missing_arm_is_named_and_does_not_win(study: Path) -> None:
     assert row(text, "`test`, seeds 0, 1, 2 in this order.", "FIRST")[0] == "60.0 / – / 80.0"
 
 
+def test_printed_results_tell_an_arm_that_lacks_a_seed(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit(study / "seed-1", lambda data: data["results"].pop("first"))
+    assert main(["report", str(study)]) == 0
+    capsys.readouterr()
+    command = ["report", "--from", str(study / "report" / "results.csv.gz"), "--metric", "accuracy", "--role", "test"]
+    # Also where the arms that have every seed are not shown
+    assert main([*command, "--arm", "FIRST"]) == 0
+    assert "| FIRST | 70.0 ± 14.1 (2 of 3) |" in capsys.readouterr().out
+    assert main(command) == 0
+    assert "| SFT | 60.0 ± 10.0 |" in capsys.readouterr().out
+
+
 def test_nothing_wins_where_no_arm_has_every_seed(study: Path) -> None:
     edit(study / "seed-0", lambda data: [data["results"].pop(name) for name in ("first", "sft_ts")])
     edit(study / "seed-2", lambda data: [data["results"].pop(name) for name in ("direct", "sft")])

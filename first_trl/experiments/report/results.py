@@ -86,8 +86,8 @@ def results_table(
     intervals: bool = False,
 ) -> str:
     """
-    A Markdown table of results: mean ± sample standard deviation over the runs, or with `baselines` mean paired
-    differences, the number of runs in which the arm is better, and ° where the 95 % Student-t interval holds 0.
+    A Markdown table of results: mean ± sample standard deviation over the runs (`2 of 3` where an arm lacks some), or with
+    `baselines` mean paired differences, the number of runs in which the arm is better, and ° where the 95 % Student-t interval holds 0.
 
     Args:
         scores (`Sequence[Score]`): From [`read_results`].
@@ -115,8 +115,10 @@ def results_table(
     columns = [(role, metric) for role in roles or known["role"] for metric in shown]
     cells = list(dict.fromkeys(score.cell for score in scores))
     values: dict[tuple[str, str, str, str], dict[str, float]] = {}
+    runs: dict[tuple[str, str, str], set[str]] = {}
     for score in scores:
         for key, value in score.values.items():
+            runs.setdefault((score.cell, score.role, key), set()).add(score.run)
             values.setdefault((score.cell, score.arm, score.role, key), {})[score.run] = value
     head = [*(["cell"] if len(cells) > 1 else []), "arm", *(["minus"] if baselines else [])]
     lines = [[*head, *(f"{metric.title} `{role}`" for role, metric in columns)]]
@@ -129,7 +131,12 @@ def results_table(
                 for role, metric in columns:
                     ours = values.get((cell, arm, role, metric.key), {})
                     theirs = None if baseline is None else values.get((cell, baseline, role, metric.key), {})
-                    row.append(_text(ours, theirs, metric, intervals))
+                    text = _text(ours, theirs, metric, intervals)
+                    total = len(runs.get((cell, role, metric.key), ()))
+                    # A mean over fewer seeds than its neighbours'; differences say their number anyway
+                    row.append(
+                        f"{text} ({len(ours)} of {total})" if theirs is None and 0 < len(ours) < total else text
+                    )
                 if any(row):
                     lines.append([*([cell] if len(cells) > 1 else []), arm, *([baseline] if baseline else []), *row])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
