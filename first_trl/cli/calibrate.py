@@ -166,16 +166,18 @@ def _check(confidences: Confidences, args: argparse.Namespace) -> tuple[dict[str
         threshold, of = float(args.threshold), ""
     except ValueError:
         # Imported here: a number needs no Hugging Face library
-        from ..tasks.decision_extras import read_decision_extras, stored_threshold
+        from ..tasks.decision_extras import read_decision_extras, stored_temperature, stored_threshold
 
         reading = confidences.definition
         if reading.startswith("column "):
             reading = "full_vocab"  # what answer_pipeline gives unless it is asked for another
         promise = f"max_error={args.max_error:g}"
-        stored = stored_threshold(read_decision_extras(args.threshold), promise, reading)
+        extras = read_decision_extras(args.threshold)
+        stored = stored_threshold(extras, promise, reading)
         assert stored.threshold is not None
         threshold = stored.threshold
-        of = f" of {args.threshold} for {reading} (which answered {100 * stored.coverage:.1f} % of the rows it was fitted on)"
+        of = f" of {args.threshold} for {reading} at temperature {stored_temperature(extras)}"
+        of += f" (which answered {100 * stored.coverage:.1f} % of the rows it was fitted on)"
     if not 0.0 <= threshold <= 1.0:
         raise ValueError(f"--threshold is a confidence from 0 to 1, or a model; got {args.threshold}.")
     check = check_threshold(

@@ -182,10 +182,9 @@ def stored_threshold(
             "and store it with first_trl.tasks.decision_extras.save_thresholds, or give a number."
         )
     if temperature is not None and not _same_temperature(temperature, stored["temperature"]):
-        known = stored["temperature"]
         raise ValueError(
-            f"The thresholds of this model were fitted at temperature {OptionTemperature.from_dict(known) if isinstance(known, dict) else known}, "
-            "not at that of these confidences. Leave `temperature` out, or fit a threshold for it and give the number."
+            f"The thresholds of this model were fitted at temperature {stored_temperature(extras)}, not at that of these confidences. "
+            "Leave `temperature` out, or fit a threshold for it and give the number."
         )
     fitted = (stored.get("scoring", "token"), stored.get("length", "none"))
     if scoring is not None and scoring != fitted:
@@ -202,6 +201,12 @@ def stored_threshold(
     if threshold.threshold is None:
         raise ValueError(f"No threshold keeps {promise} for this model: {threshold.reason}")
     return threshold
+
+
+def stored_temperature(extras: Mapping[str, Any]) -> str:
+    """The temperature that a model's thresholds were fitted at, in words."""
+    known = extras["thresholds"]["temperature"]
+    return str(OptionTemperature.from_dict(known)) if isinstance(known, dict) else f"{known:.4g}"
 
 
 def _same_temperature(used: Any, fitted: Any) -> bool:

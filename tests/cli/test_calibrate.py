@@ -148,11 +148,13 @@ def test_the_threshold_that_a_student_brings(tmp_path, capsys):
 
     confidence = np.linspace(0, 1, 2000)
     made = [fit_threshold(confidence, confidence > limit, max_error=0.1) for limit in (0.5, 0.8)]
-    save_thresholds(tmp_path / "student", {"full_vocab": made[:1], "renormalized": made[1:]})
+    save_thresholds(tmp_path / "student", {"full_vocab": made[:1], "renormalized": made[1:]}, temperature=1.4)
     options = ["--output-dir", str(tmp_path / "out"), "--resamples", "0", "--threshold", str(tmp_path / "student")]
     assert main(["calibrate", fresh(tmp_path / "fresh.csv", 0.2), *options, "--max-error", "0.1"]) == 1
     found = json.loads((tmp_path / "out" / "report.json").read_text())["fresh"]["threshold"]
-    assert found["threshold"] == made[0].threshold and "for full_vocab" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    # A file does not tell the temperature of its confidences
+    assert found["threshold"] == made[0].threshold and "for full_vocab at temperature 1.4 (which" in said
     # What `first-trl evaluate` writes is compared with the threshold for its reading
     rows = [{"probabilities": [0.9, 0.1], "gold": [1.0, 0.0], "options": ["a", "b"]}] * 40
     rows += [{"probabilities": [0.9, 0.1], "gold": [0.6, 0.4], "options": ["a", "b"]}]
