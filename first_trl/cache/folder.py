@@ -57,7 +57,18 @@ def _read_manifest_file(path: Path) -> Manifest:
 
 
 def store_recalibration(folder: str | os.PathLike[str], split: str, method: str, fit: dict[str, Any]) -> None:
-    """Keep a fitted recalibration (value and curve) with the cache, where `recalibration_value=None` finds it."""
+    """
+    Keep a fitted recalibration (value and curve) with the cache, where `recalibration_value=None` finds it.
+
+    Raises:
+        `ValueError`: The fit is one of another method.
+    """
+    own = fit.get("recalibration", {}).get("method", method)
+    if own != method:
+        raise ValueError(
+            f"A fit of {own!r} cannot be stored as {method!r}: a student would train on another rescale than it asks for. "
+            f"Give `method={own!r}`, or fit with `fit_recalibration(..., method={method!r})`."
+        )
     manifest = load_manifest(folder, split)
     manifest.recalibration[method] = fit
     write_atomically(manifest_path(folder, split), manifest.to_json())

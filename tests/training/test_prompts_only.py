@@ -414,6 +414,19 @@ def test_a_fit_stored_behind_the_back_of_a_loaded_cache_is_asked_for(folder, tok
     assert build(load_teacher_cache(folder, "train")).data_collator.recalibration.value == 1.5
 
 
+@pytest.mark.filterwarnings("ignore:Only:UserWarning", "ignore:The chosen:UserWarning")
+def test_a_fit_is_stored_under_its_own_method(folder, tokenizer, tmp_path):
+    """A student that asks for the one method would train on the other."""
+    fit = fit_recalibration(load_teacher_cache(folder, "train"), n_bootstrap=0)
+    with pytest.raises(ValueError, match="fit of 'probability_temperature' cannot be stored as 'logit_temperature'"):
+        store_recalibration(folder, "train", "logit_temperature", fit.to_dict())
+    store_recalibration(folder, "train", "probability_temperature", fit.to_dict())
+    args = tiny_config(tmp_path, recalibration="probability_temperature")
+    cache = load_teacher_cache(folder, "train")
+    trainer = FirstDistillTrainer(tiny_llama(1), args, cache, processing_class=tokenizer)
+    assert trainer.data_collator.recalibration == fit.recalibration
+
+
 def test_the_fit_of_the_labelled_rows_holds_for_the_prompts_of_the_same_teacher(folder, tokenizer, tmp_path):
     fit = {"recalibration": {"method": "logit_temperature", "value": 1.5}}
     store_recalibration(folder, "train", "logit_temperature", fit)
