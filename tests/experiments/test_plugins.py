@@ -190,6 +190,8 @@ def changing(tmp_path):
     return run
 
 
+# Quick is the same of the other plugins, below
+@pytest.mark.slow
 def test_rows_of_a_task_whose_code_was_changed_are_made_again(changing, tmp_path):
     changing("--stage", "data")
     assert "data: done before, kept" in changing("--stage", "data")

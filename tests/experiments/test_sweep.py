@@ -108,6 +108,8 @@ def test_jobs_of_a_recipe_with_one_seed(capsys):
     assert "this recipe names fewer than two" in capsys.readouterr().err
 
 
+# Quick is a kill of one run, in test_pipeline.py
+@pytest.mark.slow
 def test_killed_at_five_random_moments(recipe, whole, tmp_path):
     """Each attempt is killed somewhere; the one that is left alone ends with the report of an undisturbed sweep."""
     command, log = ["run", recipe, *TINY, "--output-dir", str(tmp_path / "run")], tmp_path / "log.txt"
