@@ -166,6 +166,8 @@ def test_combine_and_save(tmp_path: Path) -> None:
     assert json.loads(Path(path).read_text())["ece"] == result["ece"]
 
 
+# Quick: batches of one process, in test_properties.py
+@pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     rows, labels = rng.dirichlet([1, 1, 1], 40), rng.integers(0, 3, 40)

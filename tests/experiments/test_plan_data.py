@@ -197,10 +197,9 @@ def test_cache_of_commonsense_qa_is_a_slice_scaled_up(data_folder, gpt2, tmp_pat
     assert cache.bytes == pytest.approx(measured, rel=0.2)
 
 
-# The quick test of CommonsenseQA has k = 5 in 16 bits too
-@pytest.mark.parametrize(
-    ("k", "dtype"), [pytest.param(5, "float16", marks=pytest.mark.slow), pytest.param(10, "float32")]
-)
+# Quick is the test of CommonsenseQA
+@pytest.mark.slow
+@pytest.mark.parametrize(("k", "dtype"), [(5, "float16"), (10, "float32")])
 def test_cache_of_alpaca_is_a_slice_scaled_up(data_folder, gpt2, tmp_path, k, dtype):
     torch.set_num_threads(1)
     path = data_folder / "alpaca_5000" / "alpaca_5000.json.gz"

@@ -173,6 +173,8 @@ assert main(["run", "my_questions", "--smoke", "hub={namespace: alice, private: 
 """
 
 
+# Quick are the names and the privacy, below, and pushes, in test_share.py
+@pytest.mark.slow
 def test_what_is_pushed_has_another_name_and_is_private(tmp_path):
     with HubServer(tmp_path / "hub") as hub:
         run_client(PUSH, hub)

@@ -35,7 +35,7 @@ def cache(tokenizer, tmp_path_factory):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("estimator", ["bucket", "sampled"])
+@pytest.mark.parametrize("estimator", ["bucket", pytest.param("sampled", marks=pytest.mark.slow)])
 def test_a_sibling_comes_closer_to_its_teacher(estimator, tokenizer, cache, tmp_path):
     args = tiny_config(tmp_path, estimator=estimator, max_steps=12, learning_rate=3e-4, packing=True, max_length=192)
     _, recorded = run(str(DATA / "babyllama105_b"), args, cache, tokenizer)
