@@ -18,7 +18,7 @@ from datasets import Dataset, Features, List, Value
 from ..calibration.distribution import soft_label
 from ..tasks.answers import answer_token_ids_of_rows
 from ..tasks.encode import encode_prompts, filler_token_id, template_columns
-from ..utils.versions import code_version
+from ..utils.versions import versioned
 from ..vocabulary import HAS_GOLD, IGNORE_INDEX, NO_ENTRY, TARGET_PROBS, TARGET_VOTES, TEACHER_HAS_GOLD
 from .manifest import tokenizer_fingerprint
 from .schema import (
@@ -187,7 +187,7 @@ def _map(dataset: Dataset, make: Any, choice_ids: list[list[int]], extra: dict[s
         }
     )
     found = dataset.with_format("arrow").map(
-        _make_table,
+        versioned(_make_table),
         batched=True,
         with_indices=True,
         remove_columns=dataset.column_names,
@@ -196,8 +196,6 @@ def _map(dataset: Dataset, make: Any, choice_ids: list[list[int]], extra: dict[s
             "make": make,
             "choices": _Lists.of(choice_ids),
             "width": max(map(len, choice_ids)),
-            # datasets names a result after its function and arguments, and an imported function by its name alone
-            "version": code_version((__name__,)),
             "schema": features.arrow_schema,
         },
         desc="Targets over the choices",
@@ -215,7 +213,6 @@ def _make_table(
     make: Any,
     choices: _Lists,
     width: int,
-    version: str,
     schema: pa.Schema,
 ) -> pa.Table:
     columns: dict[str, list[Any]] = {name: [] for name in schema.names}

@@ -7,7 +7,6 @@ label is scored), and gathered again afterwards. The trainer's collator reads ro
 fetching those costs a tenth of fetching nested lists.
 """
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from ..cache.schema import (
     gold_flags,
 )
 from ..plugins import estimator_target
-from ..utils.versions import code_version
+from ..utils.versions import versioned
 from ..vocabulary import IGNORE_INDEX, TEACHER_HAS_GOLD
 
 
@@ -72,28 +71,23 @@ def align(
         num_proc (`int`, *optional*):
             Processes of the `map` calls.
     """
-    # datasets names a result after its function and arguments, and an imported function by its name alone
     options: dict[str, Any] = {"batched": True}
-    version = code_version(("first_trl.training.alignment",))
     if isinstance(dataset, Dataset):
         options["num_proc"] = num_proc
     # "bfd_split" cuts long rows into pieces that all stay
     window = (None if packing_strategy == "bfd_split" else max_length, truncation_mode)
+    cut = {"columns": columns, "window": window}
     dataset = dataset.select_columns([INPUT_IDS, LABELS, *columns]).with_format("arrow")
     if packing_strategy is None:
-        return dataset.map(
-            partial(_align_table, columns=columns, window=window, version=version), **options
-        ).with_format(None)
+        return dataset.map(versioned(_align_table), fn_kwargs=cut, **options).with_format(None)
     if max_length is None:
         raise ValueError("Packing needs `max_length`, the length rows are packed to.")
-    dataset = dataset.map(partial(_spread, columns=columns, window=window, version=version), **options).with_format(
-        None
-    )
+    dataset = dataset.map(versioned(_spread), fn_kwargs=cut, **options).with_format(None)
     if shuffle_seed is not None:
         dataset = dataset.shuffle(seed=shuffle_seed)
     map_kwargs = {"num_proc": num_proc} if isinstance(dataset, Dataset) else {}
     dataset = pack_dataset(dataset, max_length, packing_strategy, map_kwargs).with_format("arrow")
-    return dataset.map(partial(_gather, columns=columns, version=version), **options).with_format(None)
+    return dataset.map(versioned(_gather), fn_kwargs={"columns": columns}, **options).with_format(None)
 
 
 def count_cuts(dataset: Dataset, max_length: int | None, truncation_mode: str) -> tuple[int, int]:
@@ -120,13 +114,11 @@ def _window(offsets: np.ndarray, max_length: int | None, mode: str) -> tuple[np.
     return np.maximum(starts, ends - max_length), ends
 
 
-def _align_table(
-    table: pa.Table, columns: tuple[str, ...], window: tuple[int | None, str], version: str = ""
-) -> pa.Table:
+def _align_table(table: pa.Table, columns: tuple[str, ...], window: tuple[int | None, str]) -> pa.Table:
     return _gather(_spread(table, columns, window), columns)
 
 
-def _spread(table: pa.Table, columns: tuple[str, ...], window: tuple[int | None, str], version: str = "") -> pa.Table:
+def _spread(table: pa.Table, columns: tuple[str, ...], window: tuple[int | None, str]) -> pa.Table:
     """Cut the rows and give every token of them its entry, null where there is none."""
     offsets, input_ids = list_column(table, INPUT_IDS)
     _, label_values = list_column(table, LABELS)
@@ -160,7 +152,7 @@ def _spread(table: pa.Table, columns: tuple[str, ...], window: tuple[int | None,
     return pa.table(arrays, names=[INPUT_IDS, LABELS, *columns])
 
 
-def _gather(table: pa.Table, columns: tuple[str, ...], version: str = "") -> pa.Table:
+def _gather(table: pa.Table, columns: tuple[str, ...]) -> pa.Table:
     """Inverse of `_spread`, for packed rows too, with inner lists flattened."""
     offsets, label_values = list_column(table, LABELS)
     labels = np.array(label_values)

@@ -13,7 +13,6 @@ from first_trl.teacher.conversations import writable_columns
 from first_trl.teacher.padding import remove_padding
 from first_trl.teacher.prepare import prepare_rows
 from first_trl.teacher.text_cells import text_columns
-from first_trl.training import alignment
 from first_trl.training.alignment import align, count_cuts, entry_columns
 from first_trl.utils import versions
 from first_trl.utils.versions import code_version
@@ -159,7 +158,7 @@ def test_rows_that_another_version_of_the_code_aligned_are_aligned_again(tmp_pat
 
     before = names()
     assert len(before) == 2 and names() == before
-    monkeypatch.setattr(alignment, "code_version", lambda modules: "another")
+    monkeypatch.setattr(versions, "code_version", lambda modules: "another")
     assert not names() & before
 
 

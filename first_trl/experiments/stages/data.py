@@ -29,15 +29,17 @@ def data_units(run: RunContext) -> list[Unit]:
     """
     recipe, task = run.recipe, run.recipe.task
     tokenizer, revision = recipe.tokenizer_source
+    # Each is read once: roles are slices of one file as a rule
+    files = {
+        path: path_fingerprint(path) for path in {task.path, *(_path(run, spec) for spec in task.splits.values())}
+    }
     common = {
-        "task": [dataclasses.replace(task, splits={}), path_fingerprint(task.path)],
+        "task": [dataclasses.replace(task, splits={}), files[task.path]],
         "seed": recipe.seed,
         "tokenizer": [path_fingerprint(tokenizer), revision],
     }
     keys = {
-        role: content_key(
-            {**common, "split": spec, "files": path_fingerprint(_path(run, spec)), **_code(spec.task or task.name)}
-        )
+        role: content_key({**common, "split": spec, "files": files[_path(run, spec)], **_code(spec.task or task.name)})
         for role, spec in task.splits.items()
     }
     used = used_roles(recipe)
@@ -81,7 +83,7 @@ def used_roles(recipe: Recipe) -> list[str]:
 
 def yielding_roles(recipe: Recipe) -> list[str]:
     """Roles that lose the rows of which they hold copies: those that are used, and what models from scratch read first."""
-    return list(dict.fromkeys([*used_roles(recipe), *(role for role in ("pretrain",) if role in recipe.task.splits)]))
+    return list(dict.fromkeys([*used_roles(recipe), *(["pretrain"] if "pretrain" in recipe.task.splits else [])]))
 
 
 def honest_roles(recipe: Recipe) -> list[str]:
@@ -197,8 +199,8 @@ def check_rows(recipe: Recipe, rows: Mapping[str, Dataset]) -> None:
                 f"arms.{name}.soft_label_weight: the rows of {without[0]!r} have no soft labels. Give them a column "
                 f"`{TARGET_PROBS}` or `{TARGET_VOTES}` (tasks custom and system_one), or leave the key out."
             )
-    for role in {"train", "validation"} & rows.keys():
-        if all(completion is None for completion in rows[role]["completion"]):
+    for role in ("train", "validation"):
+        if role in rows and all(completion is None for completion in rows[role]["completion"]):
             raise ValueError(
                 f"The rows of {role!r} have no answers. Train and choose on rows with answers; further prompts go into a "
                 "role of their own, which an arm names in `data`."
