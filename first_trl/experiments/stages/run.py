@@ -64,18 +64,29 @@ def one_at_a_time(folders: list[Path]) -> Iterator[None]:
         yield
 
 
-def _run_all(recipe: Recipe, runs: list[Recipe], stage: str | None) -> Path:
-    for report_to in {run.report_to for run in runs}:
-        check_reporting(report_to)
-    # Every training ends with collections that walk over all modules loaded so far, which takes longer than the training
-    # of a tiny model
+@contextmanager
+def _loaded_modules_frozen() -> Iterator[None]:
+    """
+    Every training ends with collections that walk over all modules loaded so far, which takes longer than the training of a
+    tiny model. Where the caller has frozen objects, it is left as it is: Python unfreezes all or none.
+    """
+    if gc.get_freeze_count():
+        yield
+        return
     gc.collect()
     gc.freeze()
     try:
-        for run in runs:
-            _run_one(run, stage)
+        yield
     finally:
         gc.unfreeze()
+
+
+def _run_all(recipe: Recipe, runs: list[Recipe], stage: str | None) -> Path:
+    for report_to in {run.report_to for run in runs}:
+        check_reporting(report_to)
+    with _loaded_modules_frozen():
+        for run in runs:
+            _run_one(run, stage)
     merged = merged_folder(recipe)
     if merged is None:
         return runs[0].folder
