@@ -3,12 +3,10 @@
 import json
 import os
 import re
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import is_peft_model
-from huggingface_hub import CommitOperationDelete, HfApi
 from transformers import is_wandb_available
 
 from .._trl_compat import (
@@ -30,8 +28,6 @@ from .options import CARD_OPTIONS
 
 
 _STUDENT = "This student"
-# Of which transformers and peft take one form before another
-_WEIGHTS = re.compile(r"adapter_(config\.json|model.*)|(model|pytorch_model)\b.*\.(safetensors|bin)(\.index\.json)?")
 
 
 class ModelCardMixin:
@@ -79,29 +75,6 @@ class ModelCardMixin:
             dataset_id=dataset_id,
             split=split,
         )
-
-    def push_to_hub(self, *args: Any, token: str | None = None, revision: str | None = None, **kwargs: Any) -> Any:
-        """
-        As `Trainer.push_to_hub`; weights of an earlier push in another form, such as an adapter below full weights, are
-        deleted, since they would be loaded in place of the new ones. That waits for the upload, also with `blocking=False`.
-        """
-        trainer: Any = self
-        pushed = super().push_to_hub(*args, token=token, revision=revision, **kwargs)  # type: ignore[misc]
-        if not trainer.is_world_process_zero():
-            return pushed
-        if isinstance(pushed, Future):
-            pushed.result()
-        api = HfApi(token=token or trainer.args.hub_token)
-        where = {"repo_id": trainer.hub_model_id, "revision": revision or trainer.args.hub_revision}
-        here = {path.name for path in Path(trainer.args.output_dir).iterdir()}
-        earlier = [name for name in api.list_repo_files(**where) if _WEIGHTS.fullmatch(name) and name not in here]
-        if earlier:
-            api.create_commit(
-                operations=[CommitOperationDelete(name) for name in earlier],
-                commit_message="Delete the weights of an earlier push",
-                **where,
-            )
-        return pushed
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

@@ -8,14 +8,11 @@ are. DeepSpeed keeps float32 masters of its own. Weights stay in 16 bits only wi
 (`BIT16_OPTIMIZERS`), which carries what was rounded away to the next step, or with an optimizer object of one's own.
 """
 
-import re
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
 from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import TrainerCallback
@@ -91,8 +88,7 @@ def restore_frequencies(model: torch.nn.Module) -> int:
 
 class MasterWeightsMixin:
     """
-    Float32 master weights, a warning where updates are rounded away, and saved weights that are the ones that will be
-    loaded, for a subclass of [`~trl.SFTTrainer`].
+    Float32 master weights, and a warning where updates are rounded away, for a subclass of [`~trl.SFTTrainer`].
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -115,15 +111,6 @@ class MasterWeightsMixin:
             )
         if not deepspeed and optimizer not in BIT16_OPTIMIZERS:
             trainer.add_callback(RoundedUpdatesCallback())
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        trainer: Any = self
-        if trainer.args.should_save and not is_peft_model(trainer.accelerator.unwrap_model(trainer.model)):
-            # Of an earlier training into the folder: `from_pretrained` would take it in place of the weights
-            for earlier in Path(output_dir or trainer.args.output_dir).glob("adapter_*"):
-                if re.fullmatch(r"adapter_(config\.json|model\..*)", earlier.name):
-                    earlier.unlink()
-        super()._save(output_dir, state_dict)  # type: ignore[misc]
 
 
 class RoundedUpdatesCallback(TrainerCallback):

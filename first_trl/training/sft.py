@@ -18,6 +18,7 @@ from .collator import LabelTargetCollator, label_targets
 from .fused_head import FusedHeadMixin, head_size, refuse_resized
 from .options import TrainerOptions, check_options
 from .precision import MasterWeightsMixin
+from .saved_weights import SavedWeightsMixin
 from .token_dropout import TokenDropoutMixin
 from .token_means import TokenMeansMixin
 
@@ -133,7 +134,7 @@ def _start(tokenizer: Any, ids: list[int]) -> str:
     return " ".join(tokenizer.convert_ids_to_tokens(ids[:4])) + " ..."
 
 
-class FirstSFTTrainer(MasterWeightsMixin, FusedHeadMixin, TokenMeansMixin, TokenDropoutSFTTrainer):
+class FirstSFTTrainer(MasterWeightsMixin, SavedWeightsMixin, FusedHeadMixin, TokenMeansMixin, TokenDropoutSFTTrainer):
     """
     [`~trl.SFTTrainer`] under the conditions of [`FirstDistillTrainer`]: float32 master weights, held-out means over
     tokens, token dropout, and on request the same fused loss. A step makes the gradient that `SFTTrainer` makes.

@@ -36,6 +36,7 @@ from .collator import DataCollatorForDistillation
 from .config import FirstDistillConfig
 from .fused_head import FusedHeadMixin, head_size, refuse_resized
 from .precision import MasterWeightsMixin
+from .saved_weights import SavedWeightsMixin
 from .served_text import check_served_text
 from .streaming import verify_stream
 from .token_dropout import TokenDropoutMixin
@@ -46,7 +47,13 @@ logger = get_logger(__name__)
 
 
 class FirstDistillTrainer(  # type: ignore[misc]  # TRL's signature
-    ModelCardMixin, TokenDropoutMixin, MasterWeightsMixin, FusedHeadMixin, TokenMeansMixin, SFTTrainer
+    ModelCardMixin,
+    TokenDropoutMixin,
+    MasterWeightsMixin,
+    SavedWeightsMixin,
+    FusedHeadMixin,
+    TokenMeansMixin,
+    SFTTrainer,
 ):
     """
     Trainer for trustworthy distillation from a teacher cache (FIRST, [arXiv
