@@ -121,7 +121,8 @@ def answered(dataset: Dataset) -> np.ndarray:
     found = np.ones(len(dataset), bool)
     for name in (HAS_GOLD, TEACHER_HAS_GOLD):
         if name in dataset.column_names:
-            found &= [flag is not False for flag in dataset.with_format(None)[name]]
+            flags = dataset.with_format(None)[name]
+            found &= np.array([flag is None or bool(flag) for flag in flags], bool)
     return found
 
 

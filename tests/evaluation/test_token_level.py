@@ -155,6 +155,20 @@ def test_fillers_of_a_teacher_cache_are_not_scored(tokenizer):
     assert result.predictions["row"].tolist() == [0, 0, 0, 2, 2, 2] and result.report["n_unlabelled"] == 1
 
 
+@pytest.mark.parametrize("numbers", [[0, 1], [0.0, None]])
+def test_has_gold_in_numbers_is_read_as_such(tokenizer, numbers):
+    """As CSV and pandas make them."""
+    rows = Dataset.from_dict({"input_ids": [[5, 6, 7]] * 2, "labels": [[-100, 6, 7]] * 2, "has_gold": numbers})
+    result = evaluate_token_level(tiny_llama(1), tokenizer, rows, disable_tqdm=True)
+    assert result.predictions["row"].tolist() == [1, 1] and result.report["n_unlabelled"] == 1
+
+
+def test_a_dataset_without_rows_is_refused(tokenizer):
+    rows = Dataset.from_list([{"input_ids": [5, 6], "labels": [-100, 6], "has_gold": True}]).select([])
+    with pytest.raises(ValueError, match="nothing to score"):
+        evaluate_token_level(tiny_llama(1), tokenizer, rows, disable_tqdm=True)
+
+
 def test_long_rows_lose_their_end_and_are_counted(tokenizer):
     rows = Dataset.from_list(
         [
