@@ -274,6 +274,7 @@ def test_the_delimiter_is_the_one_that_the_harness_tells_of(tmp_path, delimiter,
     texts = [f"{'' if chat else delimiter}{choice}" for choice in (" abcd", " ef")]
     row["arguments"] = {f"gen_args_{j}": {"arg_0": "Q", "arg_1": text} for j, text in enumerate(texts)}
     results = {"configs": {task: {"target_delimiter": delimiter}}, "chat_template": "{{ messages }}" if chat else None}
+    results["lm_eval_version"] = "0.4.9"
     log = tmp_path / f"samples_{task}_{time}.jsonl"
     log.write_text(json.dumps(row) + "\n")
     (tmp_path / f"results_{time}.json").write_text(json.dumps(results))
@@ -281,6 +282,18 @@ def test_the_delimiter_is_the_one_that_the_harness_tells_of(tmp_path, delimiter,
     (from_log,) = read_confidences(log, reading="acc_norm")
     (in_process,) = read_harness_results({**results, "samples": {task: [row]}})[task]
     assert from_log.confidence.tolist() == in_process.confidences("acc_norm").confidence.tolist() == [right]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_chat_template_of_an_old_harness_leaves_the_delimiter(kept):
+    """lm-eval 0.4.3 to 0.4.5 scored `" abcd"` in a chat too and 0.4.6 to 0.4.8 `"abcd"`; neither logs its version."""
+    row = sample(0, ([-1.0, -30.0], [0, 0], ["abcd", "ef"], 0), metrics=False) | {"target": "0", "acc_norm": 1.0}
+    texts = [f"{' ' if kept else ''}{choice}" for choice in ("abcd", "ef")]
+    row["arguments"] = {f"gen_args_{j}": {"arg_0": "Q", "arg_1": text} for j, text in enumerate(texts)}
+    results = {"configs": {"arc_easy": {"target_delimiter": " "}}, "chat_template": "{{ messages }}"}
+    (samples,) = read_harness_results({**results, "samples": {"arc_easy": [row]}})["arc_easy"]
+    right = choice_scores([-1.0, -30.0], definition="length_normalized", lengths=[4, 2])[0]
+    assert samples.confidences("acc_norm").confidence.tolist() == [right]
 
 
 def broken(change):

@@ -163,8 +163,9 @@ def table_harness_samples(table: Table, *, filter: str | None = None) -> list[Ha
 def _delimiter(results: Mapping[str, Any], task: str) -> str:
     config = results.get("configs", {}).get(task, {})
     prefix = config.get("gen_prefix") or ""
-    if results.get("chat_template") and (not prefix or prefix[-1].isspace()):
-        return ""  # the answer begins a turn
+    # The answer begins a turn. Versions before 0.4.6 put the delimiter there too; before 0.4.9 none is written down
+    if results.get("chat_template") and "lm_eval_version" in results and (not prefix or prefix[-1].isspace()):
+        return ""
     return str(config.get("target_delimiter", " "))
 
 
