@@ -116,10 +116,13 @@ class Custom(MultipleChoice):
         question = required(row, "question")
         if not isinstance(question, str):
             raise ValueError(f"the question is {question!r}, not a text")
-        # pandas writes 1.0 for 1 where other rows leave the column empty, and in another file the group is 1
-        group = re.sub(r"^(-?\d+)\.0$", r"\1", optional_text(row, "group"))
-        example = self.fill(question, texts, gold, group=group)
+        example = self.fill(question, texts, gold, group=optional_text(row, "group"))
         return replace(example, target_probs=soft)
+
+    def fill(self, question: str, texts: list[str], gold: int, group: str = "") -> Example:
+        # pandas writes 1.0 for 1 where other rows leave the column empty, and in another file the group is 1. Here, so that
+        # a template with {group} makes the same prompt of a row that is asked later
+        return super().fill(question, texts, gold, re.sub(r"^(-?\d+)\.0$", r"\1", group))
 
 
 def _refuse_whole_floats(rows: list[dict[str, Any]], path: str | None) -> None:

@@ -104,7 +104,8 @@ class MultipleChoice(Task):
         """A row of this task (`question`, `options`, `gold`, `group`) with its options in another order."""
         gold = int(row.get("gold", -1))
         texts = [row["options"][i] for i in order]
-        return self.fill(row["question"], texts, list(order).index(gold) if gold >= 0 else -1, row.get("group") or "")
+        gold = list(order).index(gold) if gold >= 0 else -1
+        return self.fill(row["question"], texts, gold, optional_text(row, "group"))
 
     def forms(self, row: dict[str, Any]) -> list[dict[str, Any]]:
         if not self.permutations or not has_free_order(row.get("kind")):

@@ -269,3 +269,11 @@ def test_a_numbered_group_is_the_same_beside_an_empty_cell(tmp_path, kind):
     train, test = (get_task("custom").load(split, path=str(tmp_path)).dataset for split in ("train", "test"))
     assert (train["group"][:], test["group"][:]) == (["1", "2", ""], ["1", "12", "3"])
     assert drop_overlap(train, test, by="group")[1] == 1
+
+
+@pytest.mark.parametrize("group", ["2.0", 2.0, 0])
+def test_a_group_in_the_prompt_is_the_same_in_a_row_that_is_asked_later(tmp_path, group):
+    row = {"question": "Q?", "A": "x", "B": "y", "answer": "A", "group": group}
+    task = get_task("custom", template="Chapter {group}: {question}\n{choices}\nAnswer:")
+    trained = task.load("train", path=write(tmp_path, json.dumps(row), "train.jsonl")).dataset[0]
+    assert task.reorder({"question": "Q?", "options": ["x", "y"], "group": group}, [0, 1]).prompt == trained["prompt"]
