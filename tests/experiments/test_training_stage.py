@@ -1,5 +1,6 @@
 """A training of the pipeline: what loggers write outlives the checkpoints, and a logger that is missing is named."""
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,8 +13,10 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from first_trl.experiments.recipe import ModelSpec
 from first_trl.experiments.run_folder import RunFolder, TrainingFolder
+from first_trl.experiments.stages.context import RunContext
 from first_trl.experiments.stages.teachers import base_model
 from first_trl.experiments.stages.training import check_reporting, load_trained, train_sft, training_arguments
+from first_trl.tasks import get_task
 from first_trl.training.config import FirstDistillConfig
 from tests.support.tiny import tiny_llama, tiny_rows, tiny_tokenizer
 
@@ -157,3 +160,22 @@ def test_a_model_of_the_hub_stays_the_commit_that_a_run_began_with(tmp_path, mon
     named = ModelSpec(name_or_path="someone/base", init_kwargs={**where, "revision": second})
     assert begins_like(base(spec=named), 2) and begins_like(base(folder="other run"), 2)
     assert begins_like(base("teacher"), 1), "the same model is the student's and the teacher's"
+
+
+def test_the_tokenizer_of_a_local_run_asks_the_hub_for_nothing(tmp_path, monkeypatch):
+    """The task has rows on the Hub, of which this run reads none."""
+    asked = []
+    monkeypatch.setattr("transformers.utils.hub.hf_api", lambda: asked.append("the Hub"))
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    recipe = SimpleNamespace(
+        task=SimpleNamespace(name="arc", options={}, path=None, revision=None),
+        tokenizer=None,
+        tokenizer_source=(str(tmp_path / "model"), None),
+        capture=SimpleNamespace(target="vocabulary"),
+        seed=0,
+    )
+    run = SimpleNamespace(recipe=recipe, folder=RunFolder(tmp_path / "run"), is_main=True)
+    run.data_revision = partial(RunContext.data_revision, run)
+    assert RunContext.tokenizer(run).get_vocab() == tiny_tokenizer().get_vocab() and asked == []
+    # Where the rows are the Hub's, it is asked
+    assert RunContext.data_revision(run, get_task("arc"), None, None) is None and asked == ["the Hub"]

@@ -53,10 +53,12 @@ class RunContext:
             name, revision = recipe.teacher.name_or_path, recipe.teacher.init_kwargs.get("revision")
             return AutoTokenizer.from_pretrained(name, revision=run_commit(self, name, revision))
         task = get_task(recipe.task.name, **recipe.task.options)
-        data = self.data_revision(task, recipe.task.path, recipe.task.revision)
-        tokenizer = task.tokenizer(path=recipe.task.path, revision=data, seed=recipe.seed)
-        if recipe.tokenizer is None and tokenizer is not None:
-            return tokenizer
+        # Others than these ask the Hub nothing: the rows may all be local
+        if recipe.tokenizer is None and type(task).tokenizer is not Task.tokenizer:
+            data = self.data_revision(task, recipe.task.path, recipe.task.revision)
+            tokenizer = task.tokenizer(path=recipe.task.path, revision=data, seed=recipe.seed)
+            if tokenizer is not None:
+                return tokenizer
         if name is None:
             raise ValueError(
                 f"Task {recipe.task.name!r} brings no tokenizer, and the model it would come from is made from scratch: name one with the "
