@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, TypeVar
@@ -159,14 +160,23 @@ def _sources(file: Path, package: str | None) -> set[Path]:
 def _imports(path: Path, root: Path) -> Iterator[list[Any]]:
     """Folder and dotted parts of what a file imports, but for what is installed with the file and has versions."""
     installed = root.name in ("site-packages", "dist-packages")
+    for level, name in _imported_names(path.read_bytes()):
+        parts = name.split(".")
+        if level or not (installed or parts[0] == __name__.split(".")[0]):
+            yield [path.parents[level - 1] if level else root, *parts]
+
+
+@cache  # A run asks several times for every arm, and a large package takes a second to parse
+def _imported_names(source: bytes) -> list[tuple[int, str]]:
+    """Number of leading dots and dotted name of each import."""
     try:
-        nodes = list(ast.walk(ast.parse(path.read_bytes())))
+        nodes = list(ast.walk(ast.parse(source)))
     except SyntaxError:  # a file of a package that nobody imports
-        return
+        return []
+    found = []
     for node in nodes:
         level = node.level if isinstance(node, ast.ImportFrom) else 0
         within = f"{node.module}." if isinstance(node, ast.ImportFrom) and node.module else ""
         for alias in node.names if isinstance(node, ast.Import | ast.ImportFrom) else ():
-            parts = (within + alias.name).split(".")
-            if level or not (installed or parts[0] == __name__.split(".")[0]):
-                yield [path.parents[level - 1] if level else root, *parts]
+            found.append((level, within + alias.name))
+    return found

@@ -1,5 +1,7 @@
 """A recipe that names a user's task, estimator, recalibration, teacher backend and report metric, up to its report."""
 
+import ast
+import importlib
 import json
 import os
 import re
@@ -16,6 +18,7 @@ from huggingface_hub import ModelCard
 
 from first_trl.cli import main
 from first_trl.experiments.share.cards import write_student_cards
+from first_trl.utils.registry import Registry
 from first_trl.utils.resources import recipe_path
 from tests.support.registrations import registered_only_here
 
@@ -218,6 +221,20 @@ def test_files_that_a_plugin_imports_from_beside_it_are_part_of_its_code(changin
     (tmp_path / "shared" / "gold.py").write_text('GOLD = " even", (" even", " odd"), 0\n')
     assert "made again" in changing("--stage", "data")
     assert set(Dataset.load_from_disk(str(tmp_path / "run" / "data" / "rows" / "test"))["gold"]) == {0}
+
+
+def test_code_is_parsed_once_for_all_that_asks_for_it(tmp_path, monkeypatch):
+    """Every unit of a run asks, and a package may have hundreds of files."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "parsed_once.py").write_text("import beside_it\n\n\nclass Mine:\n    pass\n")
+    (tmp_path / "beside_it.py").write_text("VALUE = 1\n")
+    registry, parsed = Registry("thing", {}), []
+    registry.register("mine")(importlib.import_module("parsed_once").Mine)
+    monkeypatch.setattr("ast.parse", lambda *args, parse=ast.parse: parsed.append(args) or parse(*args))
+    before = registry.code("mine")
+    assert registry.code("mine") == before and len(parsed) == 2
+    (tmp_path / "beside_it.py").write_text("VALUE = 2\n")
+    assert registry.code("mine") != before and len(parsed) == 3
 
 
 def under_other_names(text):
