@@ -191,6 +191,10 @@ def add_teacher_topk(
     tokenized, cut_counts = _cut(tokenized, processing_class, max_length, truncation_mode, num_proc)
     rows, counts = usable_rows(tokenized, backend.max_length, num_tokens)
 
+    if watch := getattr(backend, "watch", None):
+        # The longest of a few beginnings: cheap beside a batch, and fine-tuning changes a model most there
+        first = rows.select(range(min(8, len(rows))))[INPUT_IDS]
+        watch(max((list(ids[:128]) for ids in first), key=len))
     teacher_entry, backend_entry = backend.describe()
     manifest = Manifest(
         teacher=teacher_entry,

@@ -178,18 +178,19 @@ def test_a_model_that_differs_on_the_rows_alone_is_noticed_by_one_of_them(serve,
     with torch.no_grad():
         near.get_input_embeddings().weight[100:] += 1.0  # ids that no probe of arbitrary ones has
     server = serve(model())
+    told = {"input_ids": [3, 100, 5, 101, 7, 102] * 2, "labels": [-100] * 11 + [102]}
+    data = Dataset.from_list([told, *tiny_rows(8, vocab_size=TOKENS)])
+    options = {"max_rows_per_batch": 2, "shard_size": 2, "output_dir": tmp_path / "near"}
     backend = VLLMBackend(server.url, concurrency=1)
-    backend.watch([3, 100, 5, 101, 7, 102])
     server.script = [None, None, lambda: setattr(server, "model", near)]
     with pytest.raises(ValueError, match="Another model answers at"):
-        add_teacher_topk(
-            rows(), backend, tokenizer(), max_rows_per_batch=2, shard_size=2, output_dir=tmp_path / "near"
-        )
+        add_teacher_topk(data, backend, tokenizer(), **options)
+    # Nor does it go on with what the first one began
+    with pytest.raises(ValueError, match="Another model answers at"):
+        add_teacher_topk(data, VLLMBackend(server.url), tokenizer(), **options)
     server.model = model()
-    cache = add_teacher_topk(
-        rows(), backend, tokenizer(), output_dir=tmp_path / "near", max_rows_per_batch=2, shard_size=2
-    )
-    same_values(cache, add_teacher_topk(rows(), VLLMBackend(server.url), tokenizer(), output_dir=tmp_path / "plain"))
+    cache = add_teacher_topk(data, VLLMBackend(server.url), tokenizer(), **options)
+    same_values(cache, add_teacher_topk(data, VLLMBackend(server.url), tokenizer(), output_dir=tmp_path / "plain"))
 
 
 def shard_bytes(folder):

@@ -128,8 +128,6 @@ def _served_teacher(run: RunContext, teacher: Teacher, url: str, **options: Any)
         rows = probe_rows(run.folder.load_tokens("train"))
         own = token_logprobs(place(base_model(run, "teacher")), rows)
         check_served({"input_ids": rows, "base_logprobs": own, "logprobs": own}, server, url, how)
-    if rows := probe_rows(run.folder.load_tokens("train")):
-        server.watch(max(rows, key=len)[: server.max_length])
     return server
 
 

@@ -21,6 +21,9 @@ class TeacherBackend(Protocol):
 
     An engine that waits for others more than it computes can have the attribute `concurrency` (`int`): that many calls
     of `score` are then under way at a time, each in a thread of its own. Without it there is one, in the caller's thread.
+
+    An engine whose model can be exchanged while it runs can have a method `watch(row)`: a capture gives it the beginning of
+    one of its rows, by which it should tell the models apart.
     """
 
     head_size: int | None

@@ -118,20 +118,22 @@ class VLLMBackend:
             "name": self._root.rstrip("/").rsplit("/", 1)[-1] if local else self._root,
             "revision": None,
             "weights_digest": "served:" + hashlib.blake2b(self._root.encode(), digest_size=8).hexdigest(),
-            "probe_logprobs": self._probe,
+            "probe_logprobs": [*(self._probe or []), *(self._watched[1] if self._watched else [])],
         }
         backend = {"name": "vllm", "version": self._version, "dtype": None, "quantization": None}
         return teacher, backend
 
     def confirm(self, teacher: dict[str, Any]) -> None:
         """Raises `ValueError` unless the server answers the probe as it did when the capture began."""
-        self._check_probe(teacher.get("probe_logprobs") or [])
+        found = teacher.get("probe_logprobs") or []
+        probe, row = found[: len(_PROBE) - 1], found[len(_PROBE) - 1 :]
+        self._check_probe(probe)
+        if row and self._watched:  # an earlier version noted the probe alone
+            self._check_same(self._watched[1], row)
 
     def watch(self, row: list[int]) -> None:
-        """
-        Send this row with every request from now on, beside the probe: on arbitrary ids, two fine-tunings of a model, such
-        as an adapter and that of an earlier epoch, may be too near each other to be told apart.
-        """
+        # Beside the probe: on arbitrary ids, two fine-tunings of a model, such as an adapter and that of an earlier epoch,
+        # may be too near each other to be told apart
         self._watched = row, self.token_logprobs([row])[0]
 
     def token_logprobs(self, prompts: list[list[int]]) -> list[list[float]]:
