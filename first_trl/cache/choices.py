@@ -258,7 +258,7 @@ def _make_table(
             share = np.zeros(width, np.float32)
             share[: len(order)] = row.soft[order]
             values[SOFT_LABELS] = [share]
-        if row.information is not None:
+        if MUTUAL_INFORMATION in columns:
             values[MUTUAL_INFORMATION] = row.information
         for name, value in values.items():
             columns[name].append(value)
@@ -286,7 +286,8 @@ def _restricted(
         found = np.maximum(found - np.logaddexp.reduce(found), LOG_ZERO)
         own = None if soft is None else np.array(soft.row(number))
         # The answer is the first of the positions
-        information = None if batch.mutual_information is None else batch.mutual_information[entry : entry + 1]
+        information = batch.information(i)
+        information = None if information is None else information[:1]
         rows.append(
             _Row(
                 batch.input_ids[text], labels, choices, found, batch.cache_ids[i], bool(batch.has_gold[i]), own, information

@@ -8,7 +8,8 @@ A prompt without an answer is a row too. Its label is a filler that stands where
 `teacher_has_gold` is false; the column exists only where some row has no answer, and null means that there is one.
 
 The cache of a committee of M teachers holds the mean of their distributions, and in `teacher_mutual_information` how far they
-disagree: the entropy of the mean minus the mean of their entropies, over the full vocabulary, in nats; 0 to log M.
+disagree: the entropy of the mean minus the mean of their entropies, over the full vocabulary, in nats; 0 to log M. It is null
+in rows of one teacher that were put together with such.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 
 from ..vocabulary import IGNORE_INDEX, TEACHER_HAS_GOLD
@@ -158,8 +160,15 @@ class CacheBatch:
     digests: np.ndarray
     has_gold: np.ndarray
     draws: "DrawBatch | None" = None
+    informed: np.ndarray | None = None
     information_offsets: np.ndarray | None = None
     mutual_information: np.ndarray | None = None
+
+    def information(self, row: int) -> np.ndarray | None:
+        """Disagreement of the committee at each supervised position of a row; `None` for a row of one teacher."""
+        if self.informed is None or self.information_offsets is None or self.mutual_information is None:
+            return None
+        return self.mutual_information[slice(*self.information_offsets[row : row + 2])] if self.informed[row] else None
 
     @classmethod
     def from_arrow(cls, table: pa.Table) -> "CacheBatch":
@@ -168,9 +177,13 @@ class CacheBatch:
         entry_offsets, topk = list_column(table, TOPK_IDS)
         logprob_offsets, logprobs = list_column(table, TOPK_LOGPROBS)
         tail_offsets, tail = flat_column(table, TAIL_LOGPROB)
-        information_offsets, information = (
-            flat_column(table, MUTUAL_INFORMATION) if MUTUAL_INFORMATION in table.column_names else (None, None)
-        )
+        informed = information_offsets = information = None
+        if MUTUAL_INFORMATION in table.column_names and table.column(MUTUAL_INFORMATION).null_count < table.num_rows:
+            found = column(table, MUTUAL_INFORMATION)
+            informed = np.asarray(found.is_valid())
+            if found.null_count and hasattr(found, "offsets"):
+                found = pc.fill_null(found, pa.scalar([], found.type))
+            information_offsets, information = flat_column(pa.table({MUTUAL_INFORMATION: found}), MUTUAL_INFORMATION)
         return cls(
             input_ids=input_ids,
             labels=labels,
@@ -188,6 +201,7 @@ class CacheBatch:
             digests=flat_values(column(table, ROW_DIGEST)),
             has_gold=gold_flags(table),
             draws=DrawBatch.from_arrow(table) if DRAW_IDS in table.column_names else None,
+            informed=informed,
             information_offsets=information_offsets,
             mutual_information=information,
         )
@@ -204,9 +218,6 @@ class CacheBatch:
         for row in range(self.num_rows):
             e0, e1 = self.entry_offsets[row : row + 2]
             l0, l1 = self.logprob_offsets[row : row + 2]
-            information = self.mutual_information
-            if information is not None and self.information_offsets is not None:
-                information = information[slice(*self.information_offsets[row : row + 2])]
             digests[row] = row_digest(
                 self.input_ids[self.offsets[row] : self.offsets[row + 1]],
                 self.labels[self.label_offsets[row] : self.label_offsets[row + 1]],
@@ -216,7 +227,7 @@ class CacheBatch:
                 self.cache_ids[row],
                 None if self.draws is None else self.draws.row(row),
                 bool(self.has_gold[row]),
-                information,
+                self.information(row),
             )
         return digests
 
@@ -323,6 +334,12 @@ def gold_flags(table: pa.Table) -> np.ndarray:
             f"`{TEACHER_HAS_GOLD}` has type {flags.type} instead of bool; capture or pull the cache again."
         )
     return flags.fill_null(True).to_numpy(zero_copy_only=False)
+
+
+def count_of_one_teacher(dataset: Dataset) -> int:
+    """Rows without a disagreement of teachers, of a dataset that has its column."""
+    tables = dataset.select_columns([MUTUAL_INFORMATION]).with_format("arrow").iter(batch_size=10_000)
+    return sum(table.column(0).null_count for table in tables)
 
 
 def count_without_gold(dataset: Dataset) -> int:

@@ -21,6 +21,7 @@ from ..cache.schema import (
     MUTUAL_INFORMATION,
     SOFT_LABELS,
     TEACHER_COLUMNS,
+    count_of_one_teacher,
     count_without_gold,
     refuse_transform,
 )
@@ -281,6 +282,12 @@ class FirstDistillTrainer(  # type: ignore[misc]  # TRL's signature
             extra: tuple[str, ...] = (TEACHER_HAS_GOLD,) if lacks_gold else ()
             extra += tuple(name for name in (CHOICE_INDEX, SOFT_LABELS) if name in columns)
             if args.disagreement_weight and MUTUAL_INFORMATION in columns:
+                if map_style and (single := count_of_one_teacher(dataset)):
+                    raise ValueError(
+                        f"`disagreement_weight={args.disagreement_weight}` weighs by `{MUTUAL_INFORMATION}`, which {single} rows "
+                        f"of the {dataset_name} dataset do not have: they are of one teacher. Train on those of a committee "
+                        "alone, or leave it at 0."
+                    )
                 extra += (MUTUAL_INFORMATION,)
             _check_choices(args, extra)
             dataset = align(

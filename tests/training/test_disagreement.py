@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
-from first_trl import add_teacher_topk
+from first_trl import add_teacher_topk, restrict_to_choices, verify_teacher_cache
 from first_trl.losses import sparse_kl_reference
 from tests.support.tiny import run, tiny_config, tiny_llama, tiny_rows, tiny_tokenizer
 
@@ -103,6 +103,34 @@ def test_targets_over_the_choices_are_weighted_too(tokenizer, tmp_path):
     _, recorder = run(student, args, cache, tokenizer)
     assert recorder.logs[0]["loss"] == pytest.approx(expected, rel=1e-4)
     assert expected < 0.99 * recorder.logs[0]["kl"]
+
+
+@pytest.mark.parametrize("restricted", ["before", "after", None])
+def test_rows_of_one_teacher_beside_those_of_a_committee(tokenizer, tmp_path, restricted):
+    """They are trained on as they are; what teachers disagree by is not known of them."""
+    rows = [
+        {"prompt": f"w{5 + i} w6 w{9 + i}", "completion": " w3", "choices": [" w3", " w4", " w8"], "gold": 0}
+        for i in range(8)
+    ]
+    caches = [
+        add_teacher_topk(Dataset.from_list(some), teacher, tokenizer, k=24, logprob_dtype="float32", disable_tqdm=True)
+        for some, teacher in ((rows[:4], tiny_llama(3)), (rows[4:], [tiny_llama(3), tiny_llama(4)]))
+    ]
+    if restricted == "before":
+        caches = [restrict_to_choices(cache, tokenizer) for cache in caches]
+    both = concatenate_datasets(caches)
+    verify_teacher_cache(both, tokenizer)
+    options = {"max_steps": 1, "restrict_to_choices": restricted == "after"}
+    _, recorder = run(tiny_llama(0), tiny_config(tmp_path, **options), both, tokenizer)
+    parts = [run(tiny_llama(0), tiny_config(tmp_path, **options), part, tokenizer)[1] for part in caches]
+    assert recorder.logs[0]["loss"] == pytest.approx(np.mean([part.logs[0]["loss"] for part in parts]), rel=1e-4)
+    with pytest.raises(ValueError, match="4 rows of the train dataset do not have: they are of one teacher"):
+        run(tiny_llama(0), tiny_config(tmp_path, disagreement_weight=1.0, **options), both, tokenizer)
+    # In place of a value that was there, null is noticed
+    lost = both.to_dict()
+    lost["teacher_mutual_information"][5] = None
+    with pytest.raises(ValueError, match=r"[Rr]ow 5"):
+        verify_teacher_cache(Dataset.from_dict(lost, both.features), tokenizer)
 
 
 def test_a_cache_of_one_teacher_is_refused(rows, tokenizer, tmp_path):
