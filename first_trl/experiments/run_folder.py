@@ -14,7 +14,7 @@ Words of a run, one meaning each:
 
 ```
 recipe.yaml                         the recipe of this run, with every default
-commits.json                        commits of what comes from the Hub as it is, and that stay the run's
+commits.json                        commits of what comes from the Hub, which stay those of the run
 data/                               counts.json, rows/ROLE, tokens/ROLE
 base/teacher, base/student          models before fine-tuning, where the run makes them
 teacher[-NAME][/fold-I]             fine-tuned teachers

@@ -14,7 +14,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from first_trl.experiments.recipe import ModelSpec
 from first_trl.experiments.run_folder import RunFolder, TrainingFolder
 from first_trl.experiments.stages.context import RunContext
-from first_trl.experiments.stages.teachers import base_model
+from first_trl.experiments.stages.teachers import base_model, base_units
 from first_trl.experiments.stages.training import check_reporting, load_trained, train_sft, training_arguments
 from first_trl.tasks import get_task
 from first_trl.training.config import FirstDistillConfig
@@ -160,6 +160,15 @@ def test_a_model_of_the_hub_stays_the_commit_that_a_run_began_with(tmp_path, mon
     named = ModelSpec(name_or_path="someone/base", init_kwargs={**where, "revision": second})
     assert begins_like(base(spec=named), 2) and begins_like(base(folder="other run"), 2)
     assert begins_like(base("teacher"), 1), "the same model is the student's and the teacher's"
+    # So is one that the run makes of it
+    cut = ModelSpec(name_or_path="someone/base", init_kwargs=where, keep_layers=1)
+    run = SimpleNamespace(
+        recipe=SimpleNamespace(student=cut, teacher=spec, seed=0), role_keys={"train": "rows"}, keys={}, folder=RunFolder(tmp_path / "run"), is_main=True,
+        tokenizer=tiny_tokenizer,
+    )  # fmt: skip
+    (unit,) = [unit for unit in base_units(run) if unit.name == "base/student"]
+    unit.work(tmp_path / "run" / unit.name)
+    assert begins_like(base_model(run, "student"), 1)
 
 
 def test_the_tokenizer_of_a_local_run_asks_the_hub_for_nothing(tmp_path, monkeypatch):

@@ -102,7 +102,7 @@ def base_units(run: RunContext) -> Iterator[Unit]:
 
 def _make_base(run: RunContext, role: str, path: Path) -> None:
     folder = run.folder.base(role)
-    spec, tokenizer = getattr(run.recipe, role), run.tokenizer()
+    spec, tokenizer = _pinned(run, role), run.tokenizer()
     model = make_model(spec, tokenizer, run.recipe.seed, role)
     if spec.pretrain is not None:
         train_sft(run.recipe, model, tokenizer, run.folder.load_tokens("pretrain"), spec.pretrain, folder)
@@ -111,14 +111,20 @@ def _make_base(run: RunContext, role: str, path: Path) -> None:
         tokenizer.save_pretrained(folder.model)
 
 
+def _pinned(run: RunContext, role: str) -> ModelSpec:
+    """A model with the commit that its name stands for in this run, as its tokenizer has."""
+    spec: ModelSpec = getattr(run.recipe, role)
+    asked = {"revision": None, **spec.init_kwargs}
+    if spec.name_or_path is not None and (commit := run_commit(run, spec.name_or_path, **asked)):
+        return replace(spec, init_kwargs={**spec.init_kwargs, "revision": commit})
+    return spec
+
+
 def base_model(run: RunContext, role: str) -> Any:
     """Teacher or student before fine-tuning."""
     spec = getattr(run.recipe, role)
     if spec.used_as_it_is:
-        asked = {"revision": None, **spec.init_kwargs}
-        if commit := run_commit(run, spec.name_or_path, **asked):
-            spec = replace(spec, init_kwargs={**spec.init_kwargs, "revision": commit})
-        return make_model(spec, None, run.recipe.seed, role)
+        return make_model(_pinned(run, role), None, run.recipe.seed, role)
     # By its whole path: adapters keep it, and are loaded from other working folders too
     return load_trained(TrainingFolder(run.folder.base(role).path.resolve()), spec, lambda: None)
 
