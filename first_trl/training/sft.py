@@ -5,15 +5,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from accelerate.utils import is_peft_model
+from datasets import Dataset
 from torch.utils.data import DataLoader
 from trl import SFTTrainer
 
 from .._trl_compat import get_dataset_column_names, prepare_as_sft_trainer
 from ..cache.schema import INPUT_IDS, LABELS
+from ..evaluation.supervised import answered
 from ..losses.head import check_causal
 from ..tasks.conversation import CHAT_TEMPLATE_KWARGS, answered_text, render, row_arguments
 from ..tasks.encode import encode_texts
-from ..vocabulary import IGNORE_INDEX
+from ..vocabulary import HAS_GOLD, IGNORE_INDEX, TEACHER_HAS_GOLD
 from .collator import LabelTargetCollator, label_targets
 from .fused_head import FusedHeadMixin, head_size, refuse_resized
 from .options import TrainerOptions, check_options
@@ -37,7 +39,7 @@ class TokenDropoutSFTTrainer(TokenDropoutMixin, SFTTrainer):
             Token put in place, see [`replacement_token`].
 
     Raises:
-        `ValueError`: A text would be read with a doubled begin token.
+        `ValueError`: A text would be read with a doubled begin token, or the label of tokenised rows is no answer.
 
     Warns:
         When conversations are trained on as another text, or with other labels, than a teacher is captured on.
@@ -53,6 +55,7 @@ class TokenDropoutSFTTrainer(TokenDropoutMixin, SFTTrainer):
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
+        _refuse_fillers(dataset, dataset_name)
         if formatting_func is None:
             _check_front(dataset, getattr(processing_class, "tokenizer", processing_class), args, dataset_name)
         prepared = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
@@ -132,6 +135,24 @@ def _check_conversations(
 
 def _start(tokenizer: Any, ids: list[int]) -> str:
     return " ".join(tokenizer.convert_ids_to_tokens(ids[:4])) + " ..."
+
+
+def _refuse_fillers(dataset: Any, dataset_name: str) -> None:
+    """Raises `ValueError` for tokenised rows, such as those of a teacher cache, of which some have no answer."""
+    columns = get_dataset_column_names(dataset)
+    flags = [name for name in (HAS_GOLD, TEACHER_HAS_GOLD) if name in columns]
+    if LABELS not in columns or not flags:
+        return
+    # The rows of a stream are not counted, as those of a teacher cache with hard labels are not
+    lacking = int((~answered(dataset)).sum()) if isinstance(dataset, Dataset) else None
+    if lacking != 0:
+        count = "some" if lacking is None else f"{lacking} of {len(dataset)}"
+        raise ValueError(
+            f"Fine-tuning needs an answer in every row, and {count} rows of the {dataset_name} dataset have none "
+            f"(`{flags[0]}` is false): their label is a filler. Leave them out: "
+            f"`dataset.filter(lambda answered: answered is not False, input_columns=[{flags[0]!r}])`, and of a stream "
+            f"`.remove_columns({flags!r})` too."
+        )
 
 
 class FirstSFTTrainer(MasterWeightsMixin, SavedWeightsMixin, FusedHeadMixin, TokenMeansMixin, TokenDropoutSFTTrainer):

@@ -9,6 +9,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
+from first_trl import add_teacher_topk
+from first_trl.tasks import tokenize_rows
 from first_trl.teacher.prepare import prepare_rows
 from first_trl.training.sft import FirstSFTTrainer
 from tests.support.families import CHAT, MARKED, THINKING, TOOLS, family_tokenizer
@@ -85,6 +87,28 @@ def test_adapters(tokenizer, tmp_path):
     _, ours = train(FirstSFTTrainer, tiny_llama(), tokenizer, tmp_path, lora=lora, fused_loss=True)
     for name, gradient in theirs.gradients[1].items():
         torch.testing.assert_close(ours.gradients[1][name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_rows_without_an_answer_are_refused(stream, tokenizer, tmp_path):
+    """Their labels are fillers: a student would learn to say them."""
+    answers = [{"prompt": f"w{5 + i} w9", "completion": None if i == 2 else " w4"} for i in range(4)]
+    cache = add_teacher_topk(Dataset.from_list(answers), tiny_llama(), tokenizer, k=2, disable_tqdm=True)
+    tokens = tokenize_rows(Dataset.from_list(answers[:2]), tokenizer, supervise="answer_position").dataset
+
+    def train(rows):
+        args = SFTConfig(
+            str(tmp_path), max_steps=1, report_to="none", bf16=False, use_cpu=True, gradient_checkpointing=False
+        )
+        rows = rows.to_iterable_dataset() if stream else rows
+        FirstSFTTrainer(tiny_llama(), args=args, train_dataset=rows, processing_class=tokenizer).train()
+
+    for rows, count, name in ((cache, "1 of 4", "teacher_has_gold"), (tokens, "2 of 2", "has_gold")):
+        count = "some" if stream else count
+        with pytest.raises(ValueError, match=f"{count} rows of the train dataset have none .`{name}` is false"):
+            train(rows)
+    answered = cache.filter(lambda answered: answered is not False, input_columns=["teacher_has_gold"])
+    train(answered.remove_columns(["teacher_has_gold"]) if stream else answered)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
