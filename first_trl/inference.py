@@ -8,17 +8,18 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Column, Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .calibration.conditional import OptionTemperature
+from .calibration.temperature import check_temperature
 from .evaluation.choice_scoring import bare_context, check_length, choice_lengths, choice_logprobs
 from .evaluation.loading import load_model
 from .evaluation.next_token import context_length, cut_to_length, next_token_states
 from .evaluation.novelty_scaling import NoveltyScaling
 from .tasks import get_task
-from .tasks.answers import answer_token_ids, choice_token_ids
+from .tasks.answers import answer_token_ids, choice_texts, choice_token_ids
 from .tasks.decision_extras import read_decision_extras, read_temperature, stored_threshold
 from .tasks.encode import encode_texts, prompt_texts, template_columns
 from .tasks.multiple_choice import MultipleChoice
@@ -130,9 +131,8 @@ class AnswerPipeline(Pipeline):
         permutations: int | None = None,
         new_above: float | None = None,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        plain = temperature if isinstance(temperature, int | float) else 1.0
-        if not (plain > 0.0 and np.isfinite(plain)):
-            raise ValueError(f"`temperature` must be a finite number above 0, got {temperature}.")
+        if temperature is not None and not isinstance(temperature, OptionTemperature | NoveltyScaling):
+            temperature = check_temperature(temperature)
         if not (abstain_below is None or isinstance(abstain_below, str) or 0.0 <= abstain_below <= 1.0):
             raise ValueError(f"`abstain_below` must be a probability from 0 to 1, got {abstain_below}.")
         if new_above is not None and not 0.0 <= new_above <= 1.0:
@@ -146,7 +146,7 @@ class AnswerPipeline(Pipeline):
             layout = get_task(layout)
         if layout is not None and not isinstance(layout, MultipleChoice):
             raise ValueError(f"`layout` must be a task with lettered options, such as commonsense_qa; got {layout!r}.")
-        if permutations is not None and (isinstance(permutations, bool) or permutations < 0):
+        if permutations is not None and not (type(permutations) is int and permutations >= 0):
             raise ValueError(f"`permutations` must be a whole number from 0, got {permutations}.")
         steps = (
             {
@@ -168,7 +168,7 @@ class AnswerPipeline(Pipeline):
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Answers of the inputs, see the class."""
-        if isinstance(inputs, Dataset | tuple):
+        if isinstance(inputs, Dataset | Column | np.ndarray | tuple):
             inputs = list(inputs)
         if _is_conversation(inputs):
             inputs = {"prompt": inputs}
@@ -227,7 +227,9 @@ class AnswerPipeline(Pipeline):
         if isinstance(row, Mapping):
             if "prompt" not in row:
                 raise ValueError(f"A row needs a 'prompt'; this one has {', '.join(row) or 'nothing'}.")
-            prompt, choices = row["prompt"], row.get("choices") or choices
+            own = row.get("choices")
+            # Rows of free text have an empty list
+            prompt, choices = row["prompt"], choices if own is None or not len(own) else own
         if not isinstance(prompt, str):
             if not _is_conversation(prompt):
                 raise ValueError(
@@ -240,13 +242,12 @@ class AnswerPipeline(Pipeline):
             )
         if not prompt:
             raise ValueError("The prompt is empty: there is nothing to answer.")
-        if isinstance(choices, str):
-            raise ValueError(f"`choices` is a list of texts, got the text {choices!r}.")
+        choices = None if choices is None else choice_texts(choices, "this prompt") or None
         # One entry, so that a batch is a list of rows whatever their lengths
         return {
             "row": {
                 "asked": [self._encode(prompt, choices, **scored)],
-                "choices": None if not choices else list(choices),
+                "choices": choices,
                 "reordered": False,
             }
         }
@@ -269,7 +270,7 @@ class AnswerPipeline(Pipeline):
         if scoring == "choices":
             if not choices:
                 raise ValueError('scoring="choices" compares texts; give `choices`.')
-            _, (tokens,) = choice_token_ids(self.tokenizer, [prompt], [list(choices)], ["this prompt"])
+            _, (tokens,) = choice_token_ids(self.tokenizer, [prompt], [choices], ["this prompt"])
             limit = None if limit is None else limit - max(map(len, tokens))
             lengths = {name: values[0] for name, values in choice_lengths([choices], [tokens]).items()}
             if not lengths.get(length, np.ones(1)).all():
@@ -277,7 +278,7 @@ class AnswerPipeline(Pipeline):
             bare = bare_context(self.tokenizer, "") if length == "unconditional" else None
             whole = {"lengths": lengths.get(length), "bare": bare}
         elif choices:
-            tokens = answer_token_ids(self.tokenizer, prompt, list(choices))
+            tokens = answer_token_ids(self.tokenizer, prompt, choices)
         (ids,), (cut,) = cut_to_length(encode_texts(self.tokenizer, [prompt]), limit, self.tokenizer.all_special_ids)
         if cut:
             warnings.warn(
@@ -351,7 +352,7 @@ class AnswerPipeline(Pipeline):
                 sure = float((shares if confidence == "renormalized" else probabilities)[index])
             probabilities = probabilities.tolist()
             answer = None if index is None else choices[index]
-        abstained = abstain_below is not None and sure < abstain_below
+        abstained = abstain_below is not None and bool(sure < abstain_below)
         return {
             "answer": None if abstained else answer,
             "index": index,

@@ -16,7 +16,7 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 
 from ..calibration.distribution import soft_label
-from ..tasks.answers import answer_token_ids_of_rows
+from ..tasks.answers import answer_token_ids_of_rows, choice_texts
 from ..tasks.encode import encode_prompts, filler_token_id, template_columns
 from ..utils.versions import versioned
 from ..vocabulary import HAS_GOLD, IGNORE_INDEX, NO_ENTRY, TARGET_PROBS, TARGET_VOTES, TEACHER_HAS_GOLD
@@ -391,10 +391,11 @@ def _choice_ids(dataset: Dataset, processing_class: Any) -> list[list[int]]:
         )
     if processing_class is None:
         raise ValueError("Give the tokenizer as `processing_class`: the choices are texts.")
+    dataset = dataset.with_format(None)
     for row, choices in enumerate(dataset["choices"]):
-        if not choices or not all(isinstance(choice, str) for choice in choices):
+        if not choice_texts(choices, f"Row {row}"):
             _fail(row, f"`choices` must be a list of texts, got {choices!r}.")
-    return answer_token_ids_of_rows(processing_class, dataset.with_format(None))
+    return answer_token_ids_of_rows(processing_class, dataset)
 
 
 def _soft_labels(dataset: Dataset, choice_ids: list[list[int]]) -> list[np.ndarray]:

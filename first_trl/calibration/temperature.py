@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,19 @@ class TemperatureFit:
     def from_dict(cls, data: Mapping[str, Any]) -> "TemperatureFit":
         """Inverse of `to_dict`."""
         return cls(**data)
+
+
+def check_temperature(temperature: Any) -> float:
+    """A temperature as a `float`. Raises `ValueError` for what is no finite number above 0, such as a whole fit."""
+    if isinstance(temperature, bool) or not isinstance(temperature, Real):
+        raise ValueError(
+            f"`temperature` must be a finite number above 0, got {type(temperature).__name__}"
+            + (": give its `.temperature`." if isinstance(temperature, TemperatureFit) else f" {temperature!r}.")
+        )
+    value = float(temperature)
+    if not (value > 0.0 and math.isfinite(value)):
+        raise ValueError(f"`temperature` must be a finite number above 0, got {temperature}.")
+    return value
 
 
 def _check(logits: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:

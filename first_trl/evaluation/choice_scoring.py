@@ -12,7 +12,8 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from ..tasks.answers import choice_token_ids
+from ..calibration.temperature import check_temperature
+from ..tasks.answers import choice_texts, choice_token_ids, plain_rows
 from ..tasks.encode import encode_prompts, prompt_texts, template_columns
 from ..utils.adapters import adds_virtual_tokens, begins_in_the_text
 from ..utils.processes import ALL, Share
@@ -173,17 +174,17 @@ def score_choices(
         raise ValueError("The dataset is empty: there is no row to score. Check the split and its filters.")
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-    if not (temperature > 0.0 and np.isfinite(temperature)):
-        raise ValueError(f"`temperature` must be a finite number above 0, got {temperature}.")
+    temperature = check_temperature(temperature)
+    dataset = plain_rows(dataset)
     prompts = prompt_texts(
         processing_class, dataset["prompt"], chat_template_kwargs=chat_template_kwargs, **template_columns(dataset)
     )
-    choices = [list(row) for row in dataset["choices"]]
     gold = gold_indices(dataset["gold"][:])
     ids = [str(name) for name in (dataset["id"] if "id" in dataset.column_names else range(len(dataset)))]
-    for name, row, answer in zip(ids, choices, gold, strict=True):
-        if not row or not -1 <= answer < len(row):
-            raise ValueError(f"Row {name} has gold = {answer} but {len(row)} choices; -1 marks a hidden answer.")
+    choices = [choice_texts(texts, f"Row {name}") for name, texts in zip(ids, dataset["choices"], strict=True)]
+    for name, texts, answer in zip(ids, choices, gold, strict=True):
+        if not texts or not -1 <= answer < len(texts):
+            raise ValueError(f"Row {name} has gold = {answer} but {len(texts)} choices; -1 marks a hidden answer.")
     prompt_ids, choice_ids = choice_token_ids(processing_class, prompts, choices, [f"Row {name}" for name in ids])
     limit = context_length(model) if max_length is None else max_length
     contexts, truncated = [], []

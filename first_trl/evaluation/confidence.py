@@ -9,6 +9,7 @@ when divided by the length.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -179,18 +180,24 @@ class Confidences:
         )
 
 
-def gold_indices(gold: Sequence[int]) -> np.ndarray:
+def gold_indices(gold: Sequence[int | None]) -> np.ndarray:
     """
-    The column `gold` of a multiple-choice dataset as int64: index of the right choice, -1 where hidden.
+    The column `gold` of a multiple-choice dataset as int64: index of the right choice, -1 where hidden (also for null).
 
     Raises:
-        `ValueError`: for a boolean, which would be read as the first or second choice.
+        `ValueError`: for a boolean, which would be read as the first or second choice; for a text or a fraction.
     """
     if (row := first_boolean(gold)) is not None:
         raise ValueError(
             f"Row {row} has a boolean as `gold`: it must be the index of the right choice, -1 where hidden."
         )
-    return np.array(gold, dtype=np.int64)
+    known = [-1 if index is None else index for index in gold]
+    for row, index in enumerate(known):
+        if not isinstance(index, Real) or not float(index).is_integer():
+            raise ValueError(
+                f"Row {row} has {index!r} as `gold`: it must be the index of the right choice, counted from 0, -1 where hidden."
+            )
+    return np.array(known, dtype=np.int64)
 
 
 def answers_to_confidences(

@@ -10,7 +10,8 @@ import torch
 from datasets import Dataset
 
 from ..calibration.conditional import OptionTemperature
-from ..tasks.answers import answer_token_ids_of_rows, question_kinds
+from ..calibration.temperature import check_temperature
+from ..tasks.answers import answer_token_ids_of_rows, choice_texts, plain_rows, question_kinds
 from ..tasks.encode import encode_prompts, template_columns
 from ..utils.processes import Share
 from .confidence import gold_indices
@@ -96,9 +97,9 @@ def evaluate_multiple_choice(
     ```
     """
     by_options = temperature if isinstance(temperature, OptionTemperature) else None
-    scaling = None if by_options is not None or isinstance(temperature, int | float) else temperature
+    scaling = temperature if hasattr(temperature, "of_states") else None
     if by_options is None and scaling is None:
-        _check_temperature(temperature)
+        temperature = check_temperature(temperature)
     if top_k < 1:
         raise ValueError(f"`top_k` must be at least 1, got {top_k}.")
     rows = read_multiple_choice_rows(
@@ -194,8 +195,9 @@ def read_multiple_choice_rows(
         raise ValueError(f"The dataset lacks the columns {missing}; it has {dataset.column_names}.")
     if len(dataset) == 0:
         raise ValueError("The dataset is empty: there is no row to evaluate. Check the split and its filters.")
+    dataset = plain_rows(dataset)
     gold = gold_indices(dataset["gold"][:])
-    n_choices = np.array([len(choices) for choices in dataset["choices"]])
+    n_choices = np.array([len(choice_texts(choices, f"Row {row}")) for row, choices in enumerate(dataset["choices"])])
     outside = np.flatnonzero((gold >= n_choices) | (gold < -1))
     if outside.size:
         row = int(outside[0])
@@ -254,8 +256,3 @@ def _token_groups(
             )
         groups.append(row_groups)
     return groups
-
-
-def _check_temperature(temperature: Any) -> None:
-    if not (temperature > 0.0 and np.isfinite(temperature)):
-        raise ValueError(f"`temperature` must be a finite number above 0, got {temperature}.")

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 
 from ..calibration.intervals import clustered_intervals
+from ..calibration.temperature import check_temperature
 from ..utils.processes import Share
 from .confidence import Confidences
 from .predictions import brier_scores, mean_scores, plugin_scores
@@ -113,8 +114,7 @@ def evaluate_token_level(
     >>> evaluate_token_level(model, tokenizer, rows).report["full_vocab"]["ece"]
     ```
     """
-    if not np.isfinite(temperature) or temperature <= 0.0:
-        raise ValueError(f"`temperature` must be a positive number, got {temperature}.")
+    temperature = check_temperature(temperature)
     rows = read_supervised_rows(model, processing_class, dataset, max_length=max_length)
     n = len(rows.row)
     top_token = np.empty(n, np.int64)

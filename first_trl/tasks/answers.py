@@ -34,6 +34,30 @@ class NotOneToken(ValueError):
 _Known = dict[tuple[str, tuple[int, ...], str], list[int] | None]
 
 
+def choice_texts(choices: Any, name: str) -> list[str]:
+    """
+    The choices of one row, as a list.
+
+    Raises:
+        `ValueError`: for what is no list of texts. The object of lists that benchmarks on the Hub hold (`label` and `text`)
+            would otherwise be read as its keys.
+    """
+    if isinstance(choices, Mapping):
+        raise ValueError(
+            f"{name}: `choices` is an object with the keys {list(choices)}. Give the list of answers as they are appended to "
+            "the prompt, such as [' A', ' B']."
+        )
+    found = None if choices is None or isinstance(choices, str) or not hasattr(choices, "__len__") else list(choices)
+    if found is None or not all(isinstance(choice, str) for choice in found):
+        raise ValueError(f"{name}: `choices` must be a list of texts, got {choices!r}.")
+    return [str(choice) for choice in found]
+
+
+def plain_rows(dataset: Dataset) -> Dataset:
+    """The rows without a format such as numpy, whose lists of texts are arrays; a transform stays."""
+    return dataset if dataset.format["type"] in (None, "custom") else dataset.with_format(None)
+
+
 def answer_token_ids(processing_class: PreTrainedTokenizerBase, prompt: str, choices: Sequence[str]) -> list[int]:
     """
     The token of each choice behind `prompt`.
@@ -57,9 +81,7 @@ def answer_token_ids(processing_class: PreTrainedTokenizerBase, prompt: str, cho
     [3763, 645]
     ```
     """
-    return _token_ids(
-        processing_class, prompt_texts(processing_class, [prompt]), [list(choices)], ["this prompt"], {}
-    )[0]
+    return _token_ids(processing_class, prompt_texts(processing_class, [prompt]), [choices], ["this prompt"], {})[0]
 
 
 def answer_token_ids_of_rows(
@@ -91,6 +113,7 @@ def answer_token_ids_of_rows(
             raise ValueError(f"The dataset has no column {column!r} (it has {', '.join(dataset.column_names)}).")
     token_ids: list[list[int]] = []
     known: _Known = {}
+    dataset = plain_rows(dataset)
     for start in range(0, len(dataset), batch_size):
         batch = dataset[start : start + batch_size]
         names = batch.get("id") or [f"row {start + i}" for i in range(len(batch["prompt"]))]
@@ -143,6 +166,7 @@ def choice_token_ids(
         `ValueError`: for a row without choices, an empty choice, one that merges with the end of its prompt, or two
         different ones with the same tokens.
     """
+    choices = [choice_texts(row, name) for name, row in zip(names, choices, strict=True)]
     for name, row in zip(names, choices, strict=True):
         if not row or not all(row):
             raise ValueError(f"{name}: {'a choice is empty' if row else 'there are no choices'}.")
@@ -182,6 +206,7 @@ def _token_ids(
     names: Sequence[str],
     known: _Known,
 ) -> list[list[int]]:
+    choices = [choice_texts(row, name) for name, row in zip(names, choices, strict=True)]
     for name, row_choices in zip(names, choices, strict=True):
         if not row_choices:
             raise ValueError(f"{name}: there are no choices; multiple choice needs a task that has them.")

@@ -22,6 +22,7 @@ from transformers.decision import DecisionConfig
 from transformers.decision.configuration_utils import DECISION_CONFIG_NAME, DECISION_TEMPLATE_NAME
 
 from ..calibration.conditional import OptionTemperature
+from ..calibration.temperature import check_temperature
 from .answers import answer_token_ids_of_rows
 from .base import Task
 from .decision_extras import DECISION_EXTRAS_NAME, write_decision_extras
@@ -153,9 +154,7 @@ def decision_config(
             with; the message says which, and what can be done.
     """
     if not isinstance(temperature, OptionTemperature):
-        if not temperature > 0.0 or temperature == float("inf"):
-            raise ValueError(f"`temperature` must be a finite number above 0, got {temperature}.")
-        temperature = OptionTemperature(float(temperature), {})
+        temperature = OptionTemperature(check_temperature(temperature), {})
     if len(rows) == 0 or not any(rows["choices"]):
         raise ValueError("A decision model chooses among options; these rows have no choices.")
     labels, ids = _labels(rows, answer_token_ids_of_rows(processing_class, rows))

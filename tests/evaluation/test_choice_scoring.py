@@ -178,6 +178,12 @@ def flags(rows):
         (lambda d: d.select([]), "dataset is empty"),
         (lambda d: d.map(lambda row: {"gold": 7}), "gold = 7"),
         (flags, "Row 0 has a boolean as `gold`"),
+        (
+            lambda d: d.map(
+                lambda row: {"options": {"label": ["a"], "text": [" w1"]}}, remove_columns="choices"
+            ).rename_column("options", "choices"),
+            r"the keys \['label', 'text'\]",
+        ),
     ],
 )
 def test_bad_datasets_are_refused(tokenizer, change, match):

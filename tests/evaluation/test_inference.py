@@ -125,7 +125,9 @@ def test_every_kind_of_input_gives_the_same_answer(model, tokenizer):
     row = {"prompt": PROMPT, "choices": CHOICES}
     assert pipe(row) == single == pipe({"prompt": PROMPT}, choices=CHOICES)
     assert pipe([PROMPT, row], choices=CHOICES) == [single, single]
-    assert pipe((row,)) == pipe(Dataset.from_list([row])) == [single]
+    rows = Dataset.from_list([row])
+    assert pipe((row,)) == pipe(rows) == pipe(rows.with_format("numpy")) == [single]
+    assert pipe(rows["prompt"], choices=CHOICES) == pipe(np.array([PROMPT]), choices=CHOICES) == [single]
     assert answer_pipeline(model, tokenizer=tokenizer, choices=CHOICES)(PROMPT) == single
     streamed = pipe(Dataset.from_list([row, row]).to_iterable_dataset())
     assert not isinstance(streamed, list) and list(streamed) == [single, single]
@@ -218,7 +220,12 @@ def test_long_prompts_are_cut_as_in_the_evaluation(model, tokenizer):
     [
         (PROMPT, {"choices": [" A B", " C"]}, "' A B' is 2 tokens behind the prompt"),
         (PROMPT, {"choices": [" A", " A"]}, "are the same token"),
-        (PROMPT, {"choices": " A"}, "`choices` is a list of texts"),
+        (PROMPT, {"choices": " A"}, "`choices` must be a list of texts"),
+        ({"prompt": PROMPT, "choices": {"label": ["A"], "text": ["w1"]}}, {}, r"the keys \['label', 'text'\]"),
+        (PROMPT, {"choices": [1, 2]}, "`choices` must be a list of texts"),
+        (PROMPT, {"temperature": np.float32(-1.0)}, "above 0, got -1"),
+        (PROMPT, {"temperature": "2"}, "above 0, got str '2'"),
+        (PROMPT, {"permutations": 2.0}, "whole number from 0, got 2.0"),
         ("", {"choices": CHOICES}, "The prompt is empty"),
         ([PROMPT, {"question": "?"}], {}, "needs a 'prompt'; this one has question"),
         (3, {}, "A prompt is a text, got int"),

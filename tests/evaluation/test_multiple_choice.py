@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from first_trl import evaluate_multiple_choice
-from first_trl.calibration.temperature import fit_temperature
+from first_trl.calibration.temperature import TemperatureFit, fit_temperature
 from first_trl.evaluation.multiple_choice import spelling_variants
 from first_trl.evaluation.next_token import evaluation_mode
 from first_trl.evaluation.posthoc import fit_posthoc_temperature
@@ -288,6 +288,18 @@ def test_definitions_of_confidence(model, tokenizer):
     )
 
 
+def with_choices(dataset, choices):
+    return dataset.remove_columns("choices").add_column("choices", [choices] * len(dataset))
+
+
+def test_formats_and_hidden_answers_of_a_dataset_do_not_matter(model, tokenizer):
+    rows = make_dataset(10)
+    expected = evaluate_multiple_choice(model, tokenizer, rows, disable_tqdm=True).report
+    null = [None if gold < 0 else gold for gold in rows["gold"]]
+    for same in (rows.with_format("numpy"), rows.remove_columns("gold").add_column("gold", null)):
+        assert evaluate_multiple_choice(model, tokenizer, same, disable_tqdm=True).report == expected
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -296,7 +308,13 @@ def test_definitions_of_confidence(model, tokenizer):
         (lambda d: d.map(lambda row: {"gold": -1}), "No row has a gold answer"),
         (lambda d: d.map(lambda row: {"gold": 4}), "Row 0 has gold = 4"),
         (lambda d: d.remove_columns("gold").add_column("gold", [True] * 10), "Row 0 has a boolean as `gold`"),
+        (lambda d: d.remove_columns("gold").add_column("gold", [0.5] * 10), "Row 0 has 0.5 as `gold`"),
+        (lambda d: d.remove_columns("gold").add_column("gold", ["A"] * 10), "Row 0 has 'A' as `gold`"),
         (lambda d: d.map(lambda row: {"choices": [" A w1", " B", " C", " D"]}), "2 tokens behind the prompt"),
+        (lambda d: with_choices(d, {"label": ["A", "B"], "text": ["w1", "w2"]}), r"the keys \['label', 'text'\]"),
+        (lambda d: with_choices(d, [1, 2]), r"must be a list of texts, got \[1, 2\]"),
+        (lambda d: with_choices(d, None), "must be a list of texts, got None"),
+        (lambda d: with_choices(d, " A"), "must be a list of texts, got ' A'"),
     ],
 )
 def test_bad_datasets_are_refused(model, tokenizer, change, match):
@@ -309,6 +327,9 @@ def test_bad_datasets_are_refused(model, tokenizer, change, match):
     [
         ({"temperature": 0.0}, "`temperature`"),
         ({"temperature": math.nan}, "`temperature`"),
+        ({"temperature": "2"}, "got str '2'"),
+        ({"temperature": np.float32(-1.0)}, "above 0, got -1"),
+        ({"temperature": TemperatureFit(2.0, "nll", 1, {}, {}, [], False)}, r"give its `\.temperature`"),
         ({"batch_size": 0}, "`batch_size`"),
         ({"top_k": 0}, "`top_k`"),
         ({"max_length": 1}, "`max_length`"),

@@ -376,6 +376,9 @@ BAD = {
     "negative vote": (votes([-1, 2, 2]), r"Row 1: .*Votes are counts"),
     "a choice of two tokens": (three(choices=[" w6 w7", " w7", " w8"]), "row 1: the answer ' w6 w7' is 2 tokens"),
     "a choice twice": (three(choices=[" w6", " w6", " w8"]), "row 1: the answers ' w6' and ' w6' are the same token"),
+    "choices of the Hub": (
+        [{**row, "choices": {"label": ["A"], "text": [" w6"]}} for row in three()], r"Row 0: .*the keys \['label', 'text'\]"
+    ),
     "no choices": (three(choices=[]), "Row 1: `choices` must be a list of texts"),
     "gold outside": (three(gold=3), "Row 1: `gold` is 3, and there are 3 choices"),
     "gold that is a flag": ([{**row, "gold": True} for row in three()], "Row 0: `gold` is True, and there are 3 choices"),
