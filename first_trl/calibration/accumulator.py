@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import round_to
+from .arrays import as_numbers, round_to
 from .bins import BinTable, assign, width_edges
 from .config import CalibrationConfig, EdgeDtype, Edges, Input, Norm
 from .errors import bin_error, debiased_l2
@@ -97,7 +97,7 @@ class CalibrationAccumulator:
         Raises:
             `ValueError`: for invalid input; the accumulator is then unchanged.
         """
-        refs = np.asarray(references.cpu() if hasattr(references, "cpu") else references)
+        refs, _ = as_numbers(references, "references")
         if refs.ndim == 1 and (refs.size == 0 or (refs == self.config.ignore_index).all()):
             check_references(references, np.ndim(predictions))
             if len(predictions) != len(refs):

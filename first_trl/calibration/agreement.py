@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from .arrays import as_numbers, same_order
 from .conditional import partition_of
 from .partition import HIGHEST, LOWEST
 
@@ -55,7 +56,10 @@ def fit_agreement_temperature(logits: Any, other: Any) -> AgreementTemperature:
     """
     from scipy.optimize import minimize_scalar
 
-    z, base = np.asarray(logits, np.float64), np.asarray(other, np.float64)
+    z, base = (
+        as_numbers(values, name)[0].astype(np.float64) for values, name in ((logits, "logits"), (other, "other"))
+    )
+    same_order(logits, other, "logits and other")
     if z.ndim != 2 or z.shape != base.shape or len(z) == 0:
         raise ValueError(f"Two arrays of the shape (N, C) are needed, got {z.shape} and {base.shape}.")
     bad = np.flatnonzero((np.isnan(z) | np.isnan(base) | (z == np.inf) | (base == np.inf)).any(1))

@@ -3,6 +3,7 @@
 No framework is imported: a torch tensor is recognised by its methods, so that the calibration core needs numpy only.
 """
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,14 @@ def as_numbers(values: Any, name: str) -> tuple[npt.NDArray[Any], str]:
         raise ValueError(f"{name} is None: pass a sequence of numbers.")
     if isinstance(values, (str, bytes, dict, set, frozenset)):
         raise ValueError(f"{name} is a {type(values).__name__}: pass a list, an array or a tensor of numbers.")
-    if hasattr(values, "detach") and hasattr(values, "cpu"):  # a torch tensor
+    if isinstance(values, (list, tuple)) and any(map(_is_tensor, values)):
+        # As a loop collects them: one by one, whatever their precision, device and gradient
+        parts = [as_numbers(value, f"{name} row {row}") for row, value in enumerate(values)]
+        source = max((part for _, part in parts), key=EPSILON.__getitem__)
+        if len({array.shape for array, _ in parts}) > 1:
+            raise ValueError(f"{name} cannot be read as an array: {_first_odd_row([array for array, _ in parts])}")
+        return np.stack([array for array, _ in parts]), source
+    if _is_tensor(values):
         values = values.detach().cpu()
         source = str(values.dtype).removeprefix("torch.")
         values = (values.float() if source == "bfloat16" else values).numpy()
@@ -54,8 +62,18 @@ def as_numbers(values: Any, name: str) -> tuple[npt.NDArray[Any], str]:
         raise ValueError(f"{name} cannot be read as an array: {_first_odd_row(values)}") from error
     if source == "bfloat16" and array.dtype != np.float32:  # numpy's bfloat16 comes from the ml_dtypes package
         array = array.astype(np.float32)
+    if array.dtype.kind == "O" and array.ndim == 0:
+        raise ValueError(f"{name} is of type {type(values).__name__}: pass a list, an array or a tensor of numbers.")
+    if array.dtype.kind == "O":
+        # A column that was merged or filled may hold plain numbers or booleans as objects
+        try:
+            array = np.asarray(array.tolist())
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{name} cannot be read as an array: {_first_odd_row(values)}") from error
     if array.dtype.kind not in "fiub":
-        raise ValueError(f"{name} must hold numbers, got {_first_odd_row(values)}")
+        raise ValueError(
+            f"{name} must hold numbers, got {_first_odd_row(array if array.dtype.kind == 'O' else values)}"
+        )
     if array.dtype == np.float16:
         source, array = "float16", array.astype(np.float32)
     elif array.dtype.kind == "f" and array.dtype not in (np.float32, np.float64):
@@ -63,6 +81,43 @@ def as_numbers(values: Any, name: str) -> tuple[npt.NDArray[Any], str]:
     if array.dtype.kind != "f" or source not in EPSILON:
         source = "float32" if array.dtype == np.float32 else "float64"
     return array, source
+
+
+def same_order(first: Any, second: Any, names: str) -> None:
+    """
+    Rows are paired by position. Two columns of one table, one of them sorted or shuffled, would pair wrong rows.
+
+    Raises:
+        `ValueError`: for pandas columns with the same index in different order.
+    """
+    # Lists have an `index` too, which is a method
+    a: Any = getattr(first, "index", None)
+    b: Any = getattr(second, "index", None)
+    known = hasattr(a, "equals") and hasattr(b, "equals") and len(a) == len(b)
+    if known and not a.equals(b) and a.sort_values().equals(b.sort_values()):
+        raise ValueError(
+            f"{names} have the same index in different order, and rows are paired by position. Sort both alike "
+            "(`.sort_index()`), or take `.to_numpy()` of both if their positions belong together."
+        )
+
+
+def warn_of_probabilities(logits: npt.NDArray[Any], name: str) -> None:
+    """Warn where every row of what should be logits is a distribution: their softmax would be nearly uniform."""
+    # A short prefix settles nearly every case without a pass over the data; rows of 0 and 1 are made by hand
+    for part in (logits[:64], logits):
+        if not (part.min() >= 0 and np.abs(part.sum(axis=1) - 1).max() <= 1e-3 and ((part > 0) & (part < 1)).any()):
+            return
+    warnings.warn(
+        f"Every row of {name} is at least 0 and adds up to 1: these look like probabilities and are read as logits. Pass "
+        "their logarithms.",
+        UserWarning,
+        stacklevel=5,
+    )
+
+
+def _is_tensor(value: Any) -> bool:
+    """Whether this is a torch tensor."""
+    return hasattr(value, "detach") and hasattr(value, "cpu")
 
 
 def _first_odd_row(values: Any) -> str:

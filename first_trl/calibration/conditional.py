@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .arrays import as_numbers, first_boolean, same_order, warn_of_probabilities
+
 
 Array = npt.NDArray[np.float64]
 Partition = Callable[[Array], tuple[Array, Array]]
@@ -262,14 +264,22 @@ def fit_option_temperature(logprobs: Any, gold: Any, kinds: Sequence[str] | None
 
 def checked_options(logprobs: Any, gold: Any) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
     """Log-probabilities with the largest of a row at 0 and `-inf` for options that it lacks, and right options."""
-    if not (isinstance(logprobs, np.ndarray) and logprobs.ndim == 2):
-        lists = [np.asarray(values, np.float64) for values in logprobs]
+    if getattr(logprobs, "ndim", 1) == 2:
+        z = as_numbers(logprobs, "`logprobs`")[0].astype(np.float64)
+    else:
+        lists = [as_numbers(values, f"`logprobs` row {i}")[0] for i, values in enumerate(logprobs)]
+        odd = next((i for i, values in enumerate(lists) if values.ndim != 1), None)
+        if odd is not None:
+            raise ValueError(
+                f"`logprobs` row {odd} has the shape {lists[odd].shape}: give one number for each option."
+            )
         z = np.full((len(lists), max((len(values) for values in lists), default=0)), -np.inf)
         for i, values in enumerate(lists):
             z[i, : len(values)] = values
-    else:
-        z = logprobs.astype(np.float64)
-    y = np.asarray(gold)
+    y = as_numbers(gold, "`gold`")[0]
+    same_order(logprobs, gold, "`logprobs` and `gold`")
+    if (flag := first_boolean(gold)) is not None:
+        raise ValueError(f"`gold` row {flag} is a boolean: it must be the index of the right option.")
     if len(z) == 0:
         raise ValueError("There is no question to fit on.")
     if y.shape != (len(z),) or not np.issubdtype(y.dtype, np.integer):
@@ -286,4 +296,5 @@ def checked_options(logprobs: Any, gold: Any) -> tuple[npt.NDArray[np.float64], 
     if impossible.any():
         row = int(np.flatnonzero(impossible)[0])
         raise ValueError(f"Row {row} gives its right option {y[row]} the probability 0, or does not have it.")
+    warn_of_probabilities(z, "`logprobs`")
     return z - z.max(1, keepdims=True), y.astype(np.int64)

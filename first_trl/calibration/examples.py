@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import EPSILON, FloatArray, as_numbers, first_boolean, stored_precision
+from .arrays import EPSILON, FloatArray, as_numbers, first_boolean, same_order, stored_precision, warn_of_probabilities
 from .config import CalibrationConfig
 
 
@@ -72,6 +72,7 @@ def prepare(predictions: Any, references: Any, config: CalibrationConfig, sample
         # A stated precision tells what the storage hides, for example bfloat16 rows that came through Arrow.
         source = max(source, config.edge_dtype, key=EPSILON.__getitem__)
     refs, _ = as_numbers(references, "references")
+    same_order(predictions, references, "predictions and references")
     weight = None if sample_weight is None else as_numbers(sample_weight, "sample_weight")[0].astype(np.float64)
     _check_shapes(pred, refs, weight)
     check_references(references, pred.ndim)
@@ -386,6 +387,7 @@ def _check_logits(values: FloatArray, rows: npt.NDArray[np.intp] | None) -> None
         raise ValueError(
             f"predictions {_at(bad, values, rows)}: logits must not be NaN or +inf, nor a whole row -inf."
         )
+    warn_of_probabilities(values, "predictions")
 
 
 def _softmax(

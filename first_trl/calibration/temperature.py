@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import first_boolean
+from .arrays import as_numbers, first_boolean, same_order, warn_of_probabilities
 from .errors import equal_width_ece
 from .scores import brier_of
 
@@ -66,7 +66,8 @@ def check_temperature(temperature: Any) -> float:
 
 
 def _check(logits: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
-    z, y = np.asarray(logits), np.asarray(labels)
+    z, y = as_numbers(logits, "`logits`")[0], as_numbers(labels, "`labels`")[0]
+    same_order(logits, labels, "`logits` and `labels`")
     if z.ndim != 2 or z.shape[1] < 2 or y.shape != z.shape[:1]:
         raise ValueError(f"`logits` [N, C >= 2] and `labels` [N] are needed, got the shapes {z.shape} and {y.shape}.")
     if len(z) == 0:
@@ -91,6 +92,7 @@ def _check(logits: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(
             f"Row {row} gives its label {y[row]} the probability 0: its NLL is infinite at any temperature."
         )
+    warn_of_probabilities(z, "`logits`")
     return z - z.max(axis=1, keepdims=True), y
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import as_numbers
+from .arrays import as_numbers, same_order
 
 
 # Shares of the held-out rows that candidates accept: fixed before any outcome is seen, which the guarantee needs
@@ -245,6 +245,7 @@ def check_threshold(
 def _rows(confidence: Any, correct: Any) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
     values, _ = as_numbers(confidence, "confidence")
     outcomes, _ = as_numbers(correct, "correct")
+    same_order(confidence, correct, "confidence and correct")
     values = values.astype(np.float64)
     if values.ndim != 1 or outcomes.shape != values.shape:
         raise ValueError(

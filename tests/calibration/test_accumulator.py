@@ -50,6 +50,15 @@ def test_bfloat16_batches() -> None:
     assert accumulator.result()["ece"] == pytest.approx(0.5375, abs=2**-8)
 
 
+def test_references_of_any_precision() -> None:
+    torch = pytest.importorskip("torch")
+    accumulator = CalibrationAccumulator()
+    accumulator.add_batch([0.25, 0.75], torch.tensor([0.0, 1.0], requires_grad=True).bfloat16())
+    assert accumulator.result()["accuracy"] == 0.5
+    with pytest.raises(ValueError, match="row 0 is masked"):
+        CalibrationAccumulator(ignore_index=-100).add_batch([0.5], np.ma.masked_array([-100], [True]))
+
+
 def test_thirty_million_constants_in_batches() -> None:
     accumulator = CalibrationAccumulator(10)
     values, ones = np.full(1_000_000, 0.9, np.float32), np.ones(1_000_000, np.int8)

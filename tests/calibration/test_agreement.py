@@ -50,5 +50,7 @@ def test_wrong_input_is_refused():
         fit_agreement_temperature(z, base[:2])
     with pytest.raises(ValueError, match="Row 1 holds NaN"):
         fit_agreement_temperature(np.where(np.arange(4)[:, None] == 1, np.nan, z), base)
+    with pytest.raises(ValueError, match="other row 0 is masked"):
+        fit_agreement_temperature(z, np.ma.masked_array(base, np.full(base.shape, True)))
     with pytest.raises(ValueError, match="different options"):
         fit_agreement_temperature(np.where(np.arange(4) == 3, -np.inf, z), base)

@@ -93,8 +93,21 @@ def test_saved_and_read_again():
         ([[0.0, 0.0], [0.0, 0.0]], [0, 2], "row 1 is 2"),
         ([[0.0, 0.0], [0.0]], [0, 1], "Row 1 gives its right option"),
         ([[0.0, 0.0]], [0.5], "must be 1 integers"),
+        (np.ma.masked_array([[0.0, 9.0]], [[False, True]]), [0], "row 0 is masked"),
+        ([[[0.0, 0.0]]], [0], r"row 0 has the shape \(1, 2\)"),
     ],
 )
 def test_bad_input(logprobs, gold, message):
     with pytest.raises(ValueError, match=message):
         fit_option_temperature(logprobs, np.array(gold, dtype=float if gold == [0.5] else int))
+
+
+def test_tables_and_tensors_are_read():
+    pandas, torch = pytest.importorskip("pandas"), pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    z, gold = rng.normal(size=(40, 3)), rng.integers(3, size=40)
+    found = fit_option_temperature(z, gold)
+    for same in (pandas.DataFrame(z), torch.tensor(z, requires_grad=True), list(torch.tensor(z, requires_grad=True))):
+        assert fit_option_temperature(same, gold) == found
+    with pytest.raises(ValueError, match="row 0 is a boolean"):
+        fit_option_temperature(z, [True, *gold[1:].tolist()])

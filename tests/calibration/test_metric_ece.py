@@ -290,3 +290,24 @@ def test_correctness_flags_are_no_class_ids(ece: Any) -> None:
     ece.add_batch(predictions=[0.9, 0.8], references=flags)
     ece.add(prediction=0.7, reference=True)
     assert ece.compute()["accuracy"] == pytest.approx(2 / 3)
+
+
+def test_batches_are_checked_before_they_are_stored(ece: Any) -> None:
+    torch, pandas = pytest.importorskip("torch"), pytest.importorskip("pandas")
+    for references, message in (
+        ([1.0, 0.4], "references row 1 is 0.4"),
+        ([1.0, float("nan")], "references row 1 is nan"),
+        (np.ma.masked_array([1, 0], [False, True]), "references row 1 is masked"),
+        (["1", "0"], "row 0 is '1'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ece.add_batch(predictions=[0.9, 0.8], references=references)
+        assert ece.compute(predictions=CONFIDENCE, references=CORRECT)["n"] == len(CORRECT)
+    with pytest.raises(ValueError, match=r"references row 0 is 0\.4"):
+        ece.add(prediction=0.9, reference=0.4)
+    ece.add_batch(predictions=pandas.Series([0.9, 0.8], index=[7, 8]), references=pandas.Series([1, 0]))
+    assert ece.compute()["accuracy"] == 0.5
+    values = torch.rand(100, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for value in values:
+        ece.add(prediction=value, reference=1)
+    assert ece.compute()["ece"] == pytest.approx(expected_calibration_error(values, [1] * 100), abs=1e-12)

@@ -61,6 +61,15 @@ def test_low_precision_and_large_logits():
     assert fit_temperature(z + 1e4, y).temperature == pytest.approx(full, rel=1e-6)
 
 
+def test_tensors_of_any_precision_and_with_a_gradient():
+    torch = pytest.importorskip("torch")
+    z, y = simulate(2000)
+    tensor = torch.tensor(z, requires_grad=True)
+    assert fit_temperature(tensor, torch.tensor(y)).temperature == fit_temperature(z, y).temperature
+    low = tensor.bfloat16()
+    assert fit_temperature(low, y).temperature == fit_temperature(low.detach().float().numpy(), y).temperature
+
+
 def test_ties_go_to_one():
     # Two equal logits: every temperature gives .5 / .5.
     with pytest.warns(UserWarning, match="does not improve"):
@@ -98,6 +107,8 @@ def test_round_trips_through_json():
         (np.zeros((2, 3)), [-100, 1], "Label 0 is -100"),
         ([[0.0, np.nan], [0.0, 0.0]], [0, 1], "row 0, column 1 is nan"),
         ([[0.0, np.inf], [0.0, 0.0]], [0, 1], "row 0, column 1 is inf"),
+        (np.ma.masked_array([[0.0, 9.0], [0.0, 1.0]], [[0, 1], [0, 0]]), [0, 1], "row 0 is masked"),
+        (np.zeros((2, 3)), np.ma.masked_array([0, 1], [0, 1]), "row 1 is masked"),
         ([[0.0, -np.inf], [0.0, 0.0]], [1, 1], "Row 0 gives its label 1 the probability 0"),
     ],
 )

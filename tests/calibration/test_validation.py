@@ -2,12 +2,16 @@
 
 import random
 import re
+import warnings
 from typing import Any
 
 import numpy as np
 import pytest
 
 from first_trl.calibration import CalibrationAccumulator, calibration_report, expected_calibration_error
+from first_trl.calibration.conditional import fit_option_temperature
+from first_trl.calibration.temperature import fit_temperature
+from first_trl.calibration.threshold import fit_threshold
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::first_trl.calibration.CalibrationWarning")
@@ -41,6 +45,8 @@ INVALID = [
     ({0.5}, {1}, {}, "predictions is a set"),
     ({"a": 0.5}, [1], {}, "predictions is a dict"),
     (0.5, 1, {}, r"shape \(\)"),
+    (iter([0.5, 0.5]), [1, 0], {}, "of type list_iterator: pass a list"),
+    (np.array([0.5, None], object), [1, 0], {}, "row 1 is None"),
     (np.ma.masked_array([0.5, 0.5], [False, True]), [1, 0], {}, "row 1 is masked"),
     (np.zeros((2, 3, 4)), [0, 1], {}, r"shape \(2, 3, 4\).*reshape"),
     ([[0.5], [0.5]], [0, 0], {}, "at least two classes"),
@@ -150,11 +156,48 @@ def test_inputs_of_many_kinds() -> None:
         (torch.tensor([0.25, 0.75, 0.5], requires_grad=True), torch.tensor([False, True, True])),
         (pandas.Series([0.25, 0.75, 0.5], index=[7, 8, 9]), pandas.Series([0.0, 1.0, 1.0])),
         ([torch.tensor(0.25), torch.tensor(0.75), torch.tensor(0.5)], np.array([0, 1, 1], np.uint8)),
+        ([torch.tensor(p, requires_grad=True) for p in (0.25, 0.75, 0.5)], [torch.tensor(r) for r in (0, 1, 1)]),
+        ([torch.tensor(p).bfloat16() for p in (0.25, 0.75, 0.5)], torch.tensor([0, 1, 1]).bfloat16()),
         (np.array([0.25, 0.75, 0.5], np.longdouble), [0, 1, 1]),
+        (np.array([0.25, 0.75, 0.5], object), pandas.Series([False, True, True], dtype=object)),
         (np.array([0.25, 0.75, 0.5])[::-1][::-1], [0, 1, 1]),
     ]
     for predictions, references in forms:
         assert expected_calibration_error(predictions, references) == want
+
+
+def test_lists_of_low_precision_tensors_are_the_tensor() -> None:
+    torch = pytest.importorskip("torch")
+    values = torch.rand(200, generator=torch.Generator().manual_seed(0)).bfloat16()
+    correct = (torch.arange(200) % 2).tolist()
+    assert calibration_report(list(values), correct) == calibration_report(values, correct)
+    rows = torch.softmax(torch.randn(50, 6, generator=torch.Generator().manual_seed(0)), -1).bfloat16()
+    assert calibration_report(list(rows), [0] * 50) == calibration_report(rows, [0] * 50)
+
+
+def test_columns_in_another_order_are_not_paired_by_position() -> None:
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame({"confidence": [0.9, 0.8, 0.3], "correct": [1, 1, 0]})
+    falling = table["correct"].sort_values()
+    for function in (expected_calibration_error, fit_threshold):
+        with pytest.raises(ValueError, match="same index in different order"):
+            function(table["confidence"], falling)
+    want = expected_calibration_error(table["confidence"], table["correct"])
+    assert expected_calibration_error(table["confidence"], falling.sort_index()) == want
+    assert expected_calibration_error(table["confidence"], falling.set_axis([5, 6, 7])) != want
+
+
+def test_probabilities_in_place_of_logits_are_said() -> None:
+    for function in (fit_temperature, fit_option_temperature):
+        with pytest.warns(UserWarning, match="look like probabilities"):
+            function(np.array(GOOD_ROWS), [0, 1, 2])
+    with pytest.warns(UserWarning, match="look like probabilities"):
+        calibration_report(GOOD_ROWS, [0, 1, 2], input="logits")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*look like probabilities")
+        calibration_report(np.log(GOOD_ROWS), [0, 1, 2], input="logits")
+        calibration_report(np.eye(3), [0, 1, 2], input="logits")
+        fit_option_temperature(np.log(GOOD_ROWS), [0, 1, 2])
 
 
 @pytest.mark.parametrize("kind", ["category", "boolean"])

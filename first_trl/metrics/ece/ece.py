@@ -6,6 +6,7 @@ import datasets
 import evaluate
 import numpy as np
 
+from first_trl.calibration.arrays import as_numbers, same_order
 from first_trl.calibration.diagram import reliability_diagram
 from first_trl.calibration.examples import check_references
 from first_trl.calibration.report import calibration_report
@@ -85,19 +86,28 @@ class Ece(evaluate.Metric):
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
         """Add a batch of predictions and references to those that the next `compute` scores."""
-        if references is not None and len(predictions):
-            # Arrow would store booleans as the integers 0 and 1
-            check_references(references, 1 + np.ndim(next(iter(predictions))))
-        # Arrow stores float64, which hides that values were rounded to bfloat16.
-        dtype = str(getattr(predictions, "dtype", "")).removeprefix("torch.")
-        self.__dict__.setdefault("_batch_dtypes", set()).add(dtype)
+        if predictions is not None and references is not None and len(predictions):
+            predictions, references = self._checked(predictions, references)
         super().add_batch(predictions=predictions, references=references, **kwargs)
 
     def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
         """Add one prediction and its reference to those that the next `compute` scores."""
-        if reference is not None:
-            check_references(np.reshape(reference, -1), 1 + np.ndim(prediction))
+        if prediction is not None and reference is not None:
+            (prediction,), (reference,) = self._checked([prediction], [reference])
         super().add(prediction=prediction, reference=reference, **kwargs)
+
+    def _checked(self, predictions: Any, references: Any) -> tuple[Any, Any]:
+        """As arrays, before Arrow stores them: it would make integers of booleans and fractions, and float64 of all."""
+        values, source = as_numbers(predictions, "predictions")
+        labels, _ = as_numbers(references, "references")
+        check_references(references, values.ndim)
+        same_order(predictions, references, "predictions and references")
+        odd = np.flatnonzero(~(labels % 1 == 0)) if labels.dtype.kind == "f" else np.array([], int)
+        if odd.size:
+            raise ValueError(f"references row {odd[0]} is {labels.flat[odd[0]]}: it must be a whole number.")
+        # Arrow hides that values were rounded to bfloat16
+        self.__dict__.setdefault("_batch_dtypes", set()).add(source)
+        return values, labels
 
     def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, Any] | None:
         """Score `predictions` against `references`, or everything added since the last call."""
