@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from ..calibration.arrays import as_numbers, same_order
 from ..utils.extras import optional
 
 
@@ -85,7 +86,8 @@ def fit_sklearn_calibrator(logits: Any, labels: Any, *, method: str = "isotonic"
     Raises:
         `ValueError`: for shapes that do not fit, or a class without an example.
     """
-    z, y = np.asarray(logits, dtype=np.float64), np.asarray(labels)
+    z, y = as_numbers(logits, "`logits`")[0].astype(np.float64), as_numbers(labels, "`labels`")[0]
+    same_order(logits, labels, "`logits` and `labels`")
     if z.ndim != 2 or z.shape[1] < 2 or y.shape != z.shape[:1]:
         raise ValueError(f"`logits` [N, C >= 2] and `labels` [N] are needed, got the shapes {z.shape} and {y.shape}.")
     if not np.issubdtype(y.dtype, np.integer):
@@ -141,7 +143,8 @@ def fit_confidence_calibrator(confidence: Any, correct: Any, *, method: str = "i
     """
     if method not in ("isotonic", "sigmoid"):
         raise ValueError(f"`method` must be 'isotonic' or 'sigmoid', got {method!r}.")
-    c, y = _confidence(confidence), np.asarray(correct)
+    c, y = _confidence(confidence), as_numbers(correct, "`correct`")[0]
+    same_order(confidence, correct, "`confidence` and `correct`")
     if y.shape != c.shape or not np.isin(y, (0, 1)).all():
         raise ValueError(f"`correct` must be 0 or 1 for each of the {len(c)} confidences.")
     if len(np.unique(y)) < 2:
@@ -152,7 +155,7 @@ def fit_confidence_calibrator(confidence: Any, correct: Any, *, method: str = "i
 
 
 def _confidence(confidence: Any) -> np.ndarray:
-    c = np.asarray(confidence, dtype=np.float64)
+    c = as_numbers(confidence, "`confidence`")[0].astype(np.float64)
     if c.ndim != 1 or c.size == 0:
         raise ValueError(f"`confidence` must be a non-empty list of numbers, got the shape {c.shape}.")
     bad = np.flatnonzero(~((c >= 0.0) & (c <= 1.0)))

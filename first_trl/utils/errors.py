@@ -15,6 +15,8 @@ _DISK = {
     errno.EFBIG: "larger than a file may be here. Lift the limit (`ulimit -f`), or choose another folder",
     errno.EROFS: "the file system is read-only. Choose another folder, such as with --output-dir",
     errno.EACCES: "permission denied. Choose another folder, or mend its permissions",
+    errno.EEXIST: "a file of this name is in the way. Choose another folder, such as with --output-dir",
+    errno.ENOTDIR: "a file is where a folder should be. Choose another folder, such as with --output-dir",
     errno.EPERM: "permission denied. Choose another folder, or mend its permissions",
 }
 _TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow", "comet", "swanlab")
@@ -22,10 +24,13 @@ _TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow", "comet", "swanlab")
 
 def explain(error: BaseException) -> str | None:
     """What went wrong and how to mend it; `None` for what only a developer can mend."""
+    if name := re.search(r"^Repo id must .*: '(.*)'\.", str(error)):
+        return f"{name[1]} is no folder, and no id of a repository on the Hub. Check the path."
     if isinstance(error, ValueError | MissingExtra):
         return str(error)
     if isinstance(error, OSError):
-        return _disk(error)
+        # What transformers says of a model that it cannot find or reach has no number of the system
+        return _disk(error) or (str(error) or None if error.errno is None else None)
     if type(error).__name__ == "SafetensorError" or "incomplete metadata" in str(error).lower():
         code = _named_code(str(error))
         if code is not None:

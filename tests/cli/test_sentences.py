@@ -188,6 +188,43 @@ def test_disks_and_trackers(error, said, tmp_path, monkeypatch, capsys):
     assert said in err and "Traceback" not in err and err.strip().count("\n") == 0
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        # Status 1 would say that the threshold is broken
+        ["calibrate", "table.csv", "--threshold", "/no/model"],
+        ["evaluate", "/no/model", "--task", "digits"],
+        ["inspect", "table.csv", "--tokenizer", "/no/model"],
+        ["precompute", "--dataset", "table.csv", "--teacher", "/no/model", "--output-dir", "cache"],
+    ],
+)
+def test_a_model_that_is_not_there_is_one_sentence(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("table.csv").write_text("confidence,correct,prompt,completion\n0.9,1,a,b\n")
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert "first-trl: /no/model is no folder, and no id of a repository on the Hub" in err and "Traceback" not in err
+
+
+def test_a_file_in_the_way_of_the_output(tmp_path, capsys):
+    path = tmp_path / "table.csv"
+    path.write_text("confidence,correct\n0.9,1\n")
+    for folder, said in (
+        (path, "a file of this name is in the way"),
+        (path / "x", "a file is where a folder should be"),
+    ):
+        assert main(["calibrate", str(path), "--output-dir", str(folder)]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough():
+    command = [sys.executable, "-m", "first_trl", "recipes", "list"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert "Traceback" not in process.stderr.read()
+    assert process.returncode == 128 + signal.SIGPIPE
+
+
 @pytest.mark.parametrize("length", [0, 7, -100])
 def test_truncated_weights_are_named(length, tmp_path):
     from transformers import AutoModelForCausalLM

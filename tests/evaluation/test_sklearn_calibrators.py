@@ -87,6 +87,8 @@ def test_confidence_calibrator(method):
         (lambda: fit_confidence_calibrator([0.5, 0.5], [1, 1]), "nothing to calibrate against"),
         (lambda: fit_confidence_calibrator([0.5, 0.6], [1, 0], method="beta"), "`method`"),
         (lambda: fit_confidence_calibrator([], []), "non-empty"),
+        (lambda: fit_confidence_calibrator(np.ma.masked_array([0.5, 0.6], [0, 1]), [1, 0]), "row 1 is masked"),
+        (lambda: fit_sklearn_calibrator(np.ma.masked_array(np.eye(2), np.eye(2)), [0, 1]), "row 0 is masked"),
     ],
 )
 def test_bad_input_is_refused(call, match):
