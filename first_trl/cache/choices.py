@@ -157,6 +157,7 @@ def add_soft_labels(dataset: Dataset, processing_class: Any) -> Dataset:
     ```
     """
     refuse_transform(dataset)
+    dataset = dataset.with_format(None)
     names = dataset.column_names
     if any(name in names for name in TEACHER_COLUMNS):
         raise ValueError(

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..calibration.arrays import as_numbers
 from ..plugins import ESTIMATORS, RECALIBRATIONS, estimator_target, one
 from ..utils.names import nearest
 from ..vocabulary import NO_ENTRY
@@ -29,7 +30,7 @@ def _log1mexp(x: np.ndarray) -> np.ndarray:
 
 
 def check_logprobs(logprobs: Any) -> np.ndarray:
-    lp = np.asarray(logprobs, dtype=np.float64)
+    lp = as_numbers(logprobs, "`logprobs`")[0].astype(np.float64)
     if lp.ndim != 2 or lp.shape[1] == 0:
         raise ValueError(f"`logprobs` must have the shape [positions, k] with k >= 1, got {lp.shape}.")
     bad = np.isnan(lp) | (lp > _POSITIVE_TOLERANCE)
@@ -59,7 +60,7 @@ def check_logprobs(logprobs: Any) -> np.ndarray:
 
 
 def check_tail(tail_logprob: Any, lp: np.ndarray) -> np.ndarray:
-    tail = np.asarray(tail_logprob, dtype=np.float64)
+    tail = as_numbers(tail_logprob, "`tail_logprob`")[0].astype(np.float64)
     if tail.shape != lp.shape[:1]:
         raise ValueError(
             f"`tail_logprob` must have the shape [{len(lp)}], one per row of `logprobs`, got {tail.shape}."

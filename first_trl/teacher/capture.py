@@ -53,6 +53,8 @@ class CaptureOptions:
     disable_tqdm: bool
 
     def __post_init__(self) -> None:
+        if isinstance(self.k, bool) or not isinstance(self.k, int | np.integer):
+            raise ValueError(f"k must be a whole number, got {self.k!r}. The paper keeps 5.")
         if self.k < 1:
             raise ValueError(f"k must be at least 1, got {self.k}. The paper keeps 5.")
         if self.logprob_dtype not in LOGPROB_DTYPES:

@@ -191,6 +191,8 @@ ROW = {"input_ids": [3, 4, 5], "labels": [-100, 4, 5]}
     [
         ([ROW], {"k": 0}, "k must be at least 1"),
         ([ROW], {"k": -3}, "k must be at least 1"),
+        ([ROW], {"k": 5.0}, "k must be a whole number, got 5.0"),
+        ([ROW], {"k": True}, "k must be a whole number, got True"),
         ([ROW], {"k": VOCAB + 1}, f"k={VOCAB + 1} exceeds the vocabulary of {VOCAB} tokens"),
         ([ROW], {"logprob_dtype": "int8"}, "logprob_dtype must be one of"),
         ([ROW], {"shard_size": 0}, "shard_size must be at least 1"),

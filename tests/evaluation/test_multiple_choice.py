@@ -333,6 +333,7 @@ def test_bad_datasets_are_refused(model, tokenizer, change, match):
         ({"batch_size": 0}, "`batch_size`"),
         ({"top_k": 0}, "`top_k`"),
         ({"max_length": 1}, "`max_length`"),
+        ({"max_length": 8.0}, "`max_length`"),
     ],
 )
 def test_bad_options_are_refused(model, tokenizer, kwargs, match):

@@ -186,6 +186,15 @@ def test_bad_values_are_refused(method, value, match):
         Recalibration(method, value)
 
 
+def test_tensors_of_any_precision_and_with_a_gradient():
+    torch = pytest.importorskip("torch")
+    lp = torch.tensor([[-0.1, -3.0]], requires_grad=True)
+    want = Recalibration("logit_temperature", 2.0).apply(lp.detach().numpy())[0]
+    assert (Recalibration("logit_temperature", 2.0).apply(lp)[0] == want).all()
+    low = Recalibration("logit_temperature", 2.0).apply(lp.bfloat16())[0]
+    np.testing.assert_allclose(low, want, atol=0.02)
+
+
 @pytest.mark.parametrize(
     ("logprobs", "tail", "kwargs", "match"),
     [
@@ -201,6 +210,7 @@ def test_bad_values_are_refused(method, value, match):
         ([[-0.1, -3.0]], [-0.5], {"estimator": "bucket"}, "Row 0: the kept mass plus the tail"),
         ([[-0.1, -3.0]], [-3.0, -3.0], {"estimator": "bucket"}, r"shape \[1\]"),
         ([[-0.1, -3.0]], None, {"estimator": "sampled"}, "Unknown estimator 'sampled'"),
+        (np.ma.masked_array([[-0.1, -3.0]], [[False, True]]), None, {}, "row 0 is masked"),
         ([[-0.1, -3.0]], None, {"top_k": 3}, "from 1 to the 2 tokens"),
         ([[-0.1, -3.0]], None, {"top_k": 0}, "from 1 to the 2 tokens"),
     ],

@@ -244,6 +244,13 @@ def test_what_fills_up_a_row_takes_no_part_in_a_rescale():
         assert found[1, 2] == -np.inf and tail.tolist() == [-np.inf] * 2
 
 
+def test_a_format_of_the_rows_does_not_matter(tokenizer):
+    rows = Dataset.from_list(
+        [{"prompt": "w3 w4 w5", "choices": [" w6", " w7"], "gold": 1, "target_probs": [0.2, 0.8]}]
+    )
+    assert add_soft_labels(rows.with_format("numpy"), tokenizer)[0] == add_soft_labels(rows, tokenizer)[0]
+
+
 def test_rows_are_verified_like_any_cache(cache, tokenizer):
     found = add_soft_labels(soft_rows(cache, tokenizer), tokenizer)
     verify_teacher_cache(found, tokenizer, head_size=VOCAB)
