@@ -16,11 +16,13 @@ the file.
 
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
 from transformers.decision import DecisionConfig
 from transformers.utils import cached_file
 
@@ -43,12 +45,24 @@ def read_decision_extras(source: str | Path, *, revision: str | None = None, tok
         source (`str` or `Path`): Folder or Hub id.
         revision (`str`, *optional*), token (`str` or `bool`, *optional*): As in `from_pretrained`.
 
+    Warns:
+        `UserWarning`: The Hub was not reached, so that it is not known whether there is such a file.
+
     Raises:
         `ValueError`: The file is damaged, or of a later version of this package.
     """
     options: dict[str, Any] = {"revision": revision, "token": token, "_raise_exceptions_for_missing_entries": False}
     path = cached_file(str(source), DECISION_EXTRAS_NAME, **options)
     if path is None:
+        known = Path(source).is_dir() or try_to_load_from_cache(str(source), DECISION_EXTRAS_NAME, revision=revision)
+        if not known:
+            # A Hub that answers leaves a mark in the cache that there is no such file
+            warnings.warn(
+                f"The Hub was not reached and {DECISION_EXTRAS_NAME} of {source} is not in the cache: if the model brings a "
+                f"temperature or thresholds, they are not used here. `hf download {source}` fetches all of its files.",
+                UserWarning,
+                stacklevel=3,
+            )
         return {}
     try:
         entries = json.loads(Path(path).read_text(encoding="utf-8"))

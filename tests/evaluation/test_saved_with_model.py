@@ -1,6 +1,7 @@
 """What is saved with a student (temperature, temperature by number of options, thresholds) and read when it answers."""
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -161,3 +162,24 @@ def test_entries_of_others_are_kept(tmp_path):
     path.write_text("{")
     with pytest.raises(ValueError, match="is no JSON"):
         read_decision_extras(tmp_path)
+
+
+def test_a_hub_that_is_not_reached_is_said(tmp_path, monkeypatch):
+    commit = "0" * 40
+    model = tmp_path / "models--some--model"
+    for place in (model / "refs", model / "snapshots" / commit, model / ".no_exist" / commit):
+        place.mkdir(parents=True)
+    (model / "refs" / "main").write_text(commit)
+    (model / "snapshots" / commit / "config.json").write_text("{}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.warns(UserWarning, match="they are not used here. `hf download some/model`"):
+        assert read_decision_extras("some/model") == {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (model / ".no_exist" / commit / DECISION_EXTRAS_NAME).touch()
+        assert read_decision_extras("some/model") == {}
+        assert read_decision_extras(tmp_path) == {}
+        (model / ".no_exist" / commit / DECISION_EXTRAS_NAME).unlink()
+        (model / "snapshots" / commit / DECISION_EXTRAS_NAME).write_text('{"version": 1, "temperature": 2.0}')
+        assert read_decision_extras("some/model") == {"temperature": 2.0}
