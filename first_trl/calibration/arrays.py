@@ -37,7 +37,7 @@ def as_numbers(values: Any, name: str) -> tuple[npt.NDArray[Any], str]:
         raise ValueError(f"{name} is None: pass a sequence of numbers.")
     if isinstance(values, (str, bytes, dict, set, frozenset)):
         raise ValueError(f"{name} is a {type(values).__name__}: pass a list, an array or a tensor of numbers.")
-    if isinstance(values, (list, tuple)) and any(map(_is_tensor, values)):
+    if isinstance(values, (list, tuple)) and any(map(_is_tensor, set(map(type, values)))):
         # As a loop collects them: one by one, whatever their precision, device and gradient
         parts = [as_numbers(value, f"{name} row {row}") for row, value in enumerate(values)]
         source = max((part for _, part in parts), key=EPSILON.__getitem__)
@@ -116,7 +116,7 @@ def warn_of_probabilities(logits: npt.NDArray[Any], name: str) -> None:
 
 
 def _is_tensor(value: Any) -> bool:
-    """Whether this is a torch tensor."""
+    """Whether this is a torch tensor, or the type of one."""
     return hasattr(value, "detach") and hasattr(value, "cpu")
 
 
