@@ -322,6 +322,13 @@ def test_arms_of_one_label_are_told_apart(study: Path, capsys: pytest.CaptureFix
     assert "is there twice" in capsys.readouterr().err
 
 
+def test_arms_of_the_same_seeds_are_compared_beside_a_teacher_of_more(study: Path) -> None:
+    students = [name for name in KINDS if name != "teacher"]
+    edit(study / "seed-2", lambda data: [data["results"].pop(name, None) for name in students])
+    (cell,) = merge_runs([study]).cells
+    assert "first" in cell.best["test"]["full_vocab"]["accuracy"]["arms"]
+
+
 def test_numbers_that_a_run_lacks_are_missing_not_zero(study: Path) -> None:
     def drop(data: dict[str, Any]) -> None:
         data["results"]["first"]["test"]["full_vocab"]["ece"] = None

@@ -184,8 +184,7 @@ def _best(arms: Mapping[str, Any], results: Mapping[str, Any], role: str) -> dic
                 if not arm["reference"] and not arm["swept"] and metric.key in _reading(results, name, role, reading)
             }
             # A mean over fewer seeds, or over others, is a mean over other, perhaps easier, worlds
-            every = [_reading(results, name, role, reading).get(metric.key) or {"values": {}} for name in arms]
-            full = {run for summary in every for run in summary["values"]}
+            full = {run for column in columns.values() for run in column["values"]}
             columns = {name: column for name, column in columns.items() if column["values"].keys() == full}
             if len(columns) < 2:
                 continue
