@@ -105,7 +105,9 @@ class MultipleChoice(Task):
         gold = int(row.get("gold", -1))
         texts = [row["options"][i] for i in order]
         gold = list(order).index(gold) if gold >= 0 else -1
-        return self.fill(row["question"], texts, gold, optional_text(row, "group"))
+        # NaN is how pandas keeps an empty cell in a row that is asked
+        group = "" if is_nan(row.get("group")) else optional_text(row, "group")
+        return self.fill(row["question"], texts, gold, group)
 
     def forms(self, row: dict[str, Any]) -> list[dict[str, Any]]:
         if not self.permutations or not has_free_order(row.get("kind")):

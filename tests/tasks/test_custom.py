@@ -277,3 +277,8 @@ def test_a_group_in_the_prompt_is_the_same_in_a_row_that_is_asked_later(tmp_path
     task = get_task("custom", template="Chapter {group}: {question}\n{choices}\nAnswer:")
     trained = task.load("train", path=write(tmp_path, json.dumps(row), "train.jsonl")).dataset[0]
     assert task.reorder({"question": "Q?", "options": ["x", "y"], "group": group}, [0, 1]).prompt == trained["prompt"]
+
+
+def test_a_row_that_is_asked_with_an_empty_cell_has_no_group(task):
+    asked = [{"question": "Q?", "options": ["x", "y"], "group": group} for group in (None, float("nan"), "")]
+    assert [task.reorder(row, [0, 1]).group for row in asked] == ["", "", ""]
