@@ -73,6 +73,7 @@ def prepare(predictions: Any, references: Any, config: CalibrationConfig, sample
         source = max(source, config.edge_dtype, key=EPSILON.__getitem__)
     refs, _ = as_numbers(references, "references")
     same_order(predictions, references, "predictions and references")
+    same_order(predictions, sample_weight, "predictions and sample_weight")
     weight = None if sample_weight is None else as_numbers(sample_weight, "sample_weight")[0].astype(np.float64)
     _check_shapes(pred, refs, weight)
     check_references(references, pred.ndim)

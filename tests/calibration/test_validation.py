@@ -182,11 +182,14 @@ def test_columns_in_another_order_are_not_paired_by_position() -> None:
     for function in (expected_calibration_error, fit_threshold):
         with pytest.raises(ValueError, match="same index in different order"):
             function(table["confidence"], falling)
+    with pytest.raises(ValueError, match="predictions and sample_weight have the same index in different order"):
+        expected_calibration_error(table["confidence"], table["correct"], sample_weight=falling)
     want = expected_calibration_error(table["confidence"], table["correct"])
     assert expected_calibration_error(table["confidence"], falling.sort_index()) == want
     assert expected_calibration_error(table["confidence"], falling.set_axis([5, 6, 7])) != want
 
 
+@pytest.mark.filterwarnings("ignore:(Only 3|T = )")
 def test_probabilities_in_place_of_logits_are_said() -> None:
     for function in (fit_temperature, fit_option_temperature):
         with pytest.warns(UserWarning, match="look like probabilities"):
