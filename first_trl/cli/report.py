@@ -52,6 +52,18 @@ def main(args: argparse.Namespace) -> int:
     """Merge the reports, or print a table of merged results."""
     if bool(args.folders) == bool(args.results):
         raise ValueError("Give the folders of finished runs, or --from with the results of a study.")
+    # Nothing that was asked for is passed over
+    names = ("output_dir", "format") if args.results else ("role", "metric", "arm", "intervals")
+    unused = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
+    if unused:
+        only = (
+            "with folders of runs, of which a report is written"
+            if args.results
+            else "with --from, for the table that it prints"
+        )
+        raise ValueError(f"{', '.join(unused)} can be given only {only}.")
+    if args.intervals and not args.baseline:
+        raise ValueError("--intervals are those of differences: name the arm to compare with, --baseline ARM.")
     if args.results:
         from ..experiments.report.results import read_results, results_table
 

@@ -284,6 +284,22 @@ def test_printed_results_tell_an_arm_that_lacks_a_seed(study: Path, capsys: pyte
     assert "| SFT | 60.0 ± 10.0 |" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["--from", "R", "--output-dir", "x", "--format", "pdf"],
+            "--output-dir, --format can be given only with folders",
+        ),
+        (["--from", "R", "--intervals"], "name the arm to compare with"),
+        (["S", "--metric", "ece", "--arm", "SFT"], "--metric, --arm can be given only with --from"),
+    ],
+)
+def test_options_that_would_be_passed_over_are_refused(words: list[str], said: str, capsys: Any) -> None:
+    assert main(["report", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_nothing_wins_where_no_arm_has_every_seed(study: Path) -> None:
     edit(study / "seed-0", lambda data: [data["results"].pop(name) for name in ("first", "sft_ts")])
     edit(study / "seed-2", lambda data: [data["results"].pop(name) for name in ("direct", "sft")])
