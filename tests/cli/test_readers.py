@@ -525,6 +525,13 @@ def test_own_predictions(tmp_path, ending):
         read_confidences(path, reading="acc")
     with pytest.raises(ValueError, match="no 'topk_mass'"):
         read_confidences(path, reading="topk")
+    # A column that is named comes before what the file looks like
+    (own,) = read_confidences(path, confidence_column="option_mass", correct_column="top_is_gold")
+    np.testing.assert_allclose(own.confidence, result.predictions["option_mass"])
+    assert own.definition == "column 'option_mass'"
+    for option in ("filter", "target_delimiter"):
+        with pytest.raises(ValueError, match="is no log of lm-evaluation-harness"):
+            read_confidences(path, **{option: "none"})
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,10 @@ from .harness import table_harness_samples
 from .table import table_confidences
 
 
+# Of a table; others have to be named
+_COLUMNS = {"confidence_column": "confidence", "correct_column": "correct"}
+
+
 def read_confidences(
     path: str | os.PathLike[str],
     *,
@@ -42,7 +46,7 @@ def read_confidences(
         target_delimiter (`str`, *optional*):
             Of the harness task, see [`~first_trl.evaluation.readers.harness.HarnessSamples.confidences`].
         **table_options:
-            Passed to [`read_table`].
+            Passed to [`read_table`]. A file of any kind whose columns are named is read as a table.
 
     Returns:
         `list[Confidences]`
@@ -51,7 +55,9 @@ def read_confidences(
         `ValueError`: naming file and row for what cannot be read.
     """
     table = load_table(path)
-    first = table.rows[0]
+    # What was asked for by name comes before what the file looks like
+    named = {name for name, value in table_options.items() if value not in (None, _COLUMNS.get(name))}
+    first = {} if named else table.rows[0]
     if "filtered_resps" in first:
         found = []
         for samples in table_harness_samples(table, filter=filter):
@@ -59,6 +65,7 @@ def read_confidences(
             found += [samples.confidences(name, target_delimiter=target_delimiter) for name in readings]
         return found
     if {"choice_logprobs", "gold", "top_prob"} <= set(first):
+        _no_log(table, filter, target_delimiter)
         result = MultipleChoiceResult.from_rows(table.rows)
         name = file_kind(table.path)[0]
         definitions = ["full_vocab", "renormalized"] if reading is None else [reading]
@@ -66,10 +73,19 @@ def read_confidences(
     if {"probabilities", "gold", "options"} <= set(first):
         if reading not in (None, "renormalized"):
             raise ValueError(f"{table.path} holds probabilities of the options alone: its reading is renormalized.")
+        _no_log(table, filter, target_delimiter)
         return [_option_confidences(table)]
     if reading is not None or filter is not None:
         raise ValueError(f"{table.path} is a table: it has neither readings nor filters to choose from.")
+    _no_log(table, filter, target_delimiter)
     return [table_confidences(table, **table_options)]
+
+
+def _no_log(table: Table, filter: str | None, target_delimiter: str | None) -> None:
+    if filter is not None or target_delimiter is not None:
+        raise ValueError(
+            f"{table.path} is no log of lm-evaluation-harness: it has neither filter nor target delimiter."
+        )
 
 
 def _option_confidences(table: Table) -> Confidences:
