@@ -43,7 +43,7 @@ def cut_to_length(
     Returns:
         `tuple`: the rows, and for each whether it was cut.
     """
-    if max_length is not None and not (isinstance(max_length, int) and max_length >= 2):
+    if max_length is not None and not (isinstance(max_length, int | np.integer) and max_length >= 2):
         raise ValueError(f"`max_length` must be a whole number of at least 2, got {max_length!r}.")
     kept, cut = [], []
     for row in rows:

@@ -236,13 +236,14 @@ def test_variants_are_merged_only_when_asked(model, tokenizer):
         evaluate_multiple_choice(model, tokenizer, dataset, variants=lambda choice: ["a"], disable_tqdm=True)
 
 
-def test_long_prompts_lose_their_beginning_and_are_counted(tokenizer):
+@pytest.mark.parametrize("limit", [None, np.int64(8)])
+def test_long_prompts_lose_their_beginning_and_are_counted(tokenizer, limit):
     model = make_model(len(tokenizer), context=8)
     dataset = make_dataset(30)
     n_long = sum(len(tokenizer(p)["input_ids"]) > 8 for p in dataset["prompt"])
     assert 0 < n_long < 30
     with pytest.warns(UserWarning, match=f"{n_long} of 30 prompts are longer than 8 tokens"):
-        result = evaluate_multiple_choice(model, tokenizer, dataset, disable_tqdm=True)
+        result = evaluate_multiple_choice(model, tokenizer, dataset, max_length=limit, disable_tqdm=True)
     assert result.report["n_truncated"] == n_long == result.predictions["truncated"].sum()
     i = int(result.predictions["truncated"].argmax())
     ids = tokenizer(dataset[i]["prompt"])["input_ids"]
